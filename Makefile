@@ -1,0 +1,37 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both do all the set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.made
+
+# Tests on replicas: one framework, and one number of replicas, a process.
+REPLICATED := tests/test_engine_tensorflow.py tests/test_layer_tensorflow.py
+
+.PHONY: demo test check lint benchmark clean
+
+demo: $(SETUP)
+	$(BIN)/syncbn demo
+
+test: $(SETUP)
+	$(BIN)/pytest tests/test_house.py tests/test_maths.py tests/test_demo.py
+	$(BIN)/pytest tests/test_layer_keras.py $(REPLICATED) --replicas 4
+	$(BIN)/pytest $(REPLICATED) --replicas 2
+	$(BIN)/pytest tests/test_multi_worker.py tests/test_mutants.py
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+benchmark: $(SETUP)
+	$(BIN)/python benchmarks/run.py tensorflow-cpu
+
+clean:
+	rm -rf $(VENV) demo-results .pytest_cache .mypy_cache .ruff_cache
+
+$(SETUP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
+	touch $@

@@ -1,0 +1,1 @@
+"""What the user holds: weights, moving statistics, configuration."""

@@ -1,0 +1,27 @@
+"""One framework, and one number of replicas, a process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+# oneDNN's convolution gives a wrong shape for an empty batch; the rest keeps TensorFlow quiet and on the CPU.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--replicas", type=int, default=4, help="how many replicas the tests run on")
+
+
+@pytest.fixture(scope="session")
+def world(request):
+    """The replicas of this process."""
+    from worlds import TensorFlowWorld
+
+    return TensorFlowWorld(request.config.getoption("--replicas"))

@@ -1,0 +1,57 @@
+"""Runs a function on several replicas of a framework, in one process, and brings the results back as numpy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+class TensorFlowWorld:
+    """The one MirroredStrategy of this process, over logical CPU devices.
+
+    A second strategy object would restart the keys of TensorFlow's collectives and break the process.
+    """
+
+    def __init__(self, replicas: int):
+        import tensorflow as tf
+
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
+        self.tf, self.replicas = tf, replicas
+        self.strategy = tf.distribute.MirroredStrategy([f"/cpu:{i}" for i in range(replicas)])
+
+    def run(self, function: Callable[..., Any], *per_replica: list[Any] | None, graph: bool = False) -> list[Any]:
+        """function(*arguments) on every replica, each with its own arguments; one nest of arrays a replica.
+
+        An argument that is None stays None. With `graph` all of it is one tf.function.
+        """
+        tf = self.tf
+        given = [i for i, values in enumerate(per_replica) if values is not None]
+        tensors = [[tf.convert_to_tensor(per_replica[i][r]) for i in given] for r in range(self.replicas)]
+        values = self.strategy.experimental_distribute_values_from_function(
+            lambda context: tensors[context.replica_id_in_sync_group]
+        )
+
+        def replica(arguments: list[Any]) -> Any:
+            full = [None] * len(per_replica)
+            for i, argument in zip(given, arguments, strict=True):
+                full[i] = argument
+            return function(*full)
+
+        def everywhere(values: Any) -> Any:
+            return self.strategy.run(replica, args=(values,))
+
+        if graph:
+            everywhere = tf.function(everywhere, reduce_retracing=True)
+        return self.results(everywhere(values))
+
+    def results(self, nest: Any) -> list[Any]:
+        """A nest of per-replica values as one nest of arrays a replica."""
+        tf = self.tf
+        flat = [self.strategy.experimental_local_results(v) for v in tf.nest.flatten(nest)]
+        return [
+            tf.nest.pack_sequence_as(nest, [np.asarray(tf.cast(v[r], tf.float32) if v[r].dtype == tf.bfloat16 else v[r]) for v in flat])
+            for r in range(self.replicas)
+        ]
