@@ -25,3 +25,10 @@ def world(request):
     from worlds import TensorFlowWorld
 
     return TensorFlowWorld(request.config.getoption("--replicas"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _replicas_first(request):
+    """Logical devices can only be made before anything else runs on TensorFlow."""
+    if "tensorflow" in sys.modules:
+        request.getfixturevalue("world")

@@ -218,7 +218,7 @@ def adjusted_shape(
     broad = [size if i in axes else 1 for i, size in enumerate(input_shape)]
     per_channel = len(axes) == 1 and len(shape) == 1 and shape[0] in (None, channels[0])
     with_ones = len(shape) == len(broad) and all(s in (None, b) for s, b in zip(shape, broad, strict=True))
-    if shape and not per_channel and not with_ones:
+    if len(shape) and not per_channel and not with_ones:
         raise ValueError(
             f"`adjustment` must return (scale, bias), each a scalar, of shape {channels} where there is one channel axis, or of "
             f"shape {broad}. Received: {name} of shape {tuple(shape)} for an input of shape {tuple(input_shape)}. Reshape it."

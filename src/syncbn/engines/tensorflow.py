@@ -67,9 +67,13 @@ def normalize(
     residual: tf.Tensor | None = None,
 ) -> tf.Tensor:
     """activation(scale·(x − mean)/√(variance + epsilon) + offset + residual); one all-reduce, in the backward pass."""
-    world = _world(group) if moments.count is not None else None
     folded, folded_mask = _fold(x, mask, axes)
-    y = _Normalization(moments, epsilon, folded_mask, world, folded.dtype).forward(folded, scale, offset)
+    pass_ = _Normalization(moments, epsilon, folded_mask, folded.dtype)
+    if moments.count is None:
+        # TensorFlow's own gradients are right for constants, and an exported model keeps them.
+        y = pass_.forward(folded, scale, offset)
+    else:
+        y = pass_.synchronised(folded, scale, offset, _world(group))
     y = kernels.Fold(axes, x.shape.rank).unfold(y, x)
     if residual is not None:
         y = y + tf.cast(residual, y.dtype)
@@ -79,22 +83,27 @@ def normalize(
 
 
 class _Normalization:
-    """One normalization of [A, C, B] and its gradients; `world` is None where the moments are constants."""
+    """One normalization of [A, C, B], and its gradients where the moments are those of replicas that meet."""
 
-    def __init__(self, moments: Moments, epsilon: float, mask: tf.Tensor | None, world: _World | None, dtype: tf.DType):
-        self.world, self.mask, self.epsilon = world, mask, epsilon
+    def __init__(self, moments: Moments, epsilon: float, mask: tf.Tensor | None, dtype: tf.DType):
+        self.mask, self.epsilon = mask, epsilon
         self.mean, self.variance = _joined(moments.mean), moments.variance
         self.wide = self.variance.dtype
         self.hi, self.lo = _split(moments.mean, dtype)
-        self.n = None if world is None else tf.cast(moments.count, self.wide)
+        self.n = None if moments.count is None else tf.cast(moments.count, self.wide)
 
     def forward(self, x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
+        rstd = self._rstd(self.variance)
+        return self._affine(x, *maths.affine_coefficients(self.lo, rstd, self._widen(scale), self._widen(offset)))
+
+    def synchronised(self, x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, world: _World) -> tf.Tensor:
+        self.world = world
+
         @tf.custom_gradient
         def normalized(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> Any:
             # The pass itself is hidden from the tape, which would keep its temporaries.
-            x_, scale_, offset_ = map(tf.stop_gradient, (x, scale, offset))
-            a, b = maths.affine_coefficients(self.lo, self._rstd(self.variance), self._widen(scale_), self._widen(offset_))
-            return self._affine(x_, a, b), lambda dy: self.backward(dy, x, scale)
+            y = self.forward(*map(tf.stop_gradient, (x, scale, offset)))
+            return y, lambda dy: self.backward(dy, x, scale)
 
         return normalized(x, scale, offset)
 
@@ -117,25 +126,23 @@ class _Normalization:
         rstd, wide_scale = self._rstd(self.variance), self._widen(scale)
         dx, sum_dy, sum_dy_x = kernels.affine_gradient(dy, x, self.hi, tf.cast(wide_scale * rstd, x.dtype), self.wide)
         dscale = maths.scale_gradient(self.lo, rstd, sum_dy, sum_dy_x)
-        if self.world is not None:
-            sums = self.world.sum_of_group(tf.concat([wide_scale * sum_dy, wide_scale * dscale], 0))
-            a, b = maths.moment_path_coefficients(self.n, self.lo, rstd, *tf.split(sums, 2), maximum=tf.maximum)
-            dx += self._where_counted(self._affine(x, a, b))
+        sums = self.world.sum_of_group(tf.concat([wide_scale * sum_dy, wide_scale * dscale], 0))
+        a, b = maths.moment_path_coefficients(self.n, self.lo, rstd, *tf.split(sums, 2), maximum=tf.maximum)
+        dx += self._where_counted(self._affine(x, a, b))
         return [dx, tf.cast(dscale, scale.dtype), tf.cast(sum_dy, scale.dtype)]
 
     def _backward_by_operators(self, dy: tf.Tensor, x: tf.Tensor, scale: tf.Tensor) -> list[tf.Tensor]:
         """The same, differentiable any number of times: the moments, which came in as constants, hang on x again."""
-        mean, variance = (self.mean, self.variance) if self.world is None else self._attach(x)
+        mean, variance = self._attach(x)
         # In the wide dtype x − mean needs no pair, and nobody asks for a fast second derivative.
         dy, x, wide_scale = self._widen(dy), self._widen(x), self._widen(scale)[:, None]
         rstd = self._rstd(variance)[:, None]
         x_hat = (x - mean[:, None]) * rstd
-        dx = wide_scale * rstd * dy
         sum_dy, dscale = tf.reduce_sum(dy, [0, 2]), tf.reduce_sum(dy * x_hat, [0, 2])
-        if self.world is not None:
-            sums = self.world.sum_of_group(tf.concat([wide_scale[:, 0] * sum_dy, wide_scale[:, 0] * dscale], 0))
-            of_g, of_g_x_hat = (half[:, None] for half in tf.split(sums, 2))
-            dx += self._where_counted(maths.moment_path(self.n, x_hat, rstd, of_g, of_g_x_hat, maximum=tf.maximum))
+        sums = self.world.sum_of_group(tf.concat([wide_scale[:, 0] * sum_dy, wide_scale[:, 0] * dscale], 0))
+        of_g, of_g_x_hat = (half[:, None] for half in tf.split(sums, 2))
+        through = maths.moment_path(self.n, x_hat, rstd, of_g, of_g_x_hat, maximum=tf.maximum)
+        dx = wide_scale * rstd * dy + self._where_counted(through)
         return [tf.cast(dx, self.hi.dtype), tf.cast(dscale, scale.dtype), tf.cast(sum_dy, scale.dtype)]
 
     def _attach(self, x: tf.Tensor) -> list[tf.Tensor]:

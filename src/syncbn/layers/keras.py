@@ -214,7 +214,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             maximum=ops.maximum,
         )
         given = {key: v() if callable(v) else v for key, v in (self.renorm_clipping or {}).items()}
-        bounds = {key: ops.cast(v, dtype) for key, v in given.items() if v is not None}
+        bounds = {key: ops.convert_to_tensor(v, dtype) for key, v in given.items() if v is not None}
         if "rmin" in bounds:
             r = ops.maximum(r, bounds["rmin"])
         if "rmax" in bounds:

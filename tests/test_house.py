@@ -1,0 +1,123 @@
+"""The laws of the house: who imports whom, what an import costs, and tests that can fail."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "syncbn"
+FRAMEWORKS = {"tensorflow", "torch", "jax", "keras"}
+
+# Each room: which rooms of ours, and which packages besides the standard library, it may import.
+MAY_IMPORT = {
+    "__init__": (set(), set()),
+    "maths": (set(), set()),
+    "policy": (set(), set()),
+    "engines/__init__": ({"policy"}, {"keras"}),
+    "engines/tensorflow": ({"engines", "kernels", "maths", "policy"}, {"tensorflow"}),
+    "kernels/__init__": (set(), set()),
+    "kernels/tensorflow": ({"maths", "policy"}, {"tensorflow"}),
+    "layers/__init__": (set(), set()),
+    "layers/keras": ({"engines", "maths", "policy"}, {"keras"}),
+    "cli": ({"demo"}, {"rich", "typer"}),
+    "demo": ({"", "demo"}, {"keras", "matplotlib", "numpy", "rich", "sklearn", "tensorflow"}),
+}
+
+
+def modules():
+    return [pytest.param(path, id=str(path.relative_to(SOURCE))) for path in sorted(SOURCE.rglob("*.py"))]
+
+
+def room(path):
+    name = path.relative_to(SOURCE).with_suffix("").as_posix()
+    return "demo" if name.startswith("demo/") else name
+
+
+def imports(tree):
+    """Every module that is imported anywhere in a file, type checkers' imports apart."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for child in ast.walk(node):
+                child.only_types = True
+    for node in ast.walk(tree):
+        if getattr(node, "only_types", False):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "syncbn":
+                yield from (f"syncbn.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+@pytest.mark.parametrize("path", modules())
+def test_arrows_only_go_down(path):
+    ours, others = MAY_IMPORT[room(path)]
+    for name in imports(ast.parse(path.read_text())):
+        top, _, rest = name.partition(".")
+        if top == "syncbn":
+            assert rest.split(".")[0] in ours, f"{room(path)} may not import {name}"
+        elif top not in sys.stdlib_module_names:
+            assert top in others, f"{room(path)} may not import {name}"
+
+
+def test_the_lint_can_fail(tmp_path):
+    found = list(imports(ast.parse("import numpy\nfrom syncbn import policy\nif TYPE_CHECKING:\n    import torch\n")))
+    assert found == ["numpy", "syncbn.policy"]
+
+
+@pytest.mark.parametrize("path", modules())
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_importing_syncbn_imports_no_framework():
+    code = f"import sys, syncbn; dir(syncbn); print(sorted(sys.modules.keys() & {FRAMEWORKS | {'numpy', 'rich', 'typer'}}))"
+    assert python(code).strip() == "[]"
+
+
+def test_the_front_door_is_real():
+    import syncbn
+
+    assert set(syncbn.__all__) <= set(dir(syncbn))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = syncbn.nothing
+
+
+BANNED = {
+    "a gradient of a plain sum, which is 0 for batch norm": re.compile(r"reduce_sum\(y\)|y\.sum\(\)\.backward|gradient\(\s*y\s*,[^,\]]*\)$", re.M),
+    "a tolerance from the environment": re.compile(r"TOLERANCE.*environ|environ.*TOLERANCE"),
+}
+
+
+@pytest.mark.parametrize("why", BANNED)
+def test_tests_that_prove_nothing_are_banned(why):
+    for path in (ROOT / "tests").glob("*.py"):
+        if path.name != Path(__file__).name:
+            found = BANNED[why].search(path.read_text())
+            assert not found, f"{path.name}: {why}: {found.group()}"
+
+
+def test_the_ban_can_fail():
+    first, second = BANNED.values()
+    assert first.search("tape.gradient(y, x)")
+    assert first.search("loss = tf.reduce_sum(y)")
+    assert not first.search("tape.gradient(y, x, dy)")
+    assert second.search('TOLERANCE = float(os.environ["T"])')
+
+
+def test_the_oracle_shares_nothing_with_the_source():
+    names = list(imports(ast.parse((ROOT / "tests" / "oracle.py").read_text())))
+    assert not [n for n in names if n.split(".")[0] in FRAMEWORKS | {"syncbn"}]
