@@ -165,9 +165,10 @@ def test_renorm_stddev_has_a_floor():
     np.testing.assert_allclose(y, ((x - 2) / stddev * stddev + 2) / 0.2, atol=1e-12)
 
 
-@pytest.mark.parametrize("bound", [0.25, np.float32(0.25), tf.constant(0.25), tf.Variable(0.25), keras.Variable(0.25), lambda: 0.25],
+@pytest.mark.parametrize("kind", [float, np.float32, tf.constant, tf.Variable, keras.Variable, lambda value: lambda: value],
                          ids=["float", "numpy", "tensor", "tf.Variable", "keras.Variable", "callable"])  # fmt: skip
-def test_clipping_takes_numbers_tensors_and_schedules(bound):
+def test_clipping_takes_numbers_tensors_and_schedules(kind):
+    bound = kind(0.25)
     layer = SyncBatchNormalization(renorm=True, renorm_clipping={"rmax": bound, "dmax": bound})
     layer(data(8, 3), training=True)
     assert len(layer.weights) == 7
@@ -328,28 +329,28 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
+def two_steps(arguments, x, dy):
+    """Every number of two training steps with SGD between them, and of inference after."""
+    layer = SyncBatchNormalization(**arguments)
+    seen, optimizer = [], keras.optimizers.SGD(0.1)
+    for _ in range(2):
+        values = step(layer, x, dy)
+        seen += values
+        gradients = values[2 : 2 + len(layer.trainable_weights)]
+        if gradients:
+            optimizer.apply([tf.cast(g, w.dtype) for g, w in zip(gradients, layer.trainable_weights, strict=True)], layer.trainable_weights)
+    return [*seen, *(np.asarray(v, "float64") for v in (layer(x), sum(layer.losses, 0.0)))], layer.name
+
+
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_no_argument_without_an_effect(name):
-    """Two training steps, an optimizer step between them, and inference: something differs in the numbers."""
-    x, dy = np.ones((4, 3, 3), "float32") * data(4, 3, 3), data(4, 3, 3)
-    base = {"renorm": name.startswith("renorm_"), "beta_initializer": "ones"} if name != "beta_initializer" else {}
-
-    def everything(arguments):
-        layer = SyncBatchNormalization(**arguments)
-        out = [layer.name if name == "name" else ""]
-        for _ in range(2):
-            values = step(layer, x, dy)
-            out += values
-            if layer.trainable_weights:
-                keras.optimizers.SGD(0.1).apply(values_to_tensors(values[2 : 2 + len(layer.trainable_weights)], layer), layer.trainable_weights)
-        return [*out, *[np.asarray(v, "float64") for v in (layer(x), sum(layer.losses) if layer.losses else 0.0)]]
-
-    plain, changed = everything({**base, **({"name": "one"} if name == "name" else {})}), everything({**base, name: ARGUMENTS[name]})
-    assert len(plain) != len(changed) or any(not np.array_equal(a, b) for a, b in zip(plain, changed, strict=True))
-
-
-def values_to_tensors(values, layer):
-    return [tf.cast(v, w.dtype) for v, w in zip(values, layer.trainable_weights, strict=True)]
+    x, dy = data(4, 3, 3), data(4, 3, 3)
+    base = {"beta_initializer": "ones", "renorm": name.startswith("renorm_"), "name": "it"}
+    if name == "beta_initializer":
+        base[name] = "zeros"
+    (plain, plain_name), (changed, changed_name) = two_steps(base, x, dy), two_steps({**base, name: ARGUMENTS[name]}, x, dy)
+    numbers = len(plain) != len(changed) or any(not np.array_equal(a, b) for a, b in zip(plain, changed, strict=True))
+    assert (changed_name != plain_name) if name == "name" else numbers
 
 
 # ------------------------------------------------------------------------------------------------- saved and loaded
@@ -368,7 +369,7 @@ def an_adjustment(shape):
 FULL = {
     "axis": [1, 3], "momentum": 0.8, "epsilon": 0.01, "center": True, "scale": True, "beta_initializer": "ones",
     "gamma_regularizer": keras.regularizers.L2(0.1), "beta_constraint": "max_norm", "renorm": True,
-    "renorm_clipping": {"rmin": None, "rmax": a_schedule, "dmax": tf.constant(2.0)}, "renorm_momentum": 0.7,
+    "renorm_clipping": {"rmin": None, "rmax": a_schedule, "dmax": np.float32(2.0)}, "renorm_momentum": 0.7,
     "adjustment": an_adjustment, "group_size": 2, "activation": "relu", "name": "it", "dtype": "float64",
 }  # fmt: skip
 
