@@ -1,0 +1,60 @@
+"""The runner: `python benchmarks/run.py tensorflow-cpu` measures, prints the ratios and writes the rows."""
+
+from __future__ import annotations
+
+import os
+import sys
+from math import exp, log
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rows import provenance, write
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+app = typer.Typer(add_completion=False)
+
+
+@app.callback()
+def main() -> None:
+    """Ours beside its peers, in one run."""
+
+
+@app.command()
+def tensorflow_cpu(
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds per shape; the peers take turns in each.")] = 15,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too, a process per layer.")] = True,
+) -> None:
+    """TensorFlow, 4 replicas on logical CPU devices, forward + backward."""
+    import tensorflow_cpu as cpu
+
+    rows = cpu.times(rounds) + (cpu.memory() if memory else [])
+    where = provenance("tensorflow-cpu", "keras", "numpy")
+    path = write("tensorflow-cpu", [{"benchmark": "tensorflow-cpu", **row, **where} for row in rows])
+    show(rows, "syncbn", sys.stdout.isatty())
+    print(f"{len(rows)} rows in {path}")
+
+
+def show(rows: list[dict[str, Any]], ours: str, tty: bool) -> None:
+    """Medians, and ours over each peer's."""
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    others = [peer for peer in peers if peer != ours]
+    table = Table("", "shape", *peers, *[f"{ours} / {peer}" for peer in others])
+    ratios: dict[str, list[float]] = {peer: [] for peer in others}
+    for quantity, shape in dict.fromkeys((row["quantity"], tuple(row["shape"])) for row in rows):
+        of = {row["peer"]: row["median"] for row in rows if row["quantity"] == quantity and tuple(row["shape"]) == shape}
+        timed = quantity.startswith("seconds")
+        cells = [f"{of[peer] * 1e3:.2f} ms" if timed else f"{of[peer]:.1f}" for peer in peers]
+        for peer in others:
+            if timed:
+                ratios[peer].append(of[ours] / of[peer])
+            cells.append(f"{of[ours] / of[peer]:.2f}")
+        table.add_row("time" if timed else quantity, "×".join(map(str, shape)), *cells)
+    means = [f"{exp(sum(map(log, ratios[peer])) / len(ratios[peer])):.2f}" for peer in others]
+    table.add_row("geometric mean", "", *[""] * len(peers), *means)
+    Console(width=None if tty else 160).print(table)
+
+
+if __name__ == "__main__":
+    app()
