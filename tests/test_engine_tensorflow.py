@@ -94,7 +94,9 @@ def test_a_million_rows_a_channel(world, channels_first):
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("ragged", "an empty replica", "masked, float64")], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("ragged", "an empty replica", "masked, float64")], ids=lambda c: c.name
+)
 def test_groups(world, case, graph):
     got, truth = check(case, world, graph, group=world.replicas // 2)
     count, mean, variance = truth.moving()
@@ -134,7 +136,9 @@ def test_all_masked_normalises_with_0_and_1(world):
         np.testing.assert_allclose(out["y"], x / np.sqrt(1 + EPSILON) * s + o, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", [policy.Activation("relu"), policy.Activation("silu"), policy.Activation("leaky_relu", 0.2)])
+@pytest.mark.parametrize(
+    "activation", [policy.Activation("relu"), policy.Activation("silu"), policy.Activation("leaky_relu", 0.2)]
+)
 def test_activation_and_residual(world, activation):
     case = Case("fused", RAGGED, (4, 5), dtype="float64")
     xs, dys, scale, offset, _ = arguments(case, world)
@@ -193,7 +197,9 @@ def test_constants_send_nothing_and_have_the_plain_gradient(world, monkeypatch):
             y = engine.normalize(x, moments, scale, offset, axes=(2,), epsilon=EPSILON)
         return y, tape.gradient(y, [x, scale, offset], dy)
 
-    for x, dy, s, o, (y, (dx, dscale, doffset)) in zip(xs, dys, scale, offset, world.run(replica, xs, dys, scale, offset), strict=True):
+    for x, dy, s, o, (y, (dx, dscale, doffset)) in zip(
+        xs, dys, scale, offset, world.run(replica, xs, dys, scale, offset), strict=True
+    ):
         x_hat = (x - mean) / np.sqrt(variance + EPSILON)
         np.testing.assert_allclose(y, x_hat * s + o, atol=1e-12)
         np.testing.assert_allclose(dx, dy * s / np.sqrt(variance + EPSILON), atol=1e-12)

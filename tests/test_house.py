@@ -97,7 +97,9 @@ def test_the_front_door_is_real():
 
 
 BANNED = {
-    "a gradient of a plain sum, which is 0 for batch norm": re.compile(r"reduce_sum\(y\)|y\.sum\(\)\.backward|gradient\(\s*y\s*,[^,\]]*\)$", re.M),
+    "a gradient of a plain sum, which is 0 for batch norm": re.compile(
+        r"reduce_sum\(y\)|y\.sum\(\)\.backward|gradient\(\s*y\s*,[^,\]]*\)$", re.M
+    ),
     "a tolerance from the environment": re.compile(r"TOLERANCE.*environ|environ.*TOLERANCE"),
 }
 

@@ -77,7 +77,9 @@ def test_one_replica_equals_keras(arguments, shape):
         np.testing.assert_allclose(got, expected, rtol=tolerance + half, atol=(tolerance + half) * np.abs(expected).max())
     inference = ours(x), theirs(x)
     assert inference[0].dtype == inference[1].dtype
-    np.testing.assert_allclose(*(np.asarray(tf.cast(y, "float64")) for y in inference), rtol=tolerance + half, atol=tolerance + half)
+    np.testing.assert_allclose(
+        *(np.asarray(tf.cast(y, "float64")) for y in inference), rtol=tolerance + half, atol=tolerance + half
+    )
 
 
 def test_masked_equals_keras():
@@ -338,7 +340,9 @@ def two_steps(arguments, x, dy):
         seen += values
         gradients = values[2 : 2 + len(layer.trainable_weights)]
         if gradients:
-            optimizer.apply([tf.cast(g, w.dtype) for g, w in zip(gradients, layer.trainable_weights, strict=True)], layer.trainable_weights)
+            optimizer.apply(
+                [tf.cast(g, w.dtype) for g, w in zip(gradients, layer.trainable_weights, strict=True)], layer.trainable_weights
+            )
     return [*seen, *(np.asarray(v, "float64") for v in (layer(x), sum(layer.losses, 0.0)))], layer.name
 
 
@@ -529,7 +533,9 @@ def test_renorm_in_a_remat_scope():
     with keras.RematScope("full"):
         layer = SyncBatchNormalization(renorm=True)
     layer.build((None, 3))
-    refused(RuntimeError, "renorm=True must not be recomputed in the backward pass", lambda: layer(data(4, 3), training=True), layer)
+    refused(
+        RuntimeError, "renorm=True must not be recomputed in the backward pass", lambda: layer(data(4, 3), training=True), layer
+    )
 
 
 def test_parameter_server_strategy():

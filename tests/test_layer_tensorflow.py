@@ -275,7 +275,10 @@ def test_variance_where_keras_own_is_wrong(world):
     for mean in (1e3, 1e4):
         case = Case("large", (300, 100, 200, 50), (3,), mean=mean)
         truth = oracle.BatchNorm(case.inputs(world.replicas)).moments[0][2]
-        for name, cls, extra in (("ours", SyncBatchNormalization, {}), ("keras", keras.layers.BatchNormalization, {"synchronized": True})):
+        for name, cls, extra in (
+            ("ours", SyncBatchNormalization, {}),
+            ("keras", keras.layers.BatchNormalization, {"synchronized": True}),
+        ):
             with world.strategy.scope():
                 layer = cls(momentum=0.0, **extra)
                 layer.build((None, 3))
@@ -350,7 +353,11 @@ def test_gradient_penalty_through_the_layer(world):
     case = Case("penalty", (2, 1, 3, 2), (4,), dtype="float64")
     layer = make(world, case)
     gamma = layer.get_weights()[0]
-    xs, dys, directions = (case.inputs(world.replicas), case.cotangents(world.replicas), case.cotangents(world.replicas, "directions"))
+    xs, dys, directions = (
+        case.inputs(world.replicas),
+        case.cotangents(world.replicas),
+        case.cotangents(world.replicas, "directions"),
+    )
 
     def replica(x, dy, direction):
         with tf.GradientTape() as outer:

@@ -22,7 +22,9 @@ def replicas(dtype, mean):
     return [(mean + i + RNG.normal(size=(n, 4))).astype(dtype) for i, n in enumerate((50, 0, 7, 300))]
 
 
-@pytest.mark.parametrize(("dtype", "mean", "tolerance"), [("float64", 1.0, 1e-12), ("float64", 1e4, 1e-7), ("float32", 1e4, 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "mean", "tolerance"), [("float64", 1.0, 1e-12), ("float64", 1e4, 1e-7), ("float32", 1e4, 1e-5)]
+)
 def test_moments_of_sums(dtype, mean, tolerance):
     xs = replicas(dtype, mean)
     n, total, squares = 0, 0, 0
@@ -45,9 +47,7 @@ def test_merge_keeps_what_float32_would_round_away(first_empty):
     k, s, q = (np.stack([r[i] for r in rows]) for i in (1, 2, 3))
     r, m2 = s / np.maximum(n, 1), maths.local_m2(n, s, q, maximum=np.maximum)
     pivot = k[np.argmax(n)]
-    total, (hi, lo), variance = maths.merge(
-        n, k, r, m2, pivot, add=lambda v: v.sum(0), maximum=np.maximum, where=np.where
-    )
+    total, (hi, lo), variance = maths.merge(n, k, r, m2, pivot, add=lambda v: v.sum(0), maximum=np.maximum, where=np.where)
     whole = np.concatenate(xs).astype("float64")
     assert hi.dtype == lo.dtype == variance.dtype == np.float32
     assert total == len(whole)

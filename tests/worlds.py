@@ -52,6 +52,8 @@ class TensorFlowWorld:
         tf = self.tf
         flat = [self.strategy.experimental_local_results(v) for v in tf.nest.flatten(nest)]
         return [
-            tf.nest.pack_sequence_as(nest, [np.asarray(tf.cast(v[r], tf.float32) if v[r].dtype == tf.bfloat16 else v[r]) for v in flat])
+            tf.nest.pack_sequence_as(
+                nest, [np.asarray(tf.cast(v[r], tf.float32) if v[r].dtype == tf.bfloat16 else v[r]) for v in flat]
+            )
             for r in range(self.replicas)
         ]

@@ -91,21 +91,15 @@ def input_shape(shape: Sequence[int | None], built: Sequence[int | None], axes: 
 def floating(dtype: str, is_float: bool) -> None:
     """Raises where the input is not of a float dtype."""
     if not is_float:
-        raise TypeError(
-            f"The input must be of a float dtype. Received: {dtype}. Cast it first, for example to float32."
-        )
+        raise TypeError(f"The input must be of a float dtype. Received: {dtype}. Cast it first, for example to float32.")
 
 
-def mask_omits_channels(
-    mask: Sequence[int | None], shape: Sequence[int | None], axes: tuple[int, ...]
-) -> bool:
+def mask_omits_channels(mask: Sequence[int | None], shape: Sequence[int | None], axes: tuple[int, ...]) -> bool:
     """Whether the mask leaves the channel axes out, or has 1 there; raises where it does not broadcast to the input."""
     rest = [size for i, size in enumerate(shape) if i not in axes]
     left_out = len(mask) == len(rest)
     expected = rest if left_out else [1 if i in axes else size for i, size in enumerate(shape)]
-    fits = len(mask) == len(expected) and all(
-        m in (None, 1) or size in (None, m) for m, size in zip(mask, expected, strict=True)
-    )
+    fits = len(mask) == len(expected) and all(m in (None, 1) or size in (None, m) for m, size in zip(mask, expected, strict=True))
     if not fits:
         raise ValueError(
             "`mask` must have the input's shape without the channel axes, or with 1 there, and each other axis full or 1. "
@@ -145,9 +139,7 @@ def clipping(value: Any) -> dict[str, Any] | None:
         )
     rmin, rmax, dmax = (value.get(key) for key in CLIPPING_KEYS)
     if isinstance(rmin, Real) and isinstance(rmax, Real) and not rmin <= rmax:
-        raise ValueError(
-            f"`renorm_clipping` must have rmin <= rmax. Received: rmin={rmin}, rmax={rmax}. Swap them, or drop one."
-        )
+        raise ValueError(f"`renorm_clipping` must have rmin <= rmax. Received: rmin={rmin}, rmax={rmax}. Swap them, or drop one.")
     if isinstance(dmax, Real) and not dmax >= 0:
         raise ValueError(
             f"`renorm_clipping` must have dmax >= 0: d is clipped to [-dmax, dmax]. Received: dmax={dmax}. Give its size."
@@ -194,7 +186,8 @@ def keywords(owner: str, received: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(received) - KERAS_KEYWORDS)
     if unknown:
         raise ValueError(
-            f"{owner} takes no other keywords than its own and {sorted(KERAS_KEYWORDS)}. Received: {unknown}. Drop or rename them."
+            f"{owner} takes no other keywords than its own and {sorted(KERAS_KEYWORDS)}. Received: {unknown}. Drop or rename "
+            "them."
         )
     return received
 
@@ -210,9 +203,7 @@ def training(value: Any) -> bool:
         ) from error
 
 
-def adjusted_shape(
-    name: str, shape: Sequence[int | None], input_shape: Sequence[int | None], axes: tuple[int, ...]
-) -> None:
+def adjusted_shape(name: str, shape: Sequence[int | None], input_shape: Sequence[int | None], axes: tuple[int, ...]) -> None:
     """Raises where a result of `adjustment` is neither one value, nor one a channel."""
     channels = [input_shape[a] for a in axes]
     broad = [size if i in axes else 1 for i, size in enumerate(input_shape)]

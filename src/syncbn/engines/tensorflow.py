@@ -284,7 +284,7 @@ def _own(world: _World, counts: tf.Tensor, means: Any, variances: tf.Tensor) -> 
 def _fold(x: tf.Tensor, mask: tf.Tensor | None, axes: tuple[int, ...]) -> tuple[tf.Tensor, tf.Tensor | None]:
     fold = kernels.Fold(axes, x.shape.rank)
     if mask is not None:
-        mask = fold.fold(tf.broadcast_to(mask, [1 if i in axes else tf.shape(x)[i] for i in range(x.shape.rank)]))
+        mask = fold.fold(tf.broadcast_to(mask, [1 if i in axes else kernels.size(x, i) for i in range(x.shape.rank)]))
     return fold.fold(tf.cast(x, arithmetic_dtype(x))), mask
 
 

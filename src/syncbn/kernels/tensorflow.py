@@ -23,34 +23,33 @@ class Fold(NamedTuple):
 
     @property
     def order(self) -> list[int]:
-        """The axes in the order in which the channels are neighbours."""
+        """The axes with the channels side by side: moved to the end where they are not."""
         rest = [i for i in range(self.rank) if i not in self.axes]
-        return list(range(self.rank)) if self._neighbours else rest + list(self.axes)
+        return list(range(self.rank)) if self._side_by_side else rest + list(self.axes)
 
     @property
-    def _neighbours(self) -> bool:
+    def _side_by_side(self) -> bool:
         return self.axes[-1] - self.axes[0] == len(self.axes) - 1
 
     def fold(self, x: tf.Tensor) -> tf.Tensor:
         """x as [A, C, B]."""
-        if not self._neighbours:
+        if not self._side_by_side:
             x = tf.transpose(x, self.order)
-        first = self.axes[0] if self._neighbours else self.rank - len(self.axes)
+        first = self.axes[0] if self._side_by_side else self.rank - len(self.axes)
         last = first + len(self.axes)
-        return tf.reshape(x, [_size(x, range(first)), _size(x, range(first, last)), _size(x, range(last, self.rank))])
+        return tf.reshape(x, [size(x, *range(first)), size(x, *range(first, last)), size(x, *range(last, self.rank))])
 
     def unfold(self, folded: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
         """[A, C, B] in the shape of `like`."""
-        shape = tf.shape(like)
-        if self._neighbours:
-            y = tf.reshape(folded, shape)
-        else:
-            back = [self.order.index(i) for i in range(self.rank)]
-            y = tf.transpose(tf.reshape(folded, tf.gather(shape, self.order)), back)
-        return tf.ensure_shape(y, like.shape)
+        shape = [size(like, i) for i in range(self.rank)]
+        if self._side_by_side:
+            return tf.reshape(folded, shape)
+        back = [self.order.index(i) for i in range(self.rank)]
+        return tf.transpose(tf.reshape(folded, [shape[i] for i in self.order]), back)
 
 
-def _size(x: tf.Tensor, dims: range) -> Any:
+def size(x: tf.Tensor, *dims: int) -> Any:
+    """How many elements these dimensions hold: an int where it is known, which spares the graph operators."""
     static = [x.shape[i] for i in dims]
     if None not in static:
         return math.prod(static)
@@ -63,8 +62,7 @@ def local_moments(x: tf.Tensor, mask: tf.Tensor | None, wide: tf.DType) -> tuple
     x: [A, C, B]; mask: bool [A, 1, B] or None. The pivot is the replica's own mean, rounded.
     """
     if mask is None:
-        n = tf.cast(_size(x, range(0, 1)), tf.int64) * tf.cast(_size(x, range(2, 3)), tf.int64)
-        counted = x
+        n, counted = tf.cast(size(x, 0, 2), tf.int64), x
     else:
         n = tf.math.count_nonzero(mask)
         counted = tf.where(mask, x, tf.zeros([], x.dtype))
@@ -79,14 +77,19 @@ def total(v: tf.Tensor, wide: tf.DType) -> tf.Tensor:
     """Sums of [A, C, B] over all but the channels, [C], at most `BLOCK_ROWS` rows at a time; their sum in the wide dtype."""
     if v.shape[2] != 1:
         v = tf.reduce_sum(v, 2, keepdims=True)
-    rows = _size(v, range(0, 1))
-    v = tf.reshape(v, [rows, v.shape[1]])
-    if isinstance(rows, int) and rows <= BLOCK_ROWS:
-        return tf.cast(_sum_rows(v), wide)
-    blocks = rows // BLOCK_ROWS
-    head = tf.reshape(v[: blocks * BLOCK_ROWS], [blocks, BLOCK_ROWS, v.shape[1]])
-    tail = _sum_rows(v[blocks * BLOCK_ROWS :])
-    return tf.reduce_sum(tf.cast(_sum_rows(head), wide), 0) + tf.cast(tail, wide)
+    rows, channels = size(v, 0), v.shape[1]
+    v = tf.reshape(v, [rows, channels])
+    block = BLOCK_ROWS
+    if isinstance(rows, int):
+        if rows <= BLOCK_ROWS:
+            return tf.cast(_sum_rows(v), wide)
+        # A block that divides the rows needs no operators for a rest.
+        block = next((b for b in range(BLOCK_ROWS, BLOCK_ROWS // 4, -1) if rows % b == 0), BLOCK_ROWS)
+    blocks = rows // block
+    head = tf.reduce_sum(tf.cast(_sum_rows(tf.reshape(v[: blocks * block], [blocks, block, channels])), wide), 0)
+    if isinstance(rows, int) and rows == blocks * block:
+        return head
+    return head + tf.cast(_sum_rows(v[blocks * block :]), wide)
 
 
 def _sum_rows(v: tf.Tensor) -> tf.Tensor:
@@ -94,7 +97,7 @@ def _sum_rows(v: tf.Tensor) -> tf.Tensor:
     # sums by a tree anyway.
     if _accelerated():
         return tf.reduce_sum(v, -2)
-    return tf.squeeze(tf.matmul(tf.ones([1, tf.shape(v)[-2]], v.dtype), v), -2)
+    return tf.squeeze(tf.matmul(tf.ones([1, size(v, -2)], v.dtype), v), -2)
 
 
 def _accelerated() -> bool:
@@ -107,7 +110,11 @@ def _fused(x: tf.Tensor) -> bool:
 
 def _as_image(x: tf.Tensor) -> tf.Tensor:
     # The fused operators take [N, H, W, C].
-    return tf.reshape(x, [tf.shape(x)[0], 1, 1, x.shape[1]])
+    return tf.reshape(x, [size(x, 0), 1, 1, x.shape[1]])
+
+
+def _as_fold(x: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(x, [size(x, 0), x.shape[3], 1])
 
 
 # The fused operators multiply the scale by 1/√(variance + epsilon): with a half for each that is exactly 1.
@@ -118,9 +125,9 @@ def affine(x: tf.Tensor, hi: tf.Tensor, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor
     """a·(x − hi) + b for [A, C, B] and vectors [C] of the same dtype."""
     if not _fused(x):
         return (x - hi[:, None]) * a[:, None] + b[:, None]
-    half = tf.fill([x.shape[1]], 0.5)
+    half = tf.constant(0.5, shape=[x.shape[1]])
     y = tf.raw_ops.FusedBatchNormV3(x=_as_image(x), scale=a, offset=b, mean=hi, variance=half, **_UNIT).y
-    return tf.reshape(y, tf.shape(x))
+    return _as_fold(y)
 
 
 def affine_gradient(
@@ -129,9 +136,9 @@ def affine_gradient(
     """(a·dy, Σdy, Σdy·(x − hi)) for [A, C, B]; the sums in the wide dtype."""
     if not _fused(x):
         return dy * a[:, None], total(dy, wide), total(dy * (x - hi[:, None]), wide)
-    half = tf.fill([x.shape[1]], 0.5)
+    half = tf.constant(0.5, shape=[x.shape[1]])
     moments = {"reserve_space_1": hi, "reserve_space_2": half, "reserve_space_3": half}
     scaled, sum_dy_x, sum_dy, _, _ = tf.raw_ops.FusedBatchNormGradV3(
         y_backprop=_as_image(dy), x=_as_image(x), scale=a, **moments, **_UNIT
     )
-    return tf.reshape(scaled, tf.shape(dy)), tf.cast(sum_dy, wide), tf.cast(sum_dy_x, wide)
+    return _as_fold(scaled), tf.cast(sum_dy, wide), tf.cast(sum_dy_x, wide)

@@ -229,12 +229,11 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         sound = count > 0
         if moments.replicas > 1:
             # Every replica sees the same statistics, so all skip the same steps. One replica does as its framework does.
-            finite = ops.logical_and(ops.isfinite(mean), ops.isfinite(variance))
-            sound = ops.logical_and(sound, ops.all(finite))
+            sound = ops.logical_and(sound, ops.all(ops.isfinite(mean + variance)))
 
         def move(statistic: Any, batch: Any, momentum: float) -> Any:
-            old = self._vector(statistic, batch.dtype)
-            new = ops.where(sound, maths.moving_average(old, batch, momentum), old)
+            old = self._vector(statistic, statistic.dtype)
+            new = ops.where(sound, maths.moving_average(old, ops.cast(batch, old.dtype), momentum), old)
             self._assign(statistic, new)
             return new
 
@@ -287,13 +286,16 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     @staticmethod
     def _vector(weight: Any, dtype: Any) -> Any:
         """A weight as [C]: what the engines know."""
-        return ops.reshape(ops.cast(weight, dtype), [-1])
+        vector = ops.cast(weight, dtype)
+        return vector if len(weight.shape) == 1 else ops.reshape(vector, [-1])
 
     @staticmethod
     def _assign(weight: Any, vector: Any) -> None:
-        weight.assign(ops.reshape(ops.cast(vector, weight.dtype), weight.shape))
+        weight.assign(vector if len(weight.shape) == 1 else ops.reshape(vector, weight.shape))
 
-    def _weight(self, name: str, initializer: Any, regularizer: Any = None, constraint: Any = None, trainable: bool = True) -> Any:
+    def _weight(
+        self, name: str, initializer: Any, regularizer: Any = None, constraint: Any = None, trainable: bool = True
+    ) -> Any:
         shape = [size if i in self._channel_axes else 1 for i, size in enumerate(self._built_for)]
         return self.add_weight(
             shape=shape if isinstance(self.axis, tuple) else [shape[self._channel_axes[0]]],
