@@ -6,12 +6,11 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from cases import CASES, LARGE_MEAN, RAGGED, TOLERANCE, Case
+from cases import CASES, LARGE_MEAN, RAGGED, Case
+from checks import EPSILON, arguments, close, equals_oracle
 
 from syncbn import policy
 from syncbn.engines import tensorflow as engine
-
-EPSILON = 1e-3
 
 
 def step(case, group=None, activation=None):
@@ -32,42 +31,11 @@ def step(case, group=None, activation=None):
     return replica
 
 
-def arguments(case, world):
-    scale, offset = case.parameters(world.replicas)
-    return case.inputs(world.replicas), case.cotangents(world.replicas), list(scale), list(offset), case.masks(world.replicas)
-
-
-def close(got, expected, case, quantity):
-    """Every replica's arrays against the oracle's, relative to the largest value of all."""
-    size = max([np.abs(e).max() for e in expected if e.size], default=1) or 1
-    for g, e in zip(got, expected, strict=True):
-        assert g.shape == e.shape
-        assert np.isfinite(g).all()
-        assert np.abs(g - e).max(initial=0) <= TOLERANCE[case.dtype, quantity] * size, (case.name, quantity)
-
-
 def check(case, world, graph, group=None):
     """One step of every replica against the oracle."""
-    args = arguments(case, world)
+    args = arguments(case, world.replicas)
     got = world.run(step(case, group), *args, graph=graph)
-    xs, dys, scale, offset, masks = args
-    truth = oracle.BatchNorm(xs, axes=case.axes, masks=masks, epsilon=EPSILON, group_size=group)
-    large = case.mean > 1e3
-    for r, out in enumerate(got):
-        n, mean, variance = truth.moments[r // truth.size]
-        count, got_mean, got_variance = out["moments"]
-        assert count == n
-        std = np.sqrt(variance + EPSILON)
-        assert (np.abs(got_mean - mean) / std).max() <= TOLERANCE[case.dtype, "large mean" if large else "mean"]
-        limit = TOLERANCE[case.dtype, "large mean" if large else "variance"]
-        assert (np.abs(got_variance - variance) <= limit * variance).all()
-        first = got[r - r % truth.size]["moments"]
-        assert all(np.array_equal(a, b) for a, b in zip(out["moments"], first, strict=True)), "bits differ between replicas"
-    quantity = ["large mean"] * 2 if large else ["output", "gradient"]
-    close([out["y"] for out in got], truth.forward(scale, offset), case, quantity[0])
-    for i, expected in enumerate(truth.backward(dys, scale)):
-        close([out["gradients"][i] for out in got], expected, case, quantity[1])
-    return got, truth
+    return got, equals_oracle(got, case, args, group)
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
@@ -85,7 +53,7 @@ def test_large_mean(world, case):
 def test_a_million_rows_a_channel(world, channels_first):
     rest, axes = ((2, 500_000), (1,)) if channels_first else ((500_000, 2), (-1,))
     case = Case("a million rows", (1, 2, 0, 1), rest, axes, mean=1e4)
-    args = arguments(case, world)
+    args = arguments(case, world.replicas)
     got = world.run(lambda x: engine.moments(x, axes=case.channel_axes())[:3], args[0], graph=True)
     n, mean, variance = oracle.BatchNorm(args[0], axes=axes).moments[0]
     assert got[0][0] == n
@@ -119,7 +87,7 @@ def test_nan_stays_in_its_group(world):
 
 def test_global_count_0(world):
     case = Case("nothing", (0, 0, 0, 0), (4, 3))
-    for out in world.run(step(case), *arguments(case, world), graph=True):
+    for out in world.run(step(case), *arguments(case, world.replicas), graph=True):
         count, mean, variance = out["moments"]
         assert count == 0
         assert np.array_equal(mean, np.zeros(3))
@@ -130,7 +98,7 @@ def test_global_count_0(world):
 
 def test_all_masked_normalises_with_0_and_1(world):
     case = Case("all masked", RAGGED, (4, 3), mask="rows")
-    xs, dys, scale, offset, masks = arguments(case, world)
+    xs, dys, scale, offset, masks = arguments(case, world.replicas)
     got = world.run(step(case), xs, dys, scale, offset, [np.zeros_like(m) for m in masks])
     for x, s, o, out in zip(xs, scale, offset, got, strict=True):
         np.testing.assert_allclose(out["y"], x / np.sqrt(1 + EPSILON) * s + o, rtol=1e-5, atol=1e-5)
@@ -141,7 +109,7 @@ def test_all_masked_normalises_with_0_and_1(world):
 )
 def test_activation_and_residual(world, activation):
     case = Case("fused", RAGGED, (4, 5), dtype="float64")
-    xs, dys, scale, offset, _ = arguments(case, world)
+    xs, dys, scale, offset, _ = arguments(case, world.replicas)
     residuals = case.cotangents(world.replicas, "residuals")
     got = world.run(step(case, activation=activation), xs, dys, scale, offset, None, residuals)
     truth = oracle.BatchNorm(xs, axes=(2,), epsilon=EPSILON)
@@ -163,7 +131,7 @@ def test_activation_and_residual(world, activation):
 def test_second_order(world, graph, mask):
     """d/dx of a gradient penalty, ragged: wrong by half where the moments are constants of the backward pass."""
     case = Case("second order", (2, 1, 3, 0), (3, 2), dtype="float64", mask=mask, scales_differ=True)
-    xs, dys, scale, offset, masks = arguments(case, world)
+    xs, dys, scale, offset, masks = arguments(case, world.replicas)
     directions = case.cotangents(world.replicas, "directions")
 
     def replica(x, dy, scale, offset, mask, direction):
@@ -186,7 +154,7 @@ def test_second_order(world, graph, mask):
 
 def test_constants_send_nothing_and_have_the_plain_gradient(world, monkeypatch):
     case = Case("constants", RAGGED, (4, 3), dtype="float64")
-    xs, dys, scale, offset, _ = arguments(case, world)
+    xs, dys, scale, offset, _ = arguments(case, world.replicas)
     calls = count_all_reduces(monkeypatch)
     mean, variance = np.arange(3.0), np.arange(1.0, 4.0)
 
@@ -224,7 +192,7 @@ def count_all_reduces(monkeypatch):
 def test_one_message_each_way(world, monkeypatch, group):
     case = Case("messages", RAGGED, (4, 5))
     calls = count_all_reduces(monkeypatch)
-    world.run(step(case, group), *arguments(case, world))
+    world.run(step(case, group), *arguments(case, world.replicas))
     rows = 1 if group is None else world.replicas
     assert sorted(calls) == sorted([(rows, 11), (rows, 10)] * world.replicas)
 
@@ -237,7 +205,7 @@ def test_without_float64(world, monkeypatch, case, group, gathered):
     monkeypatch.setattr(engine, "_has_float64", lambda strategy: False)
     if not gathered:
         monkeypatch.setattr(engine, "GATHERED_REPLICAS", 0)
-    xs, dys, scale, offset, _ = arguments(case, world)
+    xs, dys, scale, offset, _ = arguments(case, world.replicas)
 
     def replica(x, dy, scale, offset):
         with tf.GradientTape() as tape:

@@ -10,7 +10,8 @@ import oracle
 import pytest
 import tensorflow as tf
 from cases import RAGGED, Case
-from test_engine_tensorflow import close, count_all_reduces
+from checks import close
+from test_engine_tensorflow import count_all_reduces
 
 from syncbn import SyncBatchNormalization
 from syncbn.engines import tensorflow as engine

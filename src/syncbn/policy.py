@@ -111,7 +111,7 @@ def mask_omits_channels(mask: Sequence[int | None], shape: Sequence[int | None],
 
 def fraction(name: str, value: Any) -> float:
     """A momentum."""
-    if not isinstance(value, Real) or not 0 <= value <= 1:
+    if not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise ValueError(
             f"`{name}` must lie in [0, 1]: it is the weight of the old value. Received: {name}={value!r}. Give for example 0.99."
         )
@@ -120,7 +120,7 @@ def fraction(name: str, value: Any) -> float:
 
 def epsilon(value: Any) -> float:
     """What is added to the variance."""
-    if not isinstance(value, Real) or not 0 < value < math.inf:
+    if not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise ValueError(
             f"`epsilon` must be positive: it keeps the division by the standard deviation from failing. Received: "
             f"epsilon={value!r}. Give for example 0.001."
@@ -138,9 +138,9 @@ def clipping(value: Any) -> dict[str, Any] | None:
             "Drop or rename the other keys."
         )
     rmin, rmax, dmax = (value.get(key) for key in CLIPPING_KEYS)
-    if isinstance(rmin, Real) and isinstance(rmax, Real) and not rmin <= rmax:
+    if isinstance(rmin, Real) and isinstance(rmax, Real) and not float(rmin) <= float(rmax):
         raise ValueError(f"`renorm_clipping` must have rmin <= rmax. Received: rmin={rmin}, rmax={rmax}. Swap them, or drop one.")
-    if isinstance(dmax, Real) and not dmax >= 0:
+    if isinstance(dmax, Real) and not float(dmax) >= 0:
         raise ValueError(
             f"`renorm_clipping` must have dmax >= 0: d is clipped to [-dmax, dmax]. Received: dmax={dmax}. Give its size."
         )

@@ -48,7 +48,8 @@ def moments(x: tf.Tensor, *, axes: tuple[int, ...], mask: tf.Tensor | None = Non
         return Moments(count, wide_k + s / tf.maximum(count, 1), maths.variance_or_one(count, variance, maximum=tf.maximum))
     total, squares = maths.raw_sums(count, wide_k, s, q)
     rows = world.sum_by_group(tf.concat([count[None], total, squares], 0))
-    counts, sums, squares = rows[:, :1], *tf.split(rows[:, 1:], 2, axis=1)
+    counts = rows[:, :1]
+    sums, squares = tf.split(rows[:, 1:], 2, axis=1)
     return _own(world, counts, *maths.moments_of_sums(counts, sums, squares, maximum=tf.maximum))
 
 
