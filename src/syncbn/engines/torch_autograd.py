@@ -92,7 +92,8 @@ class NormalizedWhenCompiled(Function):
         norm = Normalization(mean, variance, scale, offset, epsilon, chosen)
         y = eager.normalize(x, norm, residual)
         kept = kept_for_backward(norm, y, residual)
-        ctx.has_mask, ctx.has_kept, ctx.residual_dtype = mask is not None, kept is not None, residual and residual.dtype
+        ctx.has_mask, ctx.has_kept = mask is not None, kept is not None
+        ctx.residual_dtype = None if residual is None else residual.dtype
         optional = [v for v in (mask, kept) if v is not None]
         ctx.save_for_backward(x, scale, offset, count, mean, variance, *optional)
         ctx.epsilon, ctx.activation, ctx.group = epsilon, chosen, group

@@ -140,7 +140,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalises; see the class."""
-        policy.torch_input(input.shape, self.num_features)
+        if not torch.jit.is_tracing():
+            policy.torch_input(input.shape, self.num_features)
         policy.floating(str(input.dtype), input.is_floating_point())
         if residual is not None:
             policy.residual_shape(residual.shape, input.shape)
