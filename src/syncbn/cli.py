@@ -30,7 +30,7 @@ def demo(
         int, typer.Option(min=1, max=64, help="Replicas: GPUs where there are any, else logical CPU devices.")
     ] = 4,
     batch: Annotated[int, typer.Option(min=1, max=64, help="Images per replica and step.")] = 2,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 6,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 5,
     output: Annotated[Path, typer.Option(help="Folder for the plot, as PNG and SVG.")] = Path("demo-results"),
     seed: Annotated[int, typer.Option(min=0, help="Of weights and order of images; the same seed gives the same table.")] = 0,
 ) -> None:

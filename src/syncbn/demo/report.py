@@ -61,6 +61,7 @@ def plot(runs: Sequence[Run], settings: Settings, folder: Path) -> list[Path]:
     """Saves the accuracy curves as PNG and SVG; gives their paths."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for run, style in zip(runs, ("C7--", "C0-", "C1-"), strict=False):
@@ -68,9 +69,9 @@ def plot(runs: Sequence[Run], settings: Settings, folder: Path) -> list[Path]:
     axes.set_xlabel("epoch")
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(f"Handwritten digits, {settings.replicas} replicas × {settings.batch} images")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"accuracy.{kind}" for kind in ("png", "svg")]
     for path in paths:
