@@ -200,7 +200,7 @@ class Branches(nn.Module):
         super().__init__()
         torch.manual_seed(3)
         self.branches = nn.ModuleList(
-            [nn.Sequential(nn.Linear(5, 4), SyncBatchNorm(4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(6)]
+            [nn.Sequential(nn.Linear(5, 4), SyncBatchNorm(4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(count)]
         )
         self.lonely = nn.Linear(5, 2) if lonely else None
         self.last = nn.Sequential(nn.Linear(2, 3), SyncBatchNorm(3), nn.Linear(3, 1))

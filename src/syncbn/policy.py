@@ -243,8 +243,8 @@ def parameter_server() -> RuntimeError:
 def unknown_backend(backend: str) -> NotImplementedError:
     """A Keras backend without an engine."""
     return NotImplementedError(
-        f"SyncBatchNormalization must run on a Keras backend that has an engine: tensorflow. Received: {backend!r}. Set "
-        "KERAS_BACKEND=tensorflow before Keras is imported."
+        f"SyncBatchNormalization must run on a Keras backend that has an engine: tensorflow, torch. Received: "
+        f"{backend!r}. Set KERAS_BACKEND to one of them before Keras is imported."
     )
 
 

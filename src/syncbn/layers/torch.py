@@ -212,8 +212,6 @@ class SyncBatchNorm(_BatchNorm):
         if not self.renorm:
             self._move(moments)
             return weight, bias
-        if not torch.compiler.is_compiling() and not context.is_first_pass() and not context.is_replayed():
-            raise policy.recomputed_renorm("a layer in a checkpoint that keeps no record", policy.RECORD_MOMENTS)
         r, d = context.found_once(lambda: self._renorm_correction(moments, weight.dtype))
         self._move(moments)
         return r * weight, d * weight + bias
@@ -241,17 +239,18 @@ class SyncBatchNorm(_BatchNorm):
     @torch.no_grad()
     def _move(self, moments: Moments) -> None:
         """Moves the statistics towards this batch's, where it has any."""
-        if self.running_mean is None or context.is_local():
+        if self.running_mean is None:
+            return
+        may_move = engine.may_move(moments.count, self.renorm)
+        if may_move is False:
             return
         count, mean, variance = moments.count, _rounded(moments.mean), moments.variance
         sound = count > 0
         if moments.replicas > 1:
             # Every replica sees the same statistics, so all skip the same steps. One replica does as torch does.
             sound = sound & (mean + variance).isfinite().all()
-        if torch.compiler.is_compiling():
-            sound = sound & context.first_pass_when_compiled(count, self.renorm)
-        elif not context.is_first_pass():
-            return
+        if may_move is not True:
+            sound = sound & may_move
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(sound)
         weight: Any = self.momentum
