@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "layers/keras": ({"engines", "maths", "policy"}, {"keras"}),
     "layers/torch": ({"engines", "maths", "policy"}, {"torch"}),
     "cli": ({"demo"}, {"rich", "typer"}),
-    "demo": ({"", "demo"}, {"keras", "matplotlib", "numpy", "rich", "sklearn", "tensorflow"}),
+    "demo": ({"", "demo"}, {"keras", "matplotlib", "numpy", "rich", "sklearn", "tensorflow", "torch"}),
 }
 
 
