@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "policy": (set(), set()),
     "engines/__init__": ({"policy"}, {"keras"}),
     "engines/tensorflow": ({"engines", "kernels", "maths", "policy"}, {"tensorflow"}),
+    "engines/tensorflow_replicas": ({"engines", "maths", "policy"}, {"tensorflow"}),
     "kernels/__init__": (set(), set()),
     "kernels/tensorflow": ({"maths", "policy"}, {"tensorflow"}),
     "layers/__init__": (set(), set()),

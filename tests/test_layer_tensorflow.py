@@ -14,7 +14,7 @@ from checks import close
 from test_engine_tensorflow import count_all_reduces
 
 from syncbn import SyncBatchNormalization
-from syncbn.engines import tensorflow as engine
+from syncbn.engines import tensorflow_replicas as replicas
 
 RNG = np.random.default_rng(11)
 BY_NAME = [
@@ -525,5 +525,5 @@ def test_tpus_take_the_form_without_float64():
         def __init__(self):
             pass
 
-    assert not engine._has_float64(Strategy())
-    assert engine._has_float64(tf.distribute.get_strategy())
+    assert not replicas.has_float64(Strategy())
+    assert replicas.has_float64(tf.distribute.get_strategy())
