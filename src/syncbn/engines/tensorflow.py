@@ -47,10 +47,10 @@ def moments(x: tf.Tensor, *, axes: tuple[int, ...], mask: tf.Tensor | None = Non
         variance = maths.local_m2(count, s, q, maximum=tf.maximum) / tf.maximum(count, 1)
         return Moments(count, wide_k + s / tf.maximum(count, 1), maths.variance_or_one(count, variance, maximum=tf.maximum))
     total, squares = maths.raw_sums(count, wide_k, s, q)
-    rows = world.sum_by_group(tf.concat([count[None], total, squares], 0))
-    counts = rows[:, :1]
-    sums, squares = tf.split(rows[:, 1:], 2, axis=1)
-    return _own(world, counts, *maths.moments_of_sums(counts, sums, squares, maximum=tf.maximum))
+    message = world.sum_by_group(tf.concat([tf.reshape(count, [1]), total, squares], 0))
+    channels = k.shape[0]
+    counts, totals, squares = tf.split(message, [1, channels, channels], axis=-1)
+    return _own(world, counts, *maths.moments_of_sums(counts, totals, squares, maximum=tf.maximum))
 
 
 @tf.autograph.experimental.do_not_convert
@@ -84,7 +84,7 @@ def normalize(
 
 
 class _Normalization:
-    """One normalization of [A, C, B], and its gradients where the moments are those of replicas that meet."""
+    """One normalization of a folded input, and its gradients where the moments are those of replicas that meet."""
 
     def __init__(self, moments: Moments, epsilon: float, mask: tf.Tensor | None, dtype: tf.DType):
         self.mask, self.epsilon = mask, epsilon
@@ -136,14 +136,17 @@ class _Normalization:
         """The same, differentiable any number of times: the moments, which came in as constants, hang on x again."""
         mean, variance = self._attach(x)
         # In the wide dtype x − mean needs no pair, and nobody asks for a fast second derivative.
-        dy, x, wide_scale = self._widen(dy), self._widen(x), self._widen(scale)[:, None]
-        rstd = self._rstd(variance)[:, None]
-        x_hat = (x - mean[:, None]) * rstd
-        sum_dy, dscale = tf.reduce_sum(dy, [0, 2]), tf.reduce_sum(dy * x_hat, [0, 2])
-        sums = self.world.sum_of_group(tf.concat([wide_scale[:, 0] * sum_dy, wide_scale[:, 0] * dscale], 0))
-        of_g, of_g_x_hat = (half[:, None] for half in tf.split(sums, 2))
-        through = maths.moment_path(self.n, x_hat, rstd, of_g, of_g_x_hat, maximum=tf.maximum)
-        dx = wide_scale * rstd * dy + self._where_counted(through)
+        dy, x, wide_scale = self._widen(dy), self._widen(x), self._widen(scale)
+
+        def along(v: tf.Tensor) -> tf.Tensor:
+            return kernels.along_channels(v, x)
+
+        rstd, rest = self._rstd(variance), [0, *range(2, x.shape.rank)]
+        x_hat = (x - along(mean)) * along(rstd)
+        sum_dy, dscale = tf.reduce_sum(dy, rest), tf.reduce_sum(dy * x_hat, rest)
+        sums = self.world.sum_of_group(tf.concat([wide_scale * sum_dy, wide_scale * dscale], 0))
+        through = maths.moment_path(self.n, x_hat, along(rstd), *map(along, tf.split(sums, 2)), maximum=tf.maximum)
+        dx = along(wide_scale * rstd) * dy + self._where_counted(through)
         return [tf.cast(dx, self.hi.dtype), tf.cast(dscale, scale.dtype), tf.cast(sum_dy, scale.dtype)]
 
     def _attach(self, x: tf.Tensor) -> list[tf.Tensor]:
@@ -154,8 +157,8 @@ class _Normalization:
             def grad(dmean: tf.Tensor, dvariance: tf.Tensor) -> tf.Tensor:
                 mean, _ = self._attach(x)
                 sums = self.world.sum_of_group(tf.concat([dmean, dvariance], 0)) / tf.maximum(self.n, 1)
-                of_mean, of_variance = (half[:, None] for half in tf.split(sums, 2))
-                dx = of_mean + 2 * of_variance * (self._widen(x) - mean[:, None])
+                of_mean, of_variance = (kernels.along_channels(half, x) for half in tf.split(sums, 2))
+                dx = of_mean + 2 * of_variance * (self._widen(x) - kernels.along_channels(mean, x))
                 return tf.cast(self._where_counted(dx), x.dtype)
 
             return [tf.identity(self.mean), tf.identity(self.variance)], grad
@@ -192,20 +195,22 @@ class _World(NamedTuple):
         return tf.cast(replica, tf.int32) // (self.replicas // self.groups)
 
     def sum_by_group(self, v: tf.Tensor) -> tf.Tensor:
-        """One row a group, [groups, …], from the v of every replica: one all-reduce, none where there is one replica."""
-        rows = v[None]
+        """The sum of v over all replicas, or, with groups, one row a group: one all-reduce, none where there is one replica."""
         if self.groups > 1:
             # Selected, not multiplied by 0: NaN · 0 would reach the other groups.
             mine = tf.equal(tf.range(self.groups), self.own_group())[:, None]
-            rows = tf.where(mine, rows, tf.zeros([], v.dtype))
+            v = tf.where(mine, v[None], tf.zeros([], v.dtype))
         if self.replicas == 1:
-            return rows
-        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, rows)
+            return v
+        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, v)
+
+    def of_own_group(self, by_group: tf.Tensor) -> tf.Tensor:
+        """This replica's part of what `sum_by_group` gives."""
+        return by_group if self.groups == 1 else by_group[self.own_group()]
 
     def sum_of_group(self, v: tf.Tensor) -> tf.Tensor:
         """The sum of v over this replica's group, differentiable."""
-        rows = self.sum_by_group(v)
-        return rows[0] if self.groups == 1 else rows[self.own_group()]
+        return self.of_own_group(self.sum_by_group(v))
 
 
 def _world(group: policy.Group) -> _World:
@@ -231,7 +236,6 @@ def _has_float64(strategy: tf.distribute.Strategy) -> bool:
 
 def _moments_in_pairs(world: _World, n: tf.Tensor, k: tf.Tensor, s: tf.Tensor, q: tf.Tensor) -> Moments:
     """Moments without float64: the mean is a pair (hi, lo)."""
-    size = world.replicas // world.groups
     count, at_least_one = tf.cast(n, k.dtype), tf.cast(tf.maximum(n, 1), k.dtype)
     r, m2 = s / at_least_one, maths.local_m2(count, s, q, maximum=tf.maximum)
     if world.replicas > GATHERED_REPLICAS:
@@ -242,15 +246,23 @@ def _moments_in_pairs(world: _World, n: tf.Tensor, k: tf.Tensor, s: tf.Tensor, q
     payload = tf.concat([tf.cast(n, bits)[None], tf.bitcast(tf.concat([k, r, m2], 0), bits)], 0)[None]
     if world.replicas > 1:
         payload = tf.distribute.get_replica_context().all_gather(payload, axis=0)
-    payload = tf.reshape(payload, [world.groups, size, 1 + 3 * k.shape[0]])
-    counts = payload[:, :, :1]
-    ks, rs, m2s = tf.split(tf.bitcast(payload[:, :, 1:], k.dtype), 3, axis=2)
-    pivot = tf.gather(ks, tf.argmax(counts[:, :, 0], 1), batch_dims=1)[:, None]
-    weights = tf.cast(counts, k.dtype)
+    if world.groups > 1:
+        payload = tf.reshape(payload, [world.groups, world.replicas // world.groups, 1 + 3 * k.shape[0]])
+    counts = payload[..., :1]
+    ks, rs, m2s = tf.split(tf.bitcast(payload[..., 1:], k.dtype), 3, axis=-1)
+    largest = tf.argmax(counts, -2)
+    pivot = tf.gather(ks, largest, axis=-2, batch_dims=counts.shape.rank - 2)
     _, (hi, lo), variance = maths.merge(
-        weights, ks, rs, m2s, pivot, add=lambda v: tf.reduce_sum(v, 1, keepdims=True), maximum=tf.maximum, where=tf.where
+        tf.cast(counts, k.dtype),
+        ks,
+        rs,
+        m2s,
+        pivot,
+        add=lambda v: tf.reduce_sum(v, -2, keepdims=True),
+        maximum=tf.maximum,
+        where=tf.where,
     )
-    return _own(world, tf.reduce_sum(counts, 1), (hi[:, 0], lo[:, 0]), variance[:, 0])
+    return _own(world, tf.reduce_sum(counts, -2), (hi[..., 0, :], lo[..., 0, :]), variance[..., 0, :])
 
 
 def _merge_by_two_sums(world: _World, n: tf.Tensor, k: tf.Tensor, r: tf.Tensor, m2: tf.Tensor) -> tuple[Any, Any, Any]:
@@ -259,27 +271,28 @@ def _merge_by_two_sums(world: _World, n: tf.Tensor, k: tf.Tensor, r: tf.Tensor, 
     count = tf.cast(n, k.dtype)
     parts = tf.cast(tf.stack([n // unit, n % unit]), k.dtype)
     first = world.sum_by_group(tf.concat([parts, count * (k + r)], 0))
-    counts = tf.cast(first[:, :1], tf.int64) * unit + tf.cast(first[:, 1:2], tf.int64)
+    counts = tf.cast(first[..., :1], tf.int64) * unit + tf.cast(first[..., 1:2], tf.int64)
     totals = tf.cast(tf.maximum(counts, 1), k.dtype)
-    m = first[:, 2:] / totals
-    own = m[0] if world.groups == 1 else m[world.own_group()]
-    rest = (k - own) + r
+    m = first[..., 2:] / totals
+    rest = (k - world.of_own_group(m)) + r
     second = world.sum_by_group(tf.concat([count * rest, m2 + count * rest * rest], 0))
-    lo, around = (half / totals for half in tf.split(second, 2, axis=1))
+    lo, around = (half / totals for half in tf.split(second, 2, axis=-1))
     variance = maths.variance_or_one(tf.cast(counts, k.dtype), around - lo * lo, maximum=tf.maximum)
     return counts, maths.two_sum(m, lo), variance
 
 
 def _own(world: _World, counts: tf.Tensor, means: Any, variances: tf.Tensor) -> Moments:
     """This replica's moments from those of all groups, and their average for the moving statistics."""
+    own = Moments(
+        tf.reshape(world.of_own_group(counts), []), _map(means, world.of_own_group), world.of_own_group(variances), world.replicas
+    )
     if world.groups == 1:
-        return Moments(counts[0, 0], _map(means, lambda v: v[0]), variances[0], world.replicas)
-    own, total = world.own_group(), tf.reduce_sum(counts)
+        return own
+    total = tf.reduce_sum(counts)
     weights = tf.cast(counts, variances.dtype) / tf.cast(tf.maximum(total, 1), variances.dtype)
     mean = tf.reduce_sum(tf.where(counts > 0, weights * _joined(means), 0.0), 0)
     variance = tf.reduce_sum(tf.where(counts > 0, weights * variances, 0.0), 0)
-    average = total, mean, variance
-    return Moments(counts[own, 0], _map(means, lambda v: v[own]), variances[own], world.replicas, average)
+    return own._replace(average=(total, mean, variance))
 
 
 def _fold(x: tf.Tensor, mask: tf.Tensor | None, axes: tuple[int, ...]) -> tuple[tf.Tensor, tf.Tensor | None]:

@@ -184,9 +184,12 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         where = {"axes": self._channel_axes, "mask": mask, "group": group}
         if training:
             self._refuse_recomputed_renorm()
-            adjustment = self._adjustment(inputs, gamma.dtype)
+            scale, offset = self._adjusted(inputs, gamma, beta)
             moments = self._engine.moments(inputs, **where)
-            scale, offset = self._train(moments, gamma, beta, *adjustment)
+            if self.renorm:
+                r, d = self._renorm_correction(moments, gamma.dtype)
+                scale, offset = r * scale, d * scale + offset
+            self._move(moments)
         else:
             mean, variance = (self._vector(v, gamma.dtype) for v in (self.moving_mean, self.moving_variance))
             moments, scale, offset = Moments(None, mean, variance), gamma, beta
@@ -195,12 +198,6 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         if self.activation not in FUSED_ACTIVATIONS:
             y = self.activation(y)
         return ops.cast(y, self.compute_dtype)
-
-    def _train(self, moments: Moments, gamma: Any, beta: Any, adjusted_scale: Any, adjusted_bias: Any) -> tuple[Any, Any]:
-        """The scale and offset of this step; moves the statistics."""
-        r, d = self._renorm_correction(moments, gamma.dtype) if self.renorm else (1, 0)
-        self._move(moments)
-        return r * adjusted_scale * gamma, (d * adjusted_scale + adjusted_bias) * gamma + beta
 
     def _renorm_correction(self, moments: Moments, result_dtype: Any) -> tuple[Any, Any]:
         """r and d, clipped, from the statistics before this step moves them."""
@@ -248,16 +245,17 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         new = maths.variance_of_stddev(moved, self.epsilon, maximum=ops.maximum)
         self._assign(self.moving_variance, ops.where(sound, new, self._vector(self.moving_variance, new.dtype)))
 
-    def _adjustment(self, inputs: Any, dtype: Any) -> tuple[Any, Any]:
-        """What `adjustment` returns, each a number or flat over the channels."""
+    def _adjusted(self, inputs: Any, gamma: Any, beta: Any) -> tuple[Any, Any]:
+        """Scale and offset of (x_hat·a + b)·gamma + beta, where `adjustment` returns (a, b)."""
         if self.adjustment is None:
-            return 1, 0
+            return gamma, beta
         flat = []
         for name, value in zip(("scale", "bias"), self.adjustment(tuple(ops.shape(inputs))), strict=True):
             value = ops.convert_to_tensor(value)
             policy.adjusted_shape(name, value.shape, self._built_for, self._channel_axes)
-            flat.append(ops.cast(ops.reshape(value, [-1]) if len(value.shape) else value, dtype))
-        return flat[0], flat[1]
+            flat.append(ops.cast(ops.reshape(value, [-1]) if len(value.shape) else value, gamma.dtype))
+        a, b = flat
+        return a * gamma, b * gamma + beta
 
     def _full_rank(self, mask: Any, shape: tuple[int | None, ...]) -> Any:
         """The mask as bools of the input's rank."""
