@@ -479,9 +479,7 @@ def test_mesh_axes_beside_a_vmap_axis():
     def run(f, x):
         return on_mesh(lambda x: jax.vmap(f, axis_name="lane")(x[None]), x)
 
-    refused(
-        ValueError, "`axis_name` must name axes of a mesh, or axes of vmap, not both", policy.Axes((AXIS, "lane")), run
-    )
+    refused(ValueError, "`axis_name` must name axes of a mesh, or axes of vmap, not both", policy.Axes((AXIS, "lane")), run)
 
 
 @pytest.mark.parametrize("groups", [((0, 1), (2,)), ((0, 1), (1, 2, 3)), ((0, 1, 2, 3), ()), ((0, 1, 2, 4),)], ids=str)

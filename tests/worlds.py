@@ -77,7 +77,7 @@ class JaxWorld:
         tree = self.jax.tree_util
         stacked = [None if values is None else np.stack(values) for values in per_replica]
         out = self.mapped(function)(*stacked)
-        return [tree.tree_map(lambda v: _numpy(v[r]), out) for r in range(self.replicas)]
+        return [tree.tree_map(lambda v, r=r: _numpy(v[r]), out) for r in range(self.replicas)]
 
     def mapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The program of all replicas, on arrays with a leading axis of replicas."""

@@ -24,6 +24,7 @@ class Alone:
 
 ALONE = Alone()
 
+
 class Axes(NamedTuple):
     """The replicas along named axes of a JAX program, in their order, in groups: consecutive ones of a size, or a partition."""
 
@@ -259,8 +260,8 @@ def parameter_server() -> RuntimeError:
 def unknown_backend(backend: str) -> NotImplementedError:
     """A Keras backend without an engine."""
     return NotImplementedError(
-        f"SyncBatchNormalization must run on a Keras backend that has an engine: tensorflow. Received: {backend!r}. Set "
-        "KERAS_BACKEND=tensorflow before Keras is imported."
+        f"SyncBatchNormalization must run on a Keras backend that has an engine: jax, tensorflow. Received: {backend!r}. "
+        "Set KERAS_BACKEND to one of them before Keras is imported."
     )
 
 
@@ -272,7 +273,7 @@ def recomputed_renorm() -> RuntimeError:
     )
 
 
-def axis_name(value: Any) -> None | str | tuple[str, ...]:
+def axis_name(value: Any) -> str | tuple[str, ...] | None:
     """The named axes of a JAX program over which replicas meet, as None, a name or a tuple of names."""
     if value is None or (isinstance(value, str) and value):
         return value
@@ -285,12 +286,12 @@ def axis_name(value: Any) -> None | str | tuple[str, ...]:
     return names
 
 
-def axes_of(name: None | str | tuple[str, ...]) -> tuple[str, ...]:
+def axes_of(name: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """`axis_name` as a tuple."""
     return (name,) if isinstance(name, str) else tuple(name or ())
 
 
-def group(name: None | str | tuple[str, ...], size: int | None) -> Group:
+def group(name: str | tuple[str, ...] | None, size: int | None) -> int | Axes | None:
     """What a layer's `axis_name` and `group_size` mean."""
     return size if name is None else Axes(axes_of(name), size)
 
@@ -322,10 +323,10 @@ def mixed_axes(names: Sequence[str], mesh: Sequence[str]) -> ValueError:
     )
 
 
-def axis_name_elsewhere(names: Sequence[str], backend: str, replicas: int) -> ValueError:
+def axis_name_elsewhere(group: Axes | Sharded, backend: str, replicas: int) -> ValueError:
     """A JAX axis on several replicas of another framework."""
     return ValueError(
-        f"`axis_name` is for JAX: on {backend} replicas are found without it. Received: axis_name={tuple(names)} on {replicas} "
+        f"`axis_name` is for JAX: on {backend} replicas are found without it. Received: {group} on {replicas} "
         "replicas that train. Leave `axis_name` out there; inference runs as it is."
     )
 

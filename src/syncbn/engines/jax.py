@@ -8,6 +8,7 @@ hold, whose sums are XLA's affair.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,21 +40,7 @@ def moments(x: jax.Array, *, axes: tuple[int, ...], mask: jax.Array | None = Non
     sharded = _sharded(x, axes, group)
     if sharded is None:
         return jax_mapped.moments(x, axes, mask, _replicas(x, group))
-    specs, grouped = _Specs(sharded, axes, x.ndim), sharded.size is not None
-
-    def local(x: jax.Array, mask: jax.Array | None) -> Any:
-        n, mean, variance, _, average = jax_mapped.moments(x, axes, mask, replicas_of(specs.axes))
-        # Counts stand once a channel: the message holds a device's own channels, so what it says is typed as theirs.
-        own = jnp.broadcast_to(n, variance.shape), mean, variance
-        if average is None:
-            return own, None
-        return jax.tree.map(lambda v: v[None], own), (jnp.broadcast_to(average[0], variance.shape), *average[1:])
-
-    each = specs.replica if grouped else specs.channel
-    out = (each, (each, each), each), (specs.channel,) * 3 if grouped else None
-    (n, mean, variance), average = specs.map(local, (specs.x, specs.mask(mask)), out)(x, mask)
-    if sharded.channels is None:
-        n, average = n[..., 0], average and (average[0][0], *average[1:])
+    n, mean, variance, average = _moments_sharded(x, mask, axes, sharded)
     return Moments(n, mean, variance, sharded.mesh.shape[sharded.batch], average)
 
 
@@ -78,7 +65,7 @@ def normalize(
     elif sharded is None:
         y = jax_mapped.normalize(x, moments, scale, offset, axes, epsilon, mask, _replicas(x, group))
     else:
-        y = _normalize_sharded(x, moments, scale, offset, axes, epsilon, mask, sharded)
+        y = _normalize_sharded(x, mask, moments[:3], scale, offset, axes, epsilon, sharded)
     if residual is not None:
         y = y + residual.astype(y.dtype)
     if activation is not None:
@@ -86,14 +73,37 @@ def normalize(
     return y.astype(x.dtype)
 
 
+# Compiled, so that eager calls do not dispatch a mapped program operator by operator.
+@partial(jax.jit, static_argnums=(2, 3))
+def _moments_sharded(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...], sharded: policy.Sharded) -> tuple[Any, ...]:
+    """(count, mean, variance, average) of global arrays: [C], or with groups [replicas, C], each replica's its group's."""
+    specs, grouped = _Specs(sharded, axes, x.ndim), sharded.size is not None
+
+    def local(x: jax.Array, mask: jax.Array | None) -> Any:
+        n, mean, variance, _, average = jax_mapped.moments(x, axes, mask, replicas_of(specs.axes))
+        # Counts stand once a channel: the message holds a device's own channels, so what it says is typed as theirs.
+        own = jnp.broadcast_to(n, variance.shape), mean, variance
+        if average is None:
+            return own, None
+        return jax.tree.map(lambda v: v[None], own), (jnp.broadcast_to(average[0], variance.shape), *average[1:])
+
+    each = specs.replica if grouped else specs.channel
+    out = (each, (each, each), each), (specs.channel,) * 3 if grouped else None
+    (n, mean, variance), average = specs.map(local, (specs.x, specs.mask(mask)), out)(x, mask)
+    if sharded.channels is None:
+        n, average = n[..., 0], average and (average[0][0], *average[1:])
+    return n, mean, variance, average
+
+
+@partial(jax.jit, static_argnums=(5, 6, 7))
 def _normalize_sharded(
     x: jax.Array,
-    moments: Moments,
+    mask: jax.Array | None,
+    own: tuple[Any, ...],
     scale: jax.Array,
     offset: jax.Array,
     axes: tuple[int, ...],
     epsilon: float,
-    mask: jax.Array | None,
     sharded: policy.Sharded,
 ) -> jax.Array:
     specs = _Specs(sharded, axes, x.ndim)
@@ -104,8 +114,9 @@ def _normalize_sharded(
         own = Moments(n, (hi, lo), variance)
         return jax_mapped.normalize(x, own, scale, offset, axes, epsilon, mask, replicas_of(specs.axes))
 
-    n = moments.count if moments.count.ndim == moments.variance.ndim else moments.count[..., None]
-    vectors = [jnp.broadcast_to(n, moments.variance.shape), *moments.mean, moments.variance, scale, offset]
+    n, mean, variance = own
+    n = n if n.ndim == variance.ndim else n[..., None]
+    vectors = [jnp.broadcast_to(n, variance.shape), *mean, variance, scale, offset]
     return specs.map(local, (specs.x, specs.mask(mask), *map(specs.of, vectors)), specs.x)(x, mask, *vectors)
 
 

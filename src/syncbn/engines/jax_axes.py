@@ -131,7 +131,11 @@ def _bound(name: str) -> bool:
 def varying(v: Any) -> frozenset[str]:
     """The typed axes along which a value differs between replicas."""
     kind = jax.typeof(v)
-    return getattr(kind, "manual_axis_type", kind).varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", frozenset())
+    return (
+        getattr(kind, "manual_axis_type", kind).varying
+        if hasattr(kind, "manual_axis_type")
+        else getattr(kind, "vma", frozenset())
+    )
 
 
 def vary(v: jax.Array, axes: frozenset[str]) -> jax.Array:

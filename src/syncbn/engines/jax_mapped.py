@@ -5,12 +5,12 @@ JAX has no float64 unless it is asked for one: a mean is a pair (hi, lo) of the 
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -41,9 +41,9 @@ class Layout(NamedTuple):
         """[C] with 1 in the place of every other axis."""
         return v.reshape([n if i in self.axes else 1 for i, n in enumerate(self.shape)])
 
-    def values(self) -> int:
-        """How many values a channel has."""
-        return int(np.prod([n for i, n in enumerate(self.shape) if i not in self.axes]))
+    def values(self) -> jax.Array:
+        """How many values a channel has; a size may be symbolic, while Keras infers shapes or in an export."""
+        return jnp.asarray(math.prod(n for i, n in enumerate(self.shape) if i not in self.axes))
 
 
 def moments(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, replicas: Replicas) -> Moments:
@@ -62,7 +62,7 @@ def _local_moments(x: jax.Array, layout: Layout, mask: jax.Array | None) -> tupl
     wide = arithmetic_dtype(x)
     x = x.astype(wide)
     if mask is None:
-        n = jnp.asarray(layout.values())
+        n = layout.values()
     else:
         n = jnp.sum(jnp.broadcast_to(mask, [1 if i in layout.axes else size for i, size in enumerate(x.shape)]), dtype=int)
     at_least_one = jnp.maximum(n, 1).astype(wide)
@@ -219,7 +219,7 @@ def _affine(plan: Plan, x: jax.Array, measured: Measured, scale: jax.Array, offs
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attach(plan: Plan, x: jax.Array, mask: jax.Array | None, measured: Measured) -> Measured:
-    """The moments as they are, with their true derivative for x, which has one of its own: a message only where it is asked for."""
+    """The moments as they are, with their true derivative for x, itself differentiable; a message only where it is asked for."""
     return measured
 
 

@@ -221,7 +221,11 @@ def _world(group: policy.Group) -> _World:
     if tf.distribute.get_replica_context() is None:
         raise policy.cross_replica()
     replicas = strategy.num_replicas_in_sync
-    return _World(replicas, policy.groups(replicas, group) if replicas > 1 else 1, _has_float64(strategy))
+    if replicas == 1:
+        return _World(1, 1, _has_float64(strategy))
+    if isinstance(group, policy.Axes | policy.Sharded):
+        raise policy.axis_name_elsewhere(group, "TensorFlow", replicas)
+    return _World(replicas, policy.groups(replicas, group), _has_float64(strategy))
 
 
 def _refuse_parameter_server(strategy: tf.distribute.Strategy) -> None:
