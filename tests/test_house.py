@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "engines/jax": ({"engines", "policy"}, {"jax"}),
     "engines/jax_axes": ({"policy"}, {"jax", "numpy"}),
     "engines/jax_mapped": ({"engines", "maths"}, {"jax"}),
+    "functional": ({"policy"}, set()),
     "kernels/__init__": (set(), set()),
     "kernels/tensorflow": ({"maths", "policy"}, {"tensorflow"}),
     "layers/__init__": (set(), set()),

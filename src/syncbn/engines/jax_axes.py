@@ -52,8 +52,15 @@ class Replicas(NamedTuple):
         """[replicas, …], in their order; the same on all, and typed so. One collective."""
         if self.alone:
             return v[None]
-        # Spelled only where types are checked: vmap has no rule for it.
-        return lax.all_gather(v, self.names, **({"to": "invarying"} if self.checked else {}))
+        if self.checked:
+            return lax.all_gather(v, self.names, to="invarying")
+        if set(self.names) <= set(manual_axes()):
+            return lax.all_gather(v, self.names)
+        # vmap gathers along one axis at a time, and knows no types.
+        rows = v
+        for name in reversed(self.names):
+            rows = lax.all_gather(rows, name)
+        return rows.reshape(self.size, *v.shape)
 
     def by_group(self, rows: jax.Array) -> tuple[jax.Array, Any]:
         """[replicas, …] as ([groups, members, …], which of them are members: [groups, members], or True for all)."""
