@@ -49,7 +49,11 @@ def test_constructor_is_tensorflow_2_2s():
         ("beta_constraint", None), ("gamma_constraint", None), ("renorm", False), ("renorm_clipping", None),
         ("renorm_momentum", 0.99), ("trainable", True), ("adjustment", None), ("name", None),
     ]  # fmt: skip
-    assert [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY] == [("group_size", None), ("activation", None)]
+    assert [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY] == [
+        ("group_size", None),
+        ("axis_name", None),
+        ("activation", None),
+    ]
 
 
 CLIPPING = {"rmin": 0.8, "rmax": 1.1, "dmax": 0.2}

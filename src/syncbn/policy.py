@@ -24,8 +24,25 @@ class Alone:
 
 ALONE = Alone()
 
-# A group as the layer knows it: every replica (None), consecutive replicas (how many), or this one alone.
-Group = int | Alone | None
+
+class Axes(NamedTuple):
+    """The replicas along named axes of a JAX program, in their order, in groups: consecutive ones of a size, or a partition."""
+
+    names: tuple[str, ...]
+    groups: int | tuple[tuple[int, ...], ...] | None = None
+
+
+class Sharded(NamedTuple):
+    """The replicas among which a JAX mesh shards a global array: its mesh axes for the batch and for the channels, if any."""
+
+    mesh: Any
+    batch: str
+    channels: str | None = None
+    size: int | None = None
+
+
+# A group as the layer knows it: every replica (None), consecutive replicas (how many), this one alone, or JAX's ways to say.
+Group = int | Alone | Axes | Sharded | None
 
 
 class Activation(NamedTuple):
@@ -243,8 +260,8 @@ def parameter_server() -> RuntimeError:
 def unknown_backend(backend: str) -> NotImplementedError:
     """A Keras backend without an engine."""
     return NotImplementedError(
-        f"SyncBatchNormalization must run on a Keras backend that has an engine: tensorflow. Received: {backend!r}. Set "
-        "KERAS_BACKEND=tensorflow before Keras is imported."
+        f"SyncBatchNormalization must run on a Keras backend that has an engine: jax, tensorflow. Received: {backend!r}. "
+        "Set KERAS_BACKEND to one of them before Keras is imported."
     )
 
 
@@ -253,4 +270,110 @@ def recomputed_renorm() -> RuntimeError:
     return RuntimeError(
         "renorm=True must not be recomputed in the backward pass: r and d would come from statistics that the forward pass has "
         "moved. Received: a layer made in a keras.RematScope. Make it outside the scope, or with renorm=False."
+    )
+
+
+def axis_name(value: Any) -> str | tuple[str, ...] | None:
+    """The named axes of a JAX program over which replicas meet, as None, a name or a tuple of names."""
+    if value is None or (isinstance(value, str) and value):
+        return value
+    names = tuple(value) if isinstance(value, (list, tuple)) else ()
+    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+        raise ValueError(
+            "`axis_name` must be None, the name of a mapped axis of a JAX program, or a tuple of different names. Received: "
+            f"axis_name={value!r}. Give the name that jax.shard_map, pmap or vmap has for it."
+        )
+    return names
+
+
+def axes_of(name: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """`axis_name` as a tuple."""
+    return (name,) if isinstance(name, str) else tuple(name or ())
+
+
+def group(name: str | tuple[str, ...] | None, size: int | None) -> int | Axes | None:
+    """What a layer's `axis_name` and `group_size` mean."""
+    return size if name is None else Axes(axes_of(name), size)
+
+
+def partition(groups: Any, replicas: int) -> tuple[tuple[int, ...], ...]:
+    """`axis_index_groups`: every replica in one group; they may differ in size."""
+    found = tuple(tuple(int(i) for i in group) for group in groups)
+    if sorted(i for group in found for i in group) != list(range(replicas)) or not all(found):
+        raise ValueError(
+            f"`axis_index_groups` must be a partition of the indices 0 to {replicas - 1}: each in one group, no group empty. "
+            f"Received: {[list(group) for group in found]}. Add what is missing, drop what stands twice."
+        )
+    return found
+
+
+def unbound_axis(name: str, bound: Sequence[str]) -> ValueError:
+    """An axis that the program does not map here."""
+    return ValueError(
+        f"`axis_name` must name an axis that is mapped where the layer trains. Received: {name!r}, where the mapped axes of a "
+        f"mesh are {sorted(bound)}. Call inside jax.shard_map, pmap or vmap(axis_name={name!r}), or leave `axis_name` out."
+    )
+
+
+def mixed_axes(names: Sequence[str], mesh: Sequence[str]) -> ValueError:
+    """Mesh axes and vmap's together."""
+    return ValueError(
+        "`axis_name` must name axes of a mesh, or axes of vmap, not both: JAX cannot reduce over them together. Received: "
+        f"{tuple(names)}, of which {sorted(mesh)} are a mesh's. Name one kind, or reshape the batch."
+    )
+
+
+def axis_name_elsewhere(group: Axes | Sharded, backend: str, replicas: int) -> ValueError:
+    """A JAX axis on several replicas of another framework."""
+    return ValueError(
+        f"`axis_name` is for JAX: on {backend} replicas are found without it. Received: {group} on {replicas} "
+        "replicas that train. Leave `axis_name` out there; inference runs as it is."
+    )
+
+
+def groups_of_unknown_replicas(size: int) -> ValueError:
+    """`group_size` where a JAX program does not say which replicas there are."""
+    return ValueError(
+        "`group_size` must come with a way to tell the replicas that train: `axis_name`, or a keras.distribution with a batch "
+        f"axis that is not a channel axis. Received: group_size={size} without. Give `axis_name`, set a distribution, or leave "
+        "`group_size` None."
+    )
+
+
+def indivisible_batch(batch: int, replicas: int) -> ValueError:
+    """A global array that a mesh cannot cut into equal shards."""
+    return ValueError(
+        f"The batch must be divisible by the number of replicas that the distribution has. Received: a batch of {batch} for "
+        f"{replicas} replicas. Drop the remainder, or pad the batch and mask the padding."
+    )
+
+
+def groups_without_axis() -> ValueError:
+    """`axis_index_groups` alone."""
+    return ValueError(
+        "`axis_index_groups` must come with `axis_name`: they number the devices along it. Received: axis_name=None. Give "
+        "`axis_name`, or drop `axis_index_groups`."
+    )
+
+
+def keyword_of_another_framework(name: str, owner: str, received: str) -> TypeError:
+    """A keyword of `sync_batch_norm` that this framework's arrays do not take."""
+    return TypeError(
+        f"`{name}` is for {owner} arrays. Received: it with an array of {received}. Drop it, or give the array that it is for."
+    )
+
+
+def unknown_array(kind: str) -> TypeError:
+    """An array of no framework that has an engine."""
+    return TypeError(
+        f"`x` must be an array of JAX, TensorFlow or PyTorch. Received: {kind}. Convert it first, for example with "
+        "jax.numpy.asarray."
+    )
+
+
+def parameter_shape(name: str, shape: Sequence[int | None], expected: Sequence[int]) -> ValueError:
+    """A scale or offset of another length than the channels."""
+    return ValueError(
+        f"`{name}` must have one value a channel: shape [{math.prod(expected)}] or {list(expected)}. Received: shape "
+        f"{tuple(shape)}. Reshape it."
     )

@@ -58,7 +58,11 @@ def replicas_of(group: policy.Group) -> Replicas:
     if tf.distribute.get_replica_context() is None:
         raise policy.cross_replica()
     replicas = strategy.num_replicas_in_sync
-    return Replicas(replicas, policy.groups(replicas, group) if replicas > 1 else 1, has_float64(strategy))
+    if replicas == 1:
+        return Replicas(1, 1, has_float64(strategy))
+    if isinstance(group, policy.Axes | policy.Sharded):
+        raise policy.axis_name_elsewhere(group, "TensorFlow", replicas)
+    return Replicas(replicas, policy.groups(replicas, group), has_float64(strategy))
 
 
 def refuse_parameter_server(strategy: tf.distribute.Strategy) -> None:
