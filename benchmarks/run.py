@@ -37,6 +37,23 @@ def tensorflow_cpu(
     print(f"{len(rows)} rows in {path}")
 
 
+@app.command()
+def torch_cpu(
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds per shape; the peers take turns in each.")] = 15,
+) -> None:
+    """PyTorch, one process and two over gloo, forward + backward; and host time a layer."""
+    import torch_cpu as cpu
+
+    rows = cpu.times(rounds) + cpu.host_microseconds()
+    where = provenance("torch", "numpy")
+    path = write("torch-cpu", [{"benchmark": "torch-cpu", **row, **where} for row in rows])
+    for quantity, replicas in dict.fromkeys((row["quantity"], row["replicas"]) for row in rows):
+        print(f"{replicas} processes, {quantity}")
+        table = [row for row in rows if (row["quantity"], row["replicas"]) == (quantity, replicas)]
+        show([{**row, "quantity": "seconds"} for row in table], "syncbn", sys.stdout.isatty())
+    print(f"{len(rows)} rows in {path}")
+
+
 def show(rows: list[dict[str, Any]], ours: str, tty: bool) -> None:
     """Medians, and ours over each peer's where the quantity is a time or a size."""
     peers = list(dict.fromkeys(row["peer"] for row in rows))

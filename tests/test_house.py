@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "layers/__init__": (set(), set()),
     "layers/torch": ({"engines", "maths", "policy"}, {"torch"}),
     "cli": ({"demo"}, {"rich", "typer"}),
-    "demo": ({"", "demo"}, {"keras", "matplotlib", "numpy", "rich", "sklearn", "tensorflow"}),
+    "demo": ({"", "demo"}, {"keras", "matplotlib", "numpy", "rich", "sklearn", "tensorflow", "torch"}),
 }
 
 
