@@ -122,7 +122,9 @@ def padded(arrays: list[np.ndarray] | None, size: int, value: float = 0) -> list
 
 
 class TorchWorld:
-    """Processes on gloo that live as long as the world and run what they are sent: start-up is paid once.
+    """Processes that live as long as the world and run what they are sent: start-up is paid once.
+
+    They meet by gloo on the CPU; with SYNCBN_TEST_DEVICE=cuda on the GPUs, one each by NCCL, or by gloo where those are too few.
 
     What they run must be importable by its name: a function of a test module, which finds its rank by torch.distributed.
     """
@@ -193,10 +195,17 @@ def serve(rank: int, replicas: int, port: int, timeout: float, answer: int, key:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    backend = "gloo"
+    if os.environ.get("SYNCBN_TEST_DEVICE") == "cuda":
+        gpus = torch.cuda.device_count()
+        torch.cuda.set_device(rank % gpus)
+        torch.set_default_device("cuda")
+        # NCCL refuses two ranks on one GPU.
+        backend = "nccl" if gpus >= replicas else "gloo"
     if replicas > 1:
         where = f"tcp://127.0.0.1:{port}"
         patience = datetime.timedelta(seconds=timeout)
-        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=replicas, timeout=patience)
+        dist.init_process_group(backend, init_method=where, rank=rank, world_size=replicas, timeout=patience)
     pipe.send_bytes(pickle.dumps((True, "ready")))
     with contextlib.suppress(EOFError):
         while True:
