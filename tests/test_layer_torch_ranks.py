@@ -40,11 +40,11 @@ BY_NAME = [
 
 def randomised(layer, seed=5):
     """The layer with other parameters and statistics than the initial ones, the same on every rank."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         for v in [*layer.parameters(), *layer.buffers()]:
             if v.is_floating_point():
-                v.copy_(torch.rand(v.shape, generator=generator) + 0.5)
+                v.copy_(torch.rand(v.shape, generator=generator, device="cpu") + 0.5)
     return layer
 
 
@@ -426,7 +426,7 @@ def alone_and_again(port):
     """A layer that is older than its process group."""
     layer = SyncBatchNorm(3)
     dist.destroy_process_group()
-    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(port + 7))
+    x = torch.randn(4, 3, generator=torch.Generator("cpu").manual_seed(port + 7), device="cpu").to(layer.weight.device)
     layer(x)
     rank, size = int(os.environ["TEST_RANK"]), int(os.environ["TEST_SIZE"])
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
