@@ -308,7 +308,8 @@ def local_step(x, dy):
     layer = SyncBatchNorm(3)
     x = tensor(x).requires_grad_()
     with syncbn.local_statistics(), counting() as sizes:
-        y = layer(x)
+        # With a residual: torch's own operator, which is local in any case, does not serve.
+        y = layer(x, residual=torch.zeros_like(x))
     y.backward(tensor(dy))
     return numbers(y), numbers(x.grad), sizes
 
