@@ -191,7 +191,7 @@ class SyncBatchNorm(_BatchNorm):
             return False
         # Torch itself takes no other mixtures of dtypes. (Past nn.Module's __getattr__, which is slow.)
         dtype, parameters = x.dtype, self._parameters
-        weight = parameters["weight"] if "weight" in parameters else self.weight  # a parametrized one is not there
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401 (parametrized, it is not there)
         for v in (weight, parameters.get("bias"), self._buffers["running_mean"]):
             if v is not None and v.dtype is not dtype:
                 return False
