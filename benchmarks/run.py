@@ -36,6 +36,35 @@ def tensorflow_cpu(
     print(f"{len(rows)} rows in {path}")
 
 
+@app.command()
+def jax_cpu(rounds: Annotated[int, typer.Option(min=3, help="Rounds per shape; the peers take turns in each.")] = 9) -> None:
+    """JAX, 4 host devices, forward + backward of 10 and 20 layers in one jit."""
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    import jax_cpu as cpu
+
+    rows = cpu.times(rounds)
+    where = provenance("jax", "flax", "numpy")
+    path = write("jax-cpu", [{"benchmark": "jax-cpu", **row, **where} for row in rows])
+    for quantity in dict.fromkeys(row["quantity"] for row in rows):
+        print(quantity)
+        show([row for row in rows if row["quantity"] == quantity], "syncbn", sys.stdout.isatty())
+    print(f"{len(rows)} rows in {path}")
+
+
+@app.command()
+def jax_gpu(rounds: Annotated[int, typer.Option(min=3, help="Rounds per shape; the peers take turns in each.")] = 9) -> None:
+    """JAX on one GPU, unsynchronised: beside Flax, and beside what the memory's speed allows."""
+    import jax_gpu as gpu
+
+    rows = gpu.times(rounds)
+    where = provenance("jax", "flax", "numpy")
+    path = write("jax-gpu", [{"benchmark": "jax-gpu", **row, **where} for row in rows])
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        print(dtype)
+        show([row for row in rows if row["dtype"] == dtype], "syncbn", sys.stdout.isatty())
+    print(f"{len(rows)} rows in {path}")
+
+
 def show(rows: list[dict[str, Any]], ours: str, tty: bool) -> None:
     """Medians, and ours over each peer's."""
     peers = list(dict.fromkeys(row["peer"] for row in rows))

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "engines/jax": ({"engines", "policy"}, {"jax"}),
     "engines/jax_axes": ({"policy"}, {"jax", "numpy"}),
     "engines/jax_mapped": ({"engines", "maths"}, {"jax"}),
+    "engines/jax_xla": (set(), {"jax"}),
     "functional": ({"policy"}, set()),
     "kernels/__init__": (set(), set()),
     "kernels/tensorflow": ({"maths", "policy"}, {"tensorflow"}),
