@@ -52,7 +52,6 @@ PEERS: dict[str, Layer] = {
     "syncbn": ours(AXIS),
     "flax axis_name": flax(AXIS),
     "flax unsynchronised": flax(None),
-    "syncbn unsynchronised": ours(None),
 }
 
 
@@ -83,7 +82,7 @@ def unrolled(layer: Layer, convolutions: bool) -> Callable[..., Any]:
 
 PROGRAMS: dict[str, tuple[int, Callable[[Layer], Callable[..., Any]]]] = {
     "20 in a scan": (20, scan_of),
-    "10 with 1×1 convolutions": (10, lambda layer: unrolled(layer, True)),
+    "10 with 1×1 convolutions between": (10, lambda layer: unrolled(layer, True)),
     "20 bare, unrolled": (20, lambda layer: unrolled(layer, False)),
 }
 
@@ -111,18 +110,13 @@ def step_of(run: Callable[..., Any], layers: int, shape: tuple[int, ...], mesh: 
     return lambda: jax.block_until_ready(program(x, dy, weights, statistics))
 
 
-def times(
-    rounds: int,
-    shapes: list[tuple[int, ...]] = SHAPES,
-    programs: tuple[str, ...] = tuple(PROGRAMS),
-    peers: tuple[str, ...] = tuple(PEERS),
-) -> list[dict[str, Any]]:
+def times(rounds: int, programs: list[str]) -> list[dict[str, Any]]:
     """Rows of seconds per step; peers take turns within each round, in an order that rotates."""
     mesh, rows = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,)), []
     for program in programs:
         layers, build = PROGRAMS[program]
-        for shape in shapes:
-            steps = {name: step_of(build(PEERS[name]), layers, shape, mesh) for name in peers}
+        for shape in SHAPES:
+            steps = {name: step_of(build(PEERS[name]), layers, shape, mesh) for name in PEERS}
             for step in steps.values():
                 step()
             seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -65,7 +65,7 @@ def times(rounds: int) -> list[dict[str, Any]]:
         for shape in SHAPES:
             made = {name: step_of(layer, shape, dtype) for name, layer in PEERS.items()}
             seconds: dict[str, list[float]] = {name: [] for name in made}
-            for name, (step, _) in made.items():
+            for step, _ in made.values():
                 step()
             order = list(made)
             for _ in range(rounds):
@@ -79,8 +79,8 @@ def times(rounds: int) -> list[dict[str, Any]]:
             for name in made:
                 row = quantiles(seconds[name])
                 rows.append({
-                    "peer": name, "quantity": "seconds per layer", "dtype": dtype, "shape": shape, "layers": LAYERS, "replicas": 1,
-                    "rounds": rounds, "device": f"{device.device_kind} {power}".strip(), "bytes per second": speed,
+                    "peer": name, "quantity": "seconds per layer", "dtype": dtype, "shape": shape, "layers": LAYERS,
+                    "replicas": 1, "rounds": rounds, "device": f"{device.device_kind} {power}".strip(), "bytes per second": speed,
                     "floor": float(floor), "floor / median": float(floor) / row["median"], **row,
                 })  # fmt: skip
                 print(

@@ -547,10 +547,10 @@ def test_parameter_server_strategy():
         def __init__(self):
             pass
 
-    from syncbn.engines import tensorflow as engine
+    from syncbn.engines import tensorflow_replicas as replicas
 
     with pytest.raises(RuntimeError, match="Received: ParameterServerStrategy"):
-        engine._refuse_parameter_server(Fake())
+        replicas.refuse_parameter_server(Fake())
 
 
 def test_other_keras_backends_are_named(monkeypatch):

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ENGINE, KERNELS, LAYER, MATHS = "engines/tensorflow.py", "kernels/tensorflow.py", "layers/keras.py", "maths.py"
+ENGINE, REPLICAS = "engines/tensorflow.py", "engines/tensorflow_replicas.py"
+KERNELS, LAYER, MATHS = "kernels/tensorflow.py", "layers/keras.py", "maths.py"
 ENGINE_TESTS, LAYER_TESTS, ALONE_TESTS = "test_engine_tensorflow.py", "test_layer_tensorflow.py", "test_layer_keras.py"
 
 
@@ -31,7 +32,7 @@ class Mutant(NamedTuple):
 RAW = "total, squares = maths.raw_sums(count, wide_k, s, q)"
 ROUND = "tf.cast(tf.cast({}, tf.float32), tf.float64)"
 MUTANTS = [
-    Mutant("no collective", ENGINE, "        if self.replicas == 1:\n            return v\n", "        return v\n",
+    Mutant("no collective", REPLICAS, "        if self.replicas == 1:\n            return v\n", "        return v\n",
            ENGINE_TESTS, "concatenated and ragged and graph"),
     Mutant("mean of means", ENGINE, RAW, f"{RAW}\n    some = tf.maximum(count, 1)\n    total, squares, count = total / some, squares / some, count / some",
            ENGINE_TESTS, "concatenated and ragged and graph"),
@@ -45,8 +46,8 @@ MUTANTS = [
            "return 0 * a, -rstd * sum_g / at_least_one", ENGINE_TESTS, "concatenated and ragged and graph"),
     Mutant("local count in the backward pass", ENGINE, "tf.cast(moments.count, self.wide)",
            "tf.cast(moments.count, self.wide) / moments.replicas", ENGINE_TESTS, "concatenated and ragged and graph"),
-    Mutant("message times a local scale", ENGINE, "sums = self.world.sum_of_group(tf.concat([wide_scale * sum_dy, wide_scale * dscale], 0))",
-           "sums = tf.concat([wide_scale] * 2, 0) * self.world.sum_of_group(tf.concat([sum_dy, dscale], 0))",
+    Mutant("message times a local scale", ENGINE, "sums = self.world.sum_of_group(tf.concat([wide_scale * sum_dy, wide_scale * dscale], 0))\n        a, b =",
+           "sums = tf.concat([wide_scale] * 2, 0) * self.world.sum_of_group(tf.concat([sum_dy, dscale], 0))\n        a, b =",
            ENGINE_TESTS, "concatenated and differ and graph"),
     Mutant("moments are constants of the second derivative", ENGINE, "mean, variance = self._attach(x)",
            "mean, variance = self.mean, self.variance", ENGINE_TESTS, "second_order"),
@@ -55,9 +56,9 @@ MUTANTS = [
     Mutant("mask forgotten in the backward pass", ENGINE, "dx if self.mask is None else", "dx if True else",
            ENGINE_TESTS, "concatenated and masked and graph"),
     Mutant("naive float32 sums", KERNELS, "BLOCK_ROWS = 1024", "BLOCK_ROWS = 10**9", ENGINE_TESTS, "million"),
-    Mutant("groups selected by multiplication", ENGINE, "v = tf.where(mine, v[None], tf.zeros([], v.dtype))",
+    Mutant("groups selected by multiplication", REPLICAS, "v = tf.where(mine, v[None], tf.zeros([], v.dtype))",
            "v = tf.cast(mine, v.dtype) * v[None]", ENGINE_TESTS, "nan_stays"),
-    Mutant("groups averaged without their counts", ENGINE, "weights = tf.cast(counts, variances.dtype) / tf.cast(tf.maximum(total, 1), variances.dtype)",
+    Mutant("groups averaged without their counts", REPLICAS, "weights = tf.cast(counts, variances.dtype) / tf.cast(tf.maximum(total, 1), variances.dtype)",
            "weights = tf.ones_like(counts) / world.groups", ENGINE_TESTS, "groups"),
     Mutant("pairs added before they are subtracted", MATHS, "(k - pivot) + r", "(k + r) - pivot", "test_maths.py", "merge"),
     Mutant("a message a moment", ENGINE, "message = world.sum_by_group(tf.concat([tf.reshape(count, [1]), total, squares], 0))",

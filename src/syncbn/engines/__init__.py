@@ -14,7 +14,11 @@ scale     [C], of `arithmetic_dtype(x)`, and so is offset; both may differ betwe
 group     which replicas meet: see `syncbn.policy.Group`
 y         x's shape and dtype
 
-A layer may also ask `supports_jit()`: whether what is made now can be compiled as a whole.
+A layer may also ask `supports_jit()`: whether what is made now can be compiled as a whole. An engine may have besides:
+
+    may_move(count, renorm)     whether moving statistics may move in this pass (not where it is a recomputation)
+    found_once(find)            find(), or what it found in the pass that is recomputed
+    speak_as(name)              whose messages come next
 """
 
 from __future__ import annotations
@@ -49,6 +53,6 @@ def for_keras() -> Any:
     import keras
 
     backend = keras.backend.backend()
-    if backend not in ("jax", "tensorflow"):
+    if backend not in ("jax", "tensorflow", "torch"):
         raise policy.unknown_backend(backend)
     return importlib.import_module(f"syncbn.engines.{backend}")

@@ -11,7 +11,7 @@ from jax import lax
 try:
     from jax.experimental.xla_metadata import set_xla_metadata
 except ImportError:  # an older or newer JAX: the plain barrier is right too, only slower
-    set_xla_metadata = None
+    set_xla_metadata = None  # type: ignore[assignment]
 
 
 def materialised(v: jax.Array) -> jax.Array:

@@ -183,14 +183,16 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         if mask is not None:
             # Else a NaN in the padding would spread: NaN · 0 is NaN.
             inputs = ops.where(ops.logical_or(mask, ops.isfinite(inputs)), inputs, ops.zeros([], inputs.dtype))
-        gamma, beta = self._parameters(keras.backend.result_type(inputs.dtype, "float32"))
+        gamma, beta = self._gamma_and_beta(_float32_or_wider(inputs.dtype))
         where = {"axes": self._channel_axes, "mask": mask, "group": self._group()}
         if training:
             self._refuse_recomputed_renorm()
+            if hasattr(self._engine, "speak_as"):
+                self._engine.speak_as(self.name)
             scale, offset = self._adjusted(inputs, gamma, beta)
             moments = self._engine.moments(inputs, **where)
             if self.renorm:
-                r, d = self._renorm_correction(moments, gamma.dtype)
+                r, d = getattr(self._engine, "found_once", _found)(lambda: self._renorm_correction(moments, gamma.dtype))
                 scale, offset = r * scale, d * scale + offset
             self._move(moments)
         else:
@@ -236,6 +238,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         """Moves the statistics towards this batch's, where it has any."""
         count, mean, variance = moments.average or (moments.count, _rounded(moments.mean), moments.variance)
         sound = count > 0
+        if hasattr(self._engine, "may_move"):
+            sound = ops.logical_and(sound, self._engine.may_move(count, self.renorm))
         if moments.replicas > 1:
             # Every replica sees the same statistics, so all skip the same steps. One replica does as its framework does.
             finite = ops.isfinite(mean + variance)
@@ -288,7 +292,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         if self.renorm and whole:
             raise policy.recomputed_renorm()
 
-    def _parameters(self, dtype: Any) -> tuple[Any, Any]:
+    def _gamma_and_beta(self, dtype: Any) -> tuple[Any, Any]:
         """gamma and beta, flat, or what stands for them."""
         channels = math.prod(self.moving_mean.shape)
         gamma = ops.ones([channels], dtype) if self.gamma is None else self._vector(self.gamma, dtype)
@@ -313,7 +317,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             shape=shape if isinstance(self.axis, tuple) else [shape[self._channel_axes[0]]],
             name=name,
             # Half precision would lose the small steps of moving averages.
-            dtype=keras.backend.result_type(self.variable_dtype, "float32"),
+            dtype=_float32_or_wider(self.variable_dtype),
             initializer=initializer,
             regularizer=regularizer,
             constraint=constraint,
@@ -362,6 +366,16 @@ class _Untracked:
 def _again(initializer: Any) -> Any:
     """The same initializer for another weight: a seeded one must not be called twice."""
     return initializer.clone() if isinstance(initializer, keras.initializers.Initializer) else initializer
+
+
+def _float32_or_wider(dtype: Any) -> str:
+    if keras.backend.backend() == "torch" and keras.backend.standardize_dtype(dtype) == "float64":
+        return "float64"  # result_type has float32 for it there
+    return keras.backend.result_type(dtype, "float32")
+
+
+def _found(find: Callable[[], Any]) -> Any:
+    return find()
 
 
 def _rounded(mean: Any) -> Any:
