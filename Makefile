@@ -17,6 +17,13 @@ test: $(SETUP)
 	$(BIN)/pytest tests/test_layer_keras.py $(REPLICATED) --replicas 4
 	$(BIN)/pytest $(REPLICATED) --replicas 2
 	$(BIN)/pytest tests/test_multi_worker.py tests/test_mutants.py
+	$(BIN)/pytest tests/test_engine_jax.py tests/test_layer_jax.py tests/test_functional_jax.py
+	$(BIN)/pytest tests/test_engine_jax.py -k "concatenated or groups" --replicas 2
+	$(BIN)/pytest tests/test_engine_jax.py -k "concatenated or groups" --replicas 8
+	JAX_ENABLE_X64=1 $(BIN)/pytest tests/test_engine_jax.py -k "float64 or large or second or groups"
+	$(BIN)/pytest tests/test_demo_jax.py tests/test_multi_process_jax.py tests/test_mutants_jax.py
+	$(BIN)/pytest tests/test_functional_tensorflow.py
+	$(BIN)/pytest tests/test_functional_torch.py
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

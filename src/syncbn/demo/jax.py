@@ -85,7 +85,7 @@ def _step(model: keras.Model, optimizer: Any, mesh: Mesh) -> Callable[..., Any]:
         weights, slots = optimizer.stateless_apply(slots, jax.lax.pmean(gradients, AXIS), weights)
         return weights, [m[None] for m in moved], slots
 
-    specs = {"in_specs": (SAME, OWN, SAME, OWN, OWN), "out_specs": (SAME, OWN, SAME)}
+    specs: dict[str, Any] = {"in_specs": (SAME, OWN, SAME, OWN, OWN), "out_specs": (SAME, OWN, SAME)}
     return jax.jit(jax.shard_map(replica, mesh=mesh, check_vma=False, **specs), donate_argnums=(0, 1, 2))
 
 
@@ -113,7 +113,7 @@ def _off_from_one_replica(name: str, settings: Settings, mesh: Mesh, model: kera
         y, pull = jax.vjp(lambda x: layer.stateless_call(weights, statistics, x, training=True)[0], x)
         return y, pull(dy)[0]
 
-    specs = {"in_specs": (OWN, OWN), "out_specs": (OWN, OWN)}
+    specs: dict[str, Any] = {"in_specs": (OWN, OWN), "out_specs": (OWN, OWN)}
     many = jax.jit(jax.shard_map(partial(step, norm), mesh=mesh, check_vma=False, **specs))(x, dy)
     one = jax.jit(partial(step, alone))(x, dy)
     y_off, dx_off = (float(np.abs(np.asarray(m) - np.asarray(o)).max()) for m, o in zip(many, one, strict=True))
