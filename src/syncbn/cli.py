@@ -16,6 +16,7 @@ class Backend(StrEnum):
     """The frameworks that the demo runs on, each a module of `syncbn.demo`."""
 
     tensorflow = "tensorflow"
+    jax = "jax"
     torch = "torch"
 
 
