@@ -91,7 +91,7 @@ def verdicts(tmp_path_factory):
     pool.shutdown(cancel_futures=True)
 
 
-def run(mutant, folder):
+def run(mutant, folder, *options):
     shutil.copytree(ROOT / "src" / "syncbn", folder / "syncbn", ignore=shutil.ignore_patterns("__pycache__"))
     file = folder / "syncbn" / mutant.file
     text = file.read_text()
@@ -108,6 +108,7 @@ def run(mutant, folder):
         str(ROOT / "tests" / mutant.tests),
         "-k",
         mutant.select,
+        *options,
     ]
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import multiprocessing
 import os
 import pickle
 import socket
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Client, Listener
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,6 +66,100 @@ class TensorFlowWorld:
         ]
 
 
+class TorchWorld:
+    """Processes that live as long as the world and run what they are sent: start-up is paid once.
+
+    They meet by gloo on the CPU; with SYNCBN_TEST_DEVICE=cuda on GPUs, one each by NCCL, or by gloo where those are too few.
+
+    What they run must be importable by its name: a function of a test module, which finds its rank by torch.distributed.
+    """
+
+    def __init__(self, replicas: int, timeout: float = 60):
+        self.replicas, self.timeout = replicas, timeout
+        device = os.environ.get("SYNCBN_TEST_DEVICE", "cpu")
+        with contextlib.closing(socket.socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ["OMP_NUM_THREADS"] = "1"
+        # Torch is imported once, and the processes are forked from where it is.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
+        self.workers, self.pipes = [], []
+        for rank in range(replicas):
+            mine, theirs = context.Pipe()
+            worker = context.Process(target=serve, args=(theirs, rank, replicas, port, timeout, device), daemon=True)
+            worker.start()
+            theirs.close()
+            self.workers.append(worker)
+            self.pipes.append(mine)
+        assert all(self.receive(rank)[0] for rank in range(replicas))
+
+    def run(self, function: Callable[..., Any], *per_replica: list[Any] | None, common: tuple[Any, ...] = ()) -> list[Any]:
+        """function(*common, *arguments) on every replica, each with its own arguments; one result a replica.
+
+        An argument that is None stays None. What one of them raises is raised here, with what all of them say.
+        """
+        for rank in range(self.replicas):
+            arguments = [None if values is None else values[rank] for values in per_replica]
+            self.send(rank, function, *common, *arguments)
+        answers = [self.receive(rank) for rank in range(self.replicas)]
+        failures = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        if failures:
+            raise RuntimeError("\n".join(failures))
+        return [value for _, value in answers]
+
+    def send(self, rank: int, function: Callable[..., Any], *arguments: Any) -> None:
+        self.pipes[rank].send_bytes(pickle.dumps((function.__module__, function.__qualname__, arguments)))
+
+    def receive(self, rank: int) -> tuple[bool, Any]:
+        """(True, what the function returned) or (False, the traceback); also of a process that died."""
+        try:
+            if not self.pipes[rank].poll(2 * self.timeout):
+                return False, "no answer"
+            return pickle.loads(self.pipes[rank].recv_bytes())
+        except (EOFError, ConnectionResetError):
+            self.workers[rank].join(10)
+            return False, f"died with {self.workers[rank].exitcode}"
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            with contextlib.suppress(OSError):
+                pipe.close()
+        for worker in self.workers:
+            worker.join(5)
+            worker.kill()
+
+
+def serve(pipe: Any, rank: int, replicas: int, port: int, timeout: float, device: str) -> None:
+    """A process of a TorchWorld: runs what it is sent until its pipe closes."""
+    import importlib
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    backend = "gloo"
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        torch.cuda.set_device(rank % gpus)
+        torch.set_default_device("cuda")
+        # NCCL refuses two ranks on one GPU.
+        backend = "nccl" if gpus >= replicas else "gloo"
+    if replicas > 1:
+        where = f"tcp://127.0.0.1:{port}"
+        patience = datetime.timedelta(seconds=timeout)
+        dist.init_process_group(backend, init_method=where, rank=rank, world_size=replicas, timeout=patience)
+    pipe.send_bytes(pickle.dumps((True, "ready")))
+    with contextlib.suppress(EOFError):
+        while True:
+            module, name, arguments = pickle.loads(pipe.recv_bytes())
+            try:
+                answer_ = True, getattr(importlib.import_module(module), name)(*arguments)
+            except BaseException:
+                answer_ = False, traceback.format_exc()
+            pipe.send_bytes(pickle.dumps(answer_))
+
+
 class JaxWorld:
     """Replicas of a JAX program: the first devices of the host under `shard_map` or `pmap`, or the lanes of a `vmap`.
 
@@ -119,103 +210,3 @@ def padded(arrays: list[np.ndarray] | None, size: int, value: float = 0) -> list
     if arrays is None:
         return None
     return [np.concatenate([a, np.full((size - len(a), *a.shape[1:]), value, a.dtype)]) for a in arrays]
-
-
-class TorchWorld:
-    """Processes that live as long as the world and run what they are sent: start-up is paid once.
-
-    They meet by gloo on the CPU; with SYNCBN_TEST_DEVICE=cuda on the GPUs, one each by NCCL, or by gloo where those are too few.
-
-    What they run must be importable by its name: a function of a test module, which finds its rank by torch.distributed.
-    """
-
-    def __init__(self, replicas: int, timeout: float = 60, environment: dict[str, str] | None = None):
-        self.replicas, self.timeout = replicas, timeout
-        with contextlib.closing(socket.socket()) as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-        self.workers, self.pipes = [], []
-        for rank in range(replicas):
-            key = os.urandom(16)
-            listener = Listener(("127.0.0.1", 0), authkey=key)
-            words = [rank, replicas, port, timeout, listener.address[1], key.hex()]
-            worker = subprocess.Popen(
-                [sys.executable, str(Path(__file__)), *map(str, words)], env={**os.environ, **threads, **(environment or {})}
-            )
-            self.workers.append(worker)
-            self.pipes.append((listener, worker))
-        self.pipes = [listener.accept() for listener, _ in self.pipes]
-        assert all(self.receive(rank)[0] for rank in range(replicas))
-
-    def run(self, function: Callable[..., Any], *per_replica: list[Any] | None, common: tuple[Any, ...] = ()) -> list[Any]:
-        """function(*common, *arguments) on every replica, each with its own arguments; one result a replica.
-
-        An argument that is None stays None. What one of them raises is raised here, with what all of them say.
-        """
-        for rank in range(self.replicas):
-            arguments = [None if values is None else values[rank] for values in per_replica]
-            self.send(rank, function, *common, *arguments)
-        answers = [self.receive(rank) for rank in range(self.replicas)]
-        failures = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(answers) if not ok]
-        if failures:
-            raise RuntimeError("\n".join(failures))
-        return [value for _, value in answers]
-
-    def send(self, rank: int, function: Callable[..., Any], *arguments: Any) -> None:
-        self.pipes[rank].send_bytes(pickle.dumps((function.__module__, function.__qualname__, arguments)))
-
-    def receive(self, rank: int) -> tuple[bool, Any]:
-        """(True, what the function returned) or (False, the traceback); also of a process that died."""
-        try:
-            if not self.pipes[rank].poll(2 * self.timeout):
-                return False, "no answer"
-            return pickle.loads(self.pipes[rank].recv_bytes())
-        except (EOFError, ConnectionResetError):
-            return False, f"died with {self.workers[rank].wait(10)}"
-
-    def close(self) -> None:
-        for pipe in self.pipes:
-            with contextlib.suppress(OSError):
-                pipe.close()
-        for worker in self.workers:
-            try:
-                worker.wait(5)
-            except subprocess.TimeoutExpired:
-                worker.kill()
-                worker.wait(5)
-
-
-def serve(rank: int, replicas: int, port: int, timeout: float, answer: int, key: str) -> None:
-    """A process of a TorchWorld: runs what it is sent until its pipe closes."""
-    import importlib
-
-    pipe = Client(("127.0.0.1", answer), authkey=bytes.fromhex(key))
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    backend = "gloo"
-    if os.environ.get("SYNCBN_TEST_DEVICE") == "cuda":
-        gpus = torch.cuda.device_count()
-        torch.cuda.set_device(rank % gpus)
-        torch.set_default_device("cuda")
-        # NCCL refuses two ranks on one GPU.
-        backend = "nccl" if gpus >= replicas else "gloo"
-    if replicas > 1:
-        where = f"tcp://127.0.0.1:{port}"
-        patience = datetime.timedelta(seconds=timeout)
-        dist.init_process_group(backend, init_method=where, rank=rank, world_size=replicas, timeout=patience)
-    pipe.send_bytes(pickle.dumps((True, "ready")))
-    with contextlib.suppress(EOFError):
-        while True:
-            module, name, arguments = pickle.loads(pipe.recv_bytes())
-            try:
-                answer_ = True, getattr(importlib.import_module(module), name)(*arguments)
-            except BaseException:
-                answer_ = False, traceback.format_exc()
-            pipe.send_bytes(pickle.dumps(answer_))
-
-
-if __name__ == "__main__":
-    serve(*map(int, sys.argv[1:4]), float(sys.argv[4]), int(sys.argv[5]), sys.argv[6])

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from syncbn import policy
+from syncbn import policy, policy_torch
 
 
 class Link(NamedTuple):
@@ -58,7 +58,7 @@ def _make(group: Any) -> Link | None:
         return None
     # What new_group returns on a rank that is not in the group is a negative number.
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
-        raise policy.not_in_group(group)
+        raise policy_torch.not_in_group(group)
     return None if group.size() == 1 else _link(group)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import maths, policy
+from syncbn import maths, policy, policy_torch
 from syncbn.engines import Moments
 from syncbn.engines import torch as engine
 from syncbn.engines import torch_context as context
@@ -108,15 +108,15 @@ class SyncBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if affine and not bias:
             self.bias = None
-        policy.one_way_to_group(process_group, policy.group_size(group_size))
-        policy.torch_activation(activation)
+        policy_torch.one_way_to_group(process_group, policy.group_size(group_size))
+        policy_torch.activation(activation)
         self.process_group, self.group_size = process_group, policy.group_size(group_size)
         self.renorm, self.renorm_clipping = bool(renorm), policy.clipping(renorm_clipping)
-        self.renorm_momentum = policy.new_value_weight("renorm_momentum", renorm_momentum)
+        self.renorm_momentum = policy_torch.new_value_weight("renorm_momentum", renorm_momentum)
         self.activation = activation
         if self.renorm:
             if not track_running_stats:
-                raise policy.renorm_needs_statistics()
+                raise policy_torch.renorm_needs_statistics()
             for name in RENORM_BUFFERS:
                 self.register_buffer(name, torch.empty_like(self.running_mean))
             self.reset_running_stats()
@@ -141,15 +141,15 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalises; see the class."""
         if not torch.jit.is_tracing():
-            policy.torch_input(input.shape, self.num_features)
+            policy_torch.input_shape(input.shape, self.num_features)
         policy.floating(str(input.dtype), input.is_floating_point())
         if residual is not None:
-            policy.residual_shape(residual.shape, input.shape)
+            policy_torch.residual_shape(residual.shape, input.shape)
         if mask is not None:
             mask = _full_rank(mask, input.shape)
             # Else a NaN in the padding would spread: NaN · 0 is NaN.
             input = torch.where(mask | input.isfinite(), input, 0)
-        fused = policy.torch_activation(self.activation)
+        fused = policy_torch.activation(self.activation)
         y = self._normalize(input, mask, residual, fused)
         return self.activation(y) if callable(self.activation) else y
 
@@ -163,7 +163,7 @@ class SyncBatchNorm(_BatchNorm):
         debug.speak_as(self._name_in_model)
         if mask is None and engine.replicas(group) == 1:
             if engine.is_alone() and x.numel() == x.shape[1]:
-                raise policy.one_value_per_channel(x.shape)
+                raise policy_torch.one_value_per_channel(x.shape)
             if residual is None and fused is None and self._suits_torchs_own(x):
                 return self._torchs_own(x)
         moments = engine.moments(x, mask=mask, group=group)
@@ -229,11 +229,13 @@ class SyncBatchNorm(_BatchNorm):
             maximum=torch.clamp_min,
         )
         given = {key: v() if callable(v) else v for key, v in (self.renorm_clipping or {}).items()}
-        rmin, rmax, dmax = (given.get(key) for key in policy.CLIPPING_KEYS)
-        if rmin is not None or rmax is not None:
-            r = r.clamp(rmin, rmax)
-        if dmax is not None:
-            d = d.clamp(-dmax, dmax)
+        bounds = {key: torch.as_tensor(v, dtype=wide, device=r.device) for key, v in given.items() if v is not None}
+        if "rmin" in bounds:
+            r = torch.maximum(r, bounds["rmin"])
+        if "rmax" in bounds:
+            r = torch.minimum(r, bounds["rmax"])
+        if "dmax" in bounds:
+            d = torch.maximum(torch.minimum(d, bounds["dmax"]), -bounds["dmax"])
         return r.to(dtype), d.to(dtype)
 
     @torch.no_grad()
