@@ -15,7 +15,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 # JAX has as many host devices as it is told before it starts; Keras reads its backend when it is imported.
-if any("jax" in Path(argument).name for argument in sys.argv):
+if any("jax" in Path(argument).name and "demo" not in Path(argument).name for argument in sys.argv):
     os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     os.environ["KERAS_BACKEND"] = "jax"
 

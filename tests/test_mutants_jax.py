@@ -33,7 +33,7 @@ MUTANTS = [
     Mutant("members of other groups are summed", AXES, "jnp.where(mine, groups[own], jnp.zeros([], v.dtype)).sum(0)", "groups[own].sum(0)", ENGINE_TESTS, "uneven and equal and unchecked and gathered"),
     Mutant("groups averaged without their counts", MAPPED, "weights = counts.astype(hi.dtype) / jnp.maximum(total, 1).astype(hi.dtype)", "weights = jnp.ones_like(hi) / len(hi)",
            ENGINE_TESTS, "uneven and equal and unchecked and gathered"),
-    Mutant("two sums without what lies around the mean", MAPPED, "around - lo * lo", "around", ENGINE_TESTS, "two_sums_on and large and -checked"),
+    Mutant("two sums about a rounded mean", MAPPED, "rest = (k - m[replicas.own_group()]) + r", "rest = rounded(k + r) - m[replicas.own_group()]", ENGINE_TESTS, "two_sums_on and large and -checked"),
     Mutant("a message a moment", MAPPED, "rows, members = replicas.by_group(replicas.gather(jnp.concatenate([n.astype(bits)[None], floats])))",
            "rows, members = replicas.by_group(jnp.concatenate([replicas.gather(n.astype(bits)[None]), *(replicas.gather(v) for v in jnp.split(floats, 3))], 1))",
            ENGINE_TESTS, "one_collective and None and unchecked"),
