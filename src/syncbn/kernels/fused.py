@@ -1,0 +1,112 @@
+"""Batch norm of one replica's CUDA tensor in two launches each way; the replicas meet inside them, or not at all.
+
+    measure(…)            moments, and over replicas where the plan says so
+    normalize(…)          the output, and the moving statistics
+    gradient_sums(…)      dscale, doffset and the coefficients of
+    input_gradient(…)     dx
+
+No autograd and no group in here: `lane` is a table of addresses that the engine made.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from syncbn.kernels.launch import INTERPRETED, address
+from syncbn.kernels.plans import Plan
+from syncbn.kernels.scratch import scratch_for
+
+
+class Lane(NamedTuple):
+    """Where replicas exchange: the table of exchange.py, this replica's place in it, the bound of a wait, the call's tag."""
+
+    table: Tensor
+    rank: int
+    limit: int
+    tag: int
+
+
+class Moving(NamedTuple):
+    """Moving statistics that the forward pass moves: buffers, and the weight of the new value (below 0: 1/batches)."""
+
+    mean: Tensor
+    variance: Tensor
+    tracked: Tensor
+    weight: float
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream's handle."""
+    return 0 if INTERPRETED else torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def measure(plan: Plan, x: Tensor, keep: Tensor | None, lane: Lane | None = None) -> Tensor:
+    """float64 [2C + 1]: mean, variance and count, of x or of all replicas'."""
+    r, f, device = plan.moments, plan.fold, x.device
+    stats = torch.empty(2 * f.C + 1, dtype=torch.float64, device=device)
+    stream = stream_of(device)
+    scratch = scratch_for(device, stream, r.parts, r.blocks)
+    table, rank, limit, tag = lane or (None, 0, 0, 0)
+    r.launch(
+        stream, address(x), address(keep), address(scratch.parts), address(scratch.arrivals), address(stats), address(table),
+        f.A, r.splits, r.share, limit, tag, rank,
+    )  # fmt: skip
+    return stats
+
+
+def normalize(
+    plan: Plan, x: Tensor, stats: Tensor, scale: Tensor | None, offset: Tensor | None, epsilon: float, *, keep: Tensor | None = None,
+    residual: Tensor | None = None, slope: float = 0.0, moving: Moving | None = None,
+) -> Tensor:  # fmt: skip
+    """activation(scale·(x − mean)·rstd + offset + residual), in x's dtype and layout."""
+    y = torch.empty_like(x)
+    mean, variance, tracked, weight = moving or (None, None, None, 0.0)
+    plan.normalize(
+        stream_of(x.device), address(x), address(y), address(residual), address(keep), address(stats), address(scale), address(offset),
+        address(mean), address(variance), address(tracked), plan.fold.A, plan.normalize_share, epsilon, weight, slope,
+    )  # fmt: skip
+    return y
+
+
+def gradient_sums(
+    plan: Plan, x: Tensor, dy: Tensor, stats: Tensor, scale: Tensor | None, offset: Tensor | None, epsilon: float, *,
+    keep: Tensor | None = None, saved: Tensor | None = None, slope: float = 0.0, lane: Lane | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """(dscale, doffset, coefficients of the input gradient)."""
+    r, f, device = plan.sums, plan.fold, x.device
+    dscale = doffset = None
+    if scale is not None:
+        dscale, doffset = torch.empty_like(scale), torch.empty_like(scale)
+    coefficients = torch.empty(5 * f.C, dtype=torch.float32, device=device)
+    stream = stream_of(device)
+    scratch = scratch_for(device, stream, r.parts, r.blocks)
+    table, rank, limit, tag = lane or (None, 0, 0, 0)
+    r.launch(
+        stream, address(x), address(dy), address(saved), address(keep), address(stats), address(scale), address(offset),
+        address(scratch.parts), address(scratch.arrivals), address(dscale), address(doffset), address(coefficients), address(table),
+        f.A, r.splits, r.share, limit, tag, rank, epsilon, slope,
+    )  # fmt: skip
+    return dscale, doffset, coefficients
+
+
+def input_gradient(
+    plan: Plan, x: Tensor, dy: Tensor, coefficients: Tensor, *, keep: Tensor | None = None, saved: Tensor | None = None,
+    slope: float = 0.0, dresidual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """dx; with a residual and an activation also the residual's gradient, into `dresidual`."""
+    dx = torch.empty_like(x)
+    plan.input_gradient(
+        stream_of(x.device), address(x), address(dy), address(dx), address(saved), address(dresidual), address(keep),
+        address(coefficients), plan.fold.A, plan.gradient_share, slope,
+    )  # fmt: skip
+    return dx
+
+
+def in_layout_of(x: Tensor, other: Any) -> Tensor:
+    """`other`, of x's shape, with x's strides: itself, or a copy."""
+    if other.stride() == x.stride() and other.data_ptr() % 16 == 0:
+        return other
+    return torch.empty_like(x, dtype=other.dtype).copy_(other)

@@ -1,0 +1,200 @@
+"""Moments of the batch in one launch: local sums, the message to the replicas, the merge.
+
+The grid is channel tiles × splits of the positions. Every program accumulates its share in float32 about pivots of its own:
+each of its T·K lanes takes its first value, so that nothing cancels and no lane waits for another. Programs store what they
+found; the last to arrive at a block of channels adds the block's parts in a fixed order and, where there are replicas,
+exchanges them (exchange.py). All other programs have left the GPU by then.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from syncbn.kernels import exchange, tiles
+
+# What one program leaves behind, a float32 [C] each: its pivot k, Σ(x − k), Σ(x − k)², and how many values.
+PARTS = tl.constexpr(4)
+
+
+@triton.jit
+def accumulate(
+    x, keep, c, first, last, A, C: tl.constexpr, B: tl.constexpr, T: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr
+):
+    """(k, s, q, n) of one program's share, tiles first to last: k, s, q of shape [K], n a scalar or, masked, [K]."""
+    J = tiles.positions_of(A, B, WIDE)
+    j = tiles.positions(first, T, WIDE)
+    pivot = tiles.load(x, j, c, J, C, B, K, EVEN)
+    s = tl.zeros([T, K], tl.float32)
+    q = tl.zeros([T, K], tl.float32)
+    # How many values lie behind each lane.
+    n = (j < J).to(tl.float32)
+    for tile in range(first + 1, last):
+        j = tiles.positions(tile, T, WIDE)
+        v = tiles.load(x, j, c, J, C, B, K, EVEN) - pivot
+        if not EVEN:
+            v = tl.where((j < J)[:, None], v, 0.0)
+            n += (j < J).to(tl.float32)
+        s += v
+        q += v * v
+    if EVEN:
+        n = tl.zeros([T], tl.float32) + (last - first)
+    total = tl.sum(n, 0)
+    lanes = tl.maximum(tl.sum((n > 0).to(tl.float32), 0), 1.0)
+    k = tl.sum(pivot, 0) / lanes
+    d = tl.where((n > 0)[:, None], pivot - k[None, :], 0.0)
+    n = n[:, None]
+    return k, tl.sum(s + n * d, 0), tl.sum(q + d * (2 * s + n * d), 0), total + tl.zeros([K], tl.float32)
+
+
+@triton.jit
+def accumulate_masked(
+    x, keep, c, first, last, A, C: tl.constexpr, B: tl.constexpr, T: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr
+):
+    """The same where a mask says what counts: Welford's update, since a lane's first value may not count."""
+    J = tiles.positions_of(A, B, WIDE)
+    n = tl.zeros([T], tl.float32)
+    mean = tl.zeros([T, K], tl.float32)
+    m2 = tl.zeros([T, K], tl.float32)
+    for tile in range(first, last):
+        j = tiles.positions(tile, T, WIDE)
+        kept = tiles.load_kept(keep, j, J, EVEN)
+        n += kept.to(tl.float32)
+        v = tiles.load(x, j, c, J, C, B, K, EVEN)
+        d = tl.where(kept[:, None], v - mean, 0.0)
+        mean += d / tl.maximum(n, 1.0)[:, None]
+        m2 += tl.where(kept[:, None], d * (v - mean), 0.0)
+    total = tl.sum(n, 0)
+    n = n[:, None]
+    k = tl.sum(n * mean, 0) / tl.maximum(total, 1.0)
+    d = tl.where(n > 0, mean - k[None, :], 0.0)
+    return k, tl.sum(n * d, 0), tl.sum(m2 + n * d * d, 0), total + tl.zeros([K], tl.float32)
+
+
+@triton.jit
+def merge_parts(parts, c, splits, C: tl.constexpr, R: tl.constexpr, X: tl.constexpr, MASKED: tl.constexpr):
+    """(n, mean, m2) of this replica in float64, [X] each, from what its programs left, R of them at a time.
+
+    About a common pivot near the mean: then float32 is enough for the sums, and only the mean itself needs float64.
+    """
+    inside = c < C
+    row = tl.arange(0, R)
+    if MASKED:
+        # Any program may have counted nothing: the pivot is the weighted mean of all.
+        weight = tl.zeros([R, X], tl.float32)
+        weighted = tl.zeros([R, X], tl.float32)
+        for start in range(0, splits, R):
+            at, there = part_addresses(start + row, c, splits, C)
+            n = tl.load(parts + at + 3 * C, mask=there, other=0.0, cache_modifier=".cg")
+            k = tl.load(parts + at, mask=there, other=0.0, cache_modifier=".cg")
+            weight += n
+            weighted += n * k
+        pivot = tl.sum(weighted, 0) / tl.maximum(tl.sum(weight, 0), 1.0)
+    else:
+        pivot = tl.load(parts + c, mask=inside, other=0.0, cache_modifier=".cg")
+    s = tl.zeros([R, X], tl.float32)
+    q = tl.zeros([R, X], tl.float32)
+    total = tl.zeros([R, X], tl.float64)
+    for start in range(0, splits, R):
+        at, there = part_addresses(start + row, c, splits, C)
+        k = tl.load(parts + at, mask=there, other=0.0, cache_modifier=".cg")
+        part_s = tl.load(parts + at + C, mask=there, other=0.0, cache_modifier=".cg")
+        part_q = tl.load(parts + at + 2 * C, mask=there, other=0.0, cache_modifier=".cg")
+        n = tl.load(parts + at + 3 * C, mask=there, other=0.0, cache_modifier=".cg")
+        d = tl.where(n > 0, k - pivot[None, :], 0.0)
+        s += part_s + n * d
+        q += part_q + d * (2 * part_s + n * d)
+        total += n.to(tl.float64)
+    n = tl.sum(total, 0)
+    at_least_one = tl.maximum(n, 1.0)
+    wide_s = tl.sum(s, 0).to(tl.float64)
+    m2 = tl.maximum(tl.sum(q, 0).to(tl.float64) - wide_s * wide_s / at_least_one, 0.0)
+    mean = pivot.to(tl.float64) + wide_s / at_least_one
+    return n, tl.where(n > 0, mean, 0.0), m2
+
+
+@triton.jit
+def part_addresses(split, c, splits, C: tl.constexpr):
+    """Where the parts of some splits lie, [R, X], and which are there."""
+    at = split[:, None] * (PARTS * C) + c[None, :]
+    return at, (split < splits)[:, None] & (c < C)[None, :]
+
+
+@triton.jit(do_not_specialize=["A", "splits", "share", "limit", "tag", "rank"])
+def moments_kernel(
+    x,  # [A, C, B], any float dtype
+    keep,  # uint8 [A, B] where MASKED
+    parts,  # float32 [splits, 4, C], scratch
+    arrivals,  # int32 [blocks], 0 between launches
+    stats,  # float64 [2C + 1]: mean, variance, count
+    lane,  # int64 [W + 1]: see exchange.py
+    A,
+    splits,
+    share,  # tiles a split
+    limit,
+    tag,
+    rank,
+    C: tl.constexpr,
+    B: tl.constexpr,
+    T: tl.constexpr,  # positions a tile
+    K: tl.constexpr,  # channels a tile
+    X: tl.constexpr,  # channels a block: merged, and exchanged, by one program
+    R: tl.constexpr,  # splits merged at a time
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+    W: tl.constexpr,  # replicas that exchange inside the kernel; 1: none
+):
+    """mean = Σx/n and variance = Σ(x − mean)²/n over all replicas, and n; (0, 1) where n is 0."""
+    channel_tiles: tl.constexpr = (C + K - 1) // K
+    pid = tl.program_id(0)
+    channel_tile = pid % channel_tiles
+    split = pid // channel_tiles
+    c = channel_tile * K + tl.arange(0, K)
+    J = tiles.positions_of(A, B, WIDE)
+    all_tiles = ((J + T - 1) // T).to(tl.int32)
+    first = tl.minimum(split * share, all_tiles)
+    last = tl.minimum(first + share, all_tiles)
+    if MASKED:
+        k, s, q, n = accumulate_masked(x, keep, c, first, last, A, C, B, T, K, EVEN, WIDE)
+    else:
+        k, s, q, n = accumulate(x, keep, c, first, last, A, C, B, T, K, EVEN, WIDE)
+    at = split * (PARTS * C) + c
+    inside = c < C
+    tl.store(parts + at, k, mask=inside)
+    tl.store(parts + at + C, s, mask=inside)
+    tl.store(parts + at + 2 * C, q, mask=inside)
+    tl.store(parts + at + 3 * C, n, mask=inside)
+
+    block = channel_tile // (X // K)
+    tiles_here = tl.minimum(X // K, channel_tiles - block * (X // K))
+    if exchange.last_to_arrive(arrivals + block, tiles_here * splits):
+        finish(parts, stats, lane, block, splits, limit, tag, rank, C, X, R, MASKED, W)
+
+
+@triton.jit
+def finish(
+    parts, stats, lane, block, splits, limit, tag, rank, C: tl.constexpr, X: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr, W: tl.constexpr
+):  # fmt: skip
+    """Merges a block's parts, and its replicas, and writes mean, variance and count as `stats` holds them; NaN stays NaN."""
+    c = block * X + tl.arange(0, X)
+    n, mean, m2 = merge_parts(parts, c, splits, C, R, X, MASKED)
+    if W > 1:
+        n, mean, m2 = exchange.moments(lane, block, n, mean, m2, limit, tag, rank, X, W)
+    variance = tl.where(n == 0, 1.0, m2 / tl.where(n == 0, 1.0, n))
+    tl.store(stats + c, tl.where(n == 0, 0.0, mean), mask=c < C)
+    tl.store(stats + C + c, variance, mask=c < C)
+    tl.store(stats + 2 * C + c, n, mask=c == 0)
+
+
+def reference(x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """`stats` of x [A, C, B] and keep bool [A, B], by float64 formulas: what one replica's kernel must give."""
+    wide = x.double().transpose(1, 2).reshape(-1, x.shape[1])
+    if keep is not None:
+        wide = wide[keep.reshape(-1)]
+    n = wide.new_tensor([float(wide.shape[0])])
+    if not len(wide):
+        return torch.cat([torch.zeros_like(x[0, :, 0], dtype=torch.float64), torch.ones_like(x[0, :, 0], dtype=torch.float64), n])
+    mean = wide.mean(0)
+    return torch.cat([mean, (wide - mean).square().mean(0), n])

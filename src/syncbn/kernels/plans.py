@@ -1,0 +1,149 @@
+"""What to launch for an input: tiles, splits and constants, worked out once per shape, dtype, layout and device.
+
+Fold: an input [N, C, …] is seen as [A, C, B] without a copy where it is contiguous (A = N) or has its channels last (B = 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from syncbn.kernels import exchange, moments, pointwise, sums
+from syncbn.kernels.launch import INTERPRETED, Launch, power_of_2
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# A program's share of values: float32 counts stay exact, and it is plenty.
+MOST_VALUES = 1 << 23
+
+
+class Fold(NamedTuple):
+    """An input as [A, C, B]."""
+
+    A: int
+    C: int
+    B: int
+
+
+class Tile(NamedTuple):
+    """T positions of K channels a step, by so many warps, `share` steps a program."""
+
+    T: int
+    K: int
+    warps: int
+    share: int
+
+
+def fold(x: Tensor) -> Fold | None:
+    """How x [N, C, …] lies in memory; None where it must be copied first."""
+    N, C, rest = x.shape[0], x.shape[1], x.shape[2:].numel()
+    if x.is_contiguous():
+        return Fold(N * rest, C, 1) if rest == 1 else Fold(N, C, rest)
+    if x.movedim(1, -1).is_contiguous():
+        return Fold(N * rest, C, 1)
+    return None
+
+
+def reduction_tile(f: Fold, itemsize: int, processors: int) -> Tile:
+    """For the kernels that add: about one wave of programs, each with much to do."""
+    J = f.A * f.B
+    if f.B == 1:
+        K = min(power_of_2(f.C), 64 if itemsize == 2 else 32)
+        T, warps = max(1, 2048 // K), 4
+    elif f.B >= 512:
+        T, K, warps = 2048, 1, 4
+    else:
+        # Planes of neighbouring channels lie side by side.
+        K = min(power_of_2(f.C), 8)
+        T, warps = 256, 4
+    T = min(T, power_of_2(J))
+    steps = -(-J // T)
+    wanted = max(1, -(-processors * 6 // -(-f.C // K)))
+    splits = min(steps, max(wanted, -(-J // MOST_VALUES)))
+    return Tile(T, K, warps, max(1, -(-steps // max(splits, 1))))
+
+
+def pointwise_tile(f: Fold, itemsize: int) -> Tile:
+    """For the kernels that write: many small programs."""
+    J = f.A * f.B
+    if f.B == 1:
+        K = min(power_of_2(f.C), 128 if itemsize == 2 else 64)
+        T, warps = max(1, 4096 // K), 4
+    elif f.B >= 512:
+        T, K, warps = 2048, 1, 4
+    else:
+        K = min(power_of_2(f.C), 8)
+        T, warps = 256, 4
+    return Tile(min(T, power_of_2(J)), K, warps, 1)
+
+
+class Reduction:
+    """Moments or gradient sums of one fold: a launch, and the scratch that it needs."""
+
+    def __init__(self, kernel: Any, parts: int, f: Fold, types: tuple[Any, ...], flags: dict[str, Any], device: torch.device,
+                 replicas: int, tile: Tile):  # fmt: skip
+        J = f.A * f.B
+        steps = -(-J // tile.T)
+        self.share = tile.share
+        self.splits = max(1, -(-steps // tile.share))
+        X = tile.K if replicas == 1 else exchange.block_channels(f.C)
+        rows = min(power_of_2(self.splits), max(1, 4096 // X))
+        channel_tiles = -(-f.C // tile.K)
+        self.blocks = -(-f.C // X)
+        self.parts = self.splits * parts * f.C
+        constants = {"C": f.C, "B": f.B, "T": tile.T, "K": tile.K, "X": X, "R": rows, **common(f, tile), **flags, "W": replicas}
+        self.launch = Launch(kernel, types, constants, channel_tiles * self.splits, tile.warps, device)
+
+
+def common(f: Fold, tile: Tile) -> dict[str, bool]:
+    """EVEN: no tile is cut off. WIDE: addresses do not fit 32 bits."""
+    J = f.A * f.B
+    return {"EVEN": J > 0 and J % tile.T == 0, "WIDE": (J + tile.T) * f.C >= 2**31}
+
+
+class Plan:
+    """All launches of one kind of call. `replicas` of them exchange inside the kernels; 1: none does."""
+
+    def __init__(self, f: Fold, dtype: torch.dtype, device: torch.device, *, masked: bool = False, scale: torch.dtype | None = None,
+                 activation: str | None = None, residual: torch.dtype | None = None, moving: torch.dtype | None = None,
+                 moves: int = 0, replicas: int = 1, tiles: dict[str, Tile] | None = None):  # fmt: skip
+        self.fold, self.device = f, device
+        processors = 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+        tiles = tiles or {}
+        of_moments = tiles.get("moments") or reduction_tile(f, dtype.itemsize, processors)
+        of_sums = tiles.get("sums") or reduction_tile(f, dtype.itemsize, processors)
+        forward = tiles.get("normalize") or pointwise_tile(f, dtype.itemsize)
+        backward = tiles.get("input_gradient") or pointwise_tile(f, dtype.itemsize)
+        byte, f32, f64, i32, i64 = torch.uint8, torch.float32, torch.float64, torch.int32, torch.int64
+        vector = scale or f32
+        other = residual or dtype
+        act = {"ACTIVATION": pointwise.ACTIVATIONS[activation], "RESIDUAL": residual is not None}
+        self.moments = Reduction(
+            moments.moments_kernel, 4, f, (dtype, byte, f32, i32, f64, i64, 1, 1, 1, 1, 1, 1), {"MASKED": masked}, device, replicas,
+            of_moments,
+        )  # fmt: skip
+        self.normalize_share = forward.share
+        self.normalize = Launch(
+            pointwise.normalize_kernel, (dtype, dtype, other, byte, f64, vector, vector, moving or f32, moving or f32, i64, 1, 1, 0.5, 0.5, 0.5),
+            {"C": f.C, "B": f.B, "T": forward.T, "K": forward.K, **common(f, forward), "MASKED": masked, "SCALE": scale is not None, **act, "MOVES": moves},
+            pointwise_programs(f, forward), forward.warps, device,
+        )  # fmt: skip
+        # The activation's slope needs the output (x's dtype) or, for silu, the residual.
+        saved = other if activation == "silu" else dtype
+        self.sums = Reduction(
+            sums.sums_kernel, 2, f, (dtype, dtype, saved, byte, f64, vector, vector, f32, i32, vector, vector, f32, i64, 1, 1, 1, 1, 1, 1, 0.5, 0.5),
+            {"MASKED": masked, "SCALE": scale is not None, **act}, device, replicas, of_sums,
+        )  # fmt: skip
+        self.gradient_share = backward.share
+        self.input_gradient = Launch(
+            pointwise.input_gradient_kernel, (dtype, dtype, dtype, saved, other, byte, f32, 1, 1, 0.5),
+            {"C": f.C, "B": f.B, "T": backward.T, "K": backward.K, **common(f, backward), "MASKED": masked, **act},
+            pointwise_programs(f, backward), backward.warps, device,
+        )  # fmt: skip
+
+
+def pointwise_programs(f: Fold, tile: Tile) -> int:
+    """How many programs write a tensor; at least one, which moves the statistics."""
+    steps = -(-(f.A * f.B) // tile.T)
+    return -(-f.C // tile.K) * max(1, -(-steps // tile.share))

@@ -1,0 +1,72 @@
+"""How every kernel walks over a tensor: tiles of [positions, channels] over an input folded to [A, C, B].
+
+Channels first (N, C, H, W) is A = N, B = H·W; channels last is A = N·H·W, B = 1. A channel has J = A·B positions; position j
+lies at (j // B)·C·B + c·B + j % B. C and B are compile-time constants, so that the division is a multiplication and Triton
+can see which addresses are neighbours: where B is divisible by the vector width, loads are 16 bytes wide.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def positions(tile, T: tl.constexpr, WIDE: tl.constexpr):
+    """The positions of one tile, [T]: int64 where the tensor needs it."""
+    if WIDE:
+        return tile.to(tl.int64) * T + tl.arange(0, T)
+    return tile * T + tl.arange(0, T)
+
+
+@triton.jit
+def positions_of(A, B: tl.constexpr, WIDE: tl.constexpr):
+    """J = A·B."""
+    if WIDE:
+        return A.to(tl.int64) * B
+    return A * B
+
+
+@triton.jit
+def addresses(j, c, C: tl.constexpr, B: tl.constexpr):
+    """Offsets of positions j [T] of channels c [K] in a folded tensor, [T, K]."""
+    if B == 1:
+        return j[:, None] * C + c[None, :]
+    return ((j // B) * (C * B) + j % B)[:, None] + c[None, :] * B
+
+
+@triton.jit
+def load(pointer, j, c, J, C: tl.constexpr, B: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr):
+    """A tile of positions j [T] and channels c [K] in float32; 0 where nothing exists. EVEN: T divides J."""
+    at = pointer + addresses(j, c, C, B)
+    if EVEN and C % K == 0:
+        return tl.load(at).to(tl.float32)
+    if EVEN:
+        return tl.load(at, mask=(c < C)[None, :], other=0.0).to(tl.float32)
+    return tl.load(at, mask=(j < J)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(pointer, value, j, c, J, C: tl.constexpr, B: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr):
+    """Stores a tile, rounded once."""
+    at = pointer + addresses(j, c, C, B)
+    value = value.to(pointer.dtype.element_ty)
+    if EVEN and C % K == 0:
+        tl.store(at, value)
+    elif EVEN:
+        tl.store(at, value, mask=(c < C)[None, :])
+    else:
+        tl.store(at, value, mask=(j < J)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def load_kept(pointer, j, J, EVEN: tl.constexpr):
+    """The mask of a tile's positions, [T] of 0 and 1: what counts. pointer: uint8 [A, B]."""
+    if EVEN:
+        return tl.load(pointer + j) != 0
+    return tl.load(pointer + j, mask=j < J, other=0) != 0
+
+
+@triton.jit
+def without_stray(x, kept):
+    """x, with 0 for what does not count and is not finite: nothing may spread from it."""
+    finite = tl.abs(x) < float("inf")
+    return tl.where(kept[:, None] | finite, x, 0.0)
