@@ -66,7 +66,7 @@ def normalize(
     mean, variance, tracked, weight = moving or (None, None, None, 0.0)
     plan.normalize(
         stream_of(x.device), address(x), address(y), address(residual), address(keep), address(stats), address(scale), address(offset),
-        address(mean), address(variance), address(tracked), plan.fold.A, plan.normalize_share, epsilon, weight, slope,
+        address(mean), address(variance), address(tracked), *plan.normalize_numbers, epsilon, weight, slope,
     )  # fmt: skip
     return y
 
@@ -100,7 +100,7 @@ def input_gradient(
     dx = torch.empty_like(x)
     plan.input_gradient(
         stream_of(x.device), address(x), address(dy), address(dx), address(saved), address(dresidual), address(keep),
-        address(coefficients), plan.fold.A, plan.gradient_share, slope,
+        address(coefficients), *plan.gradient_numbers, slope,
     )  # fmt: skip
     return dx
 

@@ -29,7 +29,7 @@ class Launch:
         self.last = tuple(constants.values())
         if not INTERPRETED:
             with torch.cuda.device(device):
-                compiled = kernel.warmup(*types, grid=(1,), num_warps=warps, **constants)
+                compiled = kernel.warmup(*types, grid=(1,), num_warps=warps, launch_pdl=bool(constants.get("PDL")), **constants)
                 # Loads the module now: a first launch while another kernel waits for this one would never end.
                 compiled._init_handles()
             self.compiled = compiled

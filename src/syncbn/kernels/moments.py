@@ -20,19 +20,20 @@ PARTS = tl.constexpr(4)
 
 @triton.jit
 def accumulate(
-    x, keep, c, first, last, A, C: tl.constexpr, B: tl.constexpr, T: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr
-):
+    x, keep, c, first, last, A, C: tl.constexpr, B: tl.constexpr, T: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    U: tl.constexpr,
+):  # fmt: skip
     """(k, s, q, n) of one program's share, tiles first to last: k, s, q of shape [K], n a scalar or, masked, [K]."""
     J = tiles.positions_of(A, B, WIDE)
     j = tiles.positions(first, T, WIDE)
-    pivot = tiles.load(x, j, c, J, C, B, K, EVEN)
+    pivot = tiles.load(x, j, c, J, C, B, K, EVEN, "")
     s = tl.zeros([T, K], tl.float32)
     q = tl.zeros([T, K], tl.float32)
     # How many values lie behind each lane.
     n = (j < J).to(tl.float32)
-    for tile in range(first + 1, last):
+    for tile in tl.range(first + 1, last, loop_unroll_factor=U):
         j = tiles.positions(tile, T, WIDE)
-        v = tiles.load(x, j, c, J, C, B, K, EVEN) - pivot
+        v = tiles.load(x, j, c, J, C, B, K, EVEN, "") - pivot
         if not EVEN:
             v = tl.where((j < J)[:, None], v, 0.0)
             n += (j < J).to(tl.float32)
@@ -50,18 +51,19 @@ def accumulate(
 
 @triton.jit
 def accumulate_masked(
-    x, keep, c, first, last, A, C: tl.constexpr, B: tl.constexpr, T: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr
-):
+    x, keep, c, first, last, A, C: tl.constexpr, B: tl.constexpr, T: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    U: tl.constexpr,
+):  # fmt: skip
     """The same where a mask says what counts: Welford's update, since a lane's first value may not count."""
     J = tiles.positions_of(A, B, WIDE)
     n = tl.zeros([T], tl.float32)
     mean = tl.zeros([T, K], tl.float32)
     m2 = tl.zeros([T, K], tl.float32)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, loop_unroll_factor=U):
         j = tiles.positions(tile, T, WIDE)
         kept = tiles.load_kept(keep, j, J, EVEN)
         n += kept.to(tl.float32)
-        v = tiles.load(x, j, c, J, C, B, K, EVEN)
+        v = tiles.load(x, j, c, J, C, B, K, EVEN, "")
         d = tl.where(kept[:, None], v - mean, 0.0)
         mean += d / tl.maximum(n, 1.0)[:, None]
         m2 += tl.where(kept[:, None], d * (v - mean), 0.0)
@@ -73,29 +75,46 @@ def accumulate_masked(
 
 
 @triton.jit
-def merge_parts(parts, c, splits, C: tl.constexpr, R: tl.constexpr, X: tl.constexpr, MASKED: tl.constexpr):
+def merge_parts(parts, c, J, splits, each, C: tl.constexpr, R: tl.constexpr, X: tl.constexpr):
     """(n, mean, m2) of this replica in float64, [X] each, from what its programs left, R of them at a time.
 
-    About a common pivot near the mean: then float32 is enough for the sums, and only the mean itself needs float64.
+    About a common pivot near the mean: then float32 is enough for the sums, and only the mean itself needs float64. A split
+    counted `each` values, the last one the rest of J. Few registers: the whole kernel has as many as its greediest part.
     """
-    inside = c < C
-    row = tl.arange(0, R)
-    if MASKED:
-        # Any program may have counted nothing: the pivot is the weighted mean of all.
-        weight = tl.zeros([R, X], tl.float32)
-        weighted = tl.zeros([R, X], tl.float32)
-        for start in range(0, splits, R):
-            at, there = part_addresses(start + row, c, splits, C)
-            n = tl.load(parts + at + 3 * C, mask=there, other=0.0, cache_modifier=".cg")
-            k = tl.load(parts + at, mask=there, other=0.0, cache_modifier=".cg")
-            weight += n
-            weighted += n * k
-        pivot = tl.sum(weighted, 0) / tl.maximum(tl.sum(weight, 0), 1.0)
-    else:
-        pivot = tl.load(parts + c, mask=inside, other=0.0, cache_modifier=".cg")
+    pivot = tl.load(parts + c, mask=c < C, other=0.0, cache_modifier=".cg")
     s = tl.zeros([R, X], tl.float32)
     q = tl.zeros([R, X], tl.float32)
-    total = tl.zeros([R, X], tl.float64)
+    for start in tl.range(0, splits, R, loop_unroll_factor=2):
+        split = start + tl.arange(0, R)
+        at, there = part_addresses(split, c, splits, C)
+        k = tl.load(parts + at, mask=there, other=0.0, cache_modifier=".cg")
+        part_s = tl.load(parts + at + C, mask=there, other=0.0, cache_modifier=".cg")
+        part_q = tl.load(parts + at + 2 * C, mask=there, other=0.0, cache_modifier=".cg")
+        n = tl.minimum(J - tl.minimum(split, splits - 1).to(J.dtype) * each, each).to(tl.float32)[:, None]
+        d = tl.where(there, k - pivot[None, :], 0.0)
+        s += part_s + n * d
+        q += part_q + d * (2 * part_s + n * d)
+    n = tl.zeros([X], tl.float64) + J.to(tl.float64)
+    mean, m2 = moments_about(pivot, n, tl.sum(s, 0), tl.sum(q, 0))
+    return n, mean, m2
+
+
+@triton.jit
+def merge_masked_parts(parts, c, splits, C: tl.constexpr, R: tl.constexpr, X: tl.constexpr):
+    """The same where programs say how many values they counted, which may be none: the pivot is the mean of all pivots."""
+    row = tl.arange(0, R)
+    weight = tl.zeros([R, X], tl.float32)
+    weighted = tl.zeros([R, X], tl.float32)
+    for start in range(0, splits, R):
+        at, there = part_addresses(start + row, c, splits, C)
+        n = tl.load(parts + at + 3 * C, mask=there, other=0.0, cache_modifier=".cg")
+        k = tl.load(parts + at, mask=there, other=0.0, cache_modifier=".cg")
+        weight += n
+        weighted += n * k
+    pivot = tl.sum(weighted, 0) / tl.maximum(tl.sum(weight, 0), 1.0)
+    s = tl.zeros([R, X], tl.float32)
+    q = tl.zeros([R, X], tl.float32)
+    total = tl.zeros([R, X], tl.int64)
     for start in range(0, splits, R):
         at, there = part_addresses(start + row, c, splits, C)
         k = tl.load(parts + at, mask=there, other=0.0, cache_modifier=".cg")
@@ -105,13 +124,19 @@ def merge_parts(parts, c, splits, C: tl.constexpr, R: tl.constexpr, X: tl.conste
         d = tl.where(n > 0, k - pivot[None, :], 0.0)
         s += part_s + n * d
         q += part_q + d * (2 * part_s + n * d)
-        total += n.to(tl.float64)
-    n = tl.sum(total, 0)
+        total += n.to(tl.int64)
+    n = tl.sum(total, 0).to(tl.float64)
+    mean, m2 = moments_about(pivot, n, tl.sum(s, 0), tl.sum(q, 0))
+    return n, mean, m2
+
+
+@triton.jit
+def moments_about(pivot, n, s, q):
+    """(mean, m2) in float64 from n, Σ(x − pivot) and Σ(x − pivot)²."""
     at_least_one = tl.maximum(n, 1.0)
-    wide_s = tl.sum(s, 0).to(tl.float64)
-    m2 = tl.maximum(tl.sum(q, 0).to(tl.float64) - wide_s * wide_s / at_least_one, 0.0)
-    mean = pivot.to(tl.float64) + wide_s / at_least_one
-    return n, tl.where(n > 0, mean, 0.0), m2
+    wide = s.to(tl.float64)
+    mean = tl.where(n == 0, 0.0, pivot.to(tl.float64) + wide / at_least_one)
+    return mean, tl.maximum(q.to(tl.float64) - wide * wide / at_least_one, 0.0)
 
 
 @triton.jit
@@ -143,10 +168,15 @@ def moments_kernel(
     R: tl.constexpr,  # splits merged at a time
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    U: tl.constexpr,  # steps unrolled
     MASKED: tl.constexpr,
+    PDL: tl.constexpr,
+    ALONE: tl.constexpr,  # one split and one replica: a program has all of its channels
     W: tl.constexpr,  # replicas that exchange inside the kernel; 1: none
 ):
     """mean = Σx/n and variance = Σ(x − mean)²/n over all replicas, and n; (0, 1) where n is 0."""
+    if PDL:
+        tiles.follow()
     channel_tiles: tl.constexpr = (C + K - 1) // K
     pid = tl.program_id(0)
     channel_tile = pid % channel_tiles
@@ -157,34 +187,52 @@ def moments_kernel(
     first = tl.minimum(split * share, all_tiles)
     last = tl.minimum(first + share, all_tiles)
     if MASKED:
-        k, s, q, n = accumulate_masked(x, keep, c, first, last, A, C, B, T, K, EVEN, WIDE)
+        k, s, q, n = accumulate_masked(x, keep, c, first, last, A, C, B, T, K, EVEN, WIDE, U)
     else:
-        k, s, q, n = accumulate(x, keep, c, first, last, A, C, B, T, K, EVEN, WIDE)
+        k, s, q, n = accumulate(x, keep, c, first, last, A, C, B, T, K, EVEN, WIDE, U)
+    if ALONE:
+        # The only program of its channels: what it found is all there is.
+        if MASKED:
+            n = n.to(tl.float64)
+        else:
+            n = tl.zeros([K], tl.float64) + J.to(tl.float64)
+        mean, m2 = moments_about(k, n, s, q)
+        write(stats, c, n, mean, m2, C)
+        return
     at = split * (PARTS * C) + c
     inside = c < C
     tl.store(parts + at, k, mask=inside)
     tl.store(parts + at + C, s, mask=inside)
     tl.store(parts + at + 2 * C, q, mask=inside)
-    tl.store(parts + at + 3 * C, n, mask=inside)
+    if MASKED:
+        tl.store(parts + at + 3 * C, n, mask=inside)
 
     block = channel_tile // (X // K)
     tiles_here = tl.minimum(X // K, channel_tiles - block * (X // K))
     if exchange.last_to_arrive(arrivals + block, tiles_here * splits):
-        finish(parts, stats, lane, block, splits, limit, tag, rank, C, X, R, MASKED, W)
+        finish(parts, stats, lane, block, J, splits, share * T, limit, tag, rank, C, X, R, MASKED, W)
 
 
 @triton.jit
 def finish(
-    parts, stats, lane, block, splits, limit, tag, rank, C: tl.constexpr, X: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr, W: tl.constexpr
+    parts, stats, lane, block, J, splits, each, limit, tag, rank, C: tl.constexpr, X: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr, W: tl.constexpr
 ):  # fmt: skip
-    """Merges a block's parts, and its replicas, and writes mean, variance and count as `stats` holds them; NaN stays NaN."""
+    """Merges a block's parts, then the replicas', and writes the moments."""
     c = block * X + tl.arange(0, X)
-    n, mean, m2 = merge_parts(parts, c, splits, C, R, X, MASKED)
+    if MASKED:
+        n, mean, m2 = merge_masked_parts(parts, c, splits, C, R, X)
+    else:
+        n, mean, m2 = merge_parts(parts, c, J, splits, each, C, R, X)
     if W > 1:
         n, mean, m2 = exchange.moments(lane, block, n, mean, m2, limit, tag, rank, X, W)
-    variance = tl.where(n == 0, 1.0, m2 / tl.where(n == 0, 1.0, n))
-    tl.store(stats + c, tl.where(n == 0, 0.0, mean), mask=c < C)
-    tl.store(stats + C + c, variance, mask=c < C)
+    write(stats, c, n, mean, m2, C)
+
+
+@triton.jit
+def write(stats, c, n, mean, m2, C: tl.constexpr):
+    """Mean, variance and count as `stats` holds them; NaN stays NaN."""
+    tl.store(stats + c, mean, mask=c < C)
+    tl.store(stats + C + c, tl.where(n == 0, 1.0, m2 / tl.where(n == 0, 1.0, n)), mask=c < C)
     tl.store(stats + 2 * C + c, n, mask=c == 0)
 
 

@@ -14,6 +14,9 @@ from syncbn.kernels import exchange, moments, pointwise, sums
 from syncbn.kernels.launch import INTERPRETED, Launch, power_of_2
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Whether the kernels of one replica overlap their starts (tiles.follow).
+PDL = not INTERPRETED
+L2_BYTES = 60e6
 # A program's share of values: float32 counts stay exact, and it is plenty.
 MOST_VALUES = 1 << 23
 
@@ -27,12 +30,13 @@ class Fold(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """T positions of K channels a step, by so many warps, `share` steps a program."""
+    """T positions of K channels a step, by so many warps, `share` steps a program; `unroll` of them at a time."""
 
     T: int
     K: int
     warps: int
     share: int
+    unroll: int = 1
 
 
 def fold(x: Tensor) -> Fold | None:
@@ -88,11 +92,13 @@ class Reduction:
         self.share = tile.share
         self.splits = max(1, -(-steps // tile.share))
         X = tile.K if replicas == 1 else exchange.block_channels(f.C)
-        rows = min(power_of_2(self.splits), max(1, 4096 // X))
+        # Eight values a thread: more would cost all programs the registers that only the last ones use.
+        rows = min(power_of_2(self.splits), max(1, 256 * tile.warps // X))
+        alone = self.splits == 1 and replicas == 1
         channel_tiles = -(-f.C // tile.K)
         self.blocks = -(-f.C // X)
         self.parts = self.splits * parts * f.C
-        constants = {"C": f.C, "B": f.B, "T": tile.T, "K": tile.K, "X": X, "R": rows, **common(f, tile), **flags, "W": replicas}
+        constants = {"C": f.C, "B": f.B, "T": tile.T, "K": tile.K, "X": X, "R": rows, **common(f, tile), "U": tile.unroll, **flags, "PDL": PDL and replicas == 1, "ALONE": alone, "W": replicas}
         self.launch = Launch(kernel, types, constants, channel_tiles * self.splits, tile.warps, device)
 
 
@@ -123,11 +129,14 @@ class Plan:
             moments.moments_kernel, 4, f, (dtype, byte, f32, i32, f64, i64, 1, 1, 1, 1, 1, 1), {"MASKED": masked}, device, replicas,
             of_moments,
         )  # fmt: skip
-        self.normalize_share = forward.share
+        # Tensors that L2 holds: let it forget first what nobody reads again. Larger ones are the slower for it.
+        drop = "evict_first" if f.A * f.C * f.B * dtype.itemsize < L2_BYTES else ""
+        pdl = PDL and replicas == 1
+        self.normalize_numbers = (f.A, forward.share, *order(f, forward, of_moments))
         self.normalize = Launch(
-            pointwise.normalize_kernel, (dtype, dtype, other, byte, f64, vector, vector, moving or f32, moving or f32, i64, 1, 1, 0.5, 0.5, 0.5),
-            {"C": f.C, "B": f.B, "T": forward.T, "K": forward.K, **common(f, forward), "MASKED": masked, "SCALE": scale is not None, **act, "MOVES": moves},
-            pointwise_programs(f, forward), forward.warps, device,
+            pointwise.normalize_kernel, (dtype, dtype, other, byte, f64, vector, vector, moving or f32, moving or f32, i64, 1, 1, 1, 1, 0.5, 0.5, 0.5),
+            {"C": f.C, "B": f.B, "T": forward.T, "K": forward.K, **even(f, forward, of_moments), "DROP": drop, "PDL": pdl, "MASKED": masked, "SCALE": scale is not None, **act, "MOVES": moves},
+            pointwise_programs(f, forward, of_moments), forward.warps, device,
         )  # fmt: skip
         # The activation's slope needs the output (x's dtype) or, for silu, the residual.
         saved = other if activation == "silu" else dtype
@@ -135,15 +144,32 @@ class Plan:
             sums.sums_kernel, 2, f, (dtype, dtype, saved, byte, f64, vector, vector, f32, i32, vector, vector, f32, i64, 1, 1, 1, 1, 1, 1, 0.5, 0.5),
             {"MASKED": masked, "SCALE": scale is not None, **act}, device, replicas, of_sums,
         )  # fmt: skip
-        self.gradient_share = backward.share
+        self.gradient_numbers = (f.A, backward.share, *order(f, backward, of_sums))
         self.input_gradient = Launch(
-            pointwise.input_gradient_kernel, (dtype, dtype, dtype, saved, other, byte, f32, 1, 1, 0.5),
-            {"C": f.C, "B": f.B, "T": backward.T, "K": backward.K, **common(f, backward), "MASKED": masked, **act},
-            pointwise_programs(f, backward), backward.warps, device,
+            pointwise.input_gradient_kernel, (dtype, dtype, dtype, saved, other, byte, f32, 1, 1, 1, 1, 0.5),
+            {"C": f.C, "B": f.B, "T": backward.T, "K": backward.K, **even(f, backward, of_sums), "DROP": drop, "PDL": pdl, "MASKED": masked, **act},
+            pointwise_programs(f, backward, of_sums), backward.warps, device,
         )  # fmt: skip
 
 
-def pointwise_programs(f: Fold, tile: Tile) -> int:
+def order(f: Fold, tile: Tile, before: Tile) -> tuple[int, int]:
+    """(across, length): see pointwise.tile_in_order. Its turns must be the tiles, each once, or tiles that do not exist."""
+    J = f.A * f.B
+    steps = max(1, -(-J // tile.T))
+    stretch = before.T * before.share
+    if stretch % tile.T == 0 and J % stretch == 0:
+        return J // stretch, stretch // tile.T
+    return 1, steps
+
+
+def even(f: Fold, tile: Tile, before: Tile) -> dict[str, bool]:
+    """`common`, for turns: no turn is one too many either."""
+    across, length = order(f, tile, before)
+    found = common(f, tile)
+    return {**found, "EVEN": found["EVEN"] and across * length % tile.share == 0}
+
+
+def pointwise_programs(f: Fold, tile: Tile, before: Tile) -> int:
     """How many programs write a tensor; at least one, which moves the statistics."""
-    steps = -(-(f.A * f.B) // tile.T)
-    return -(-f.C // tile.K) * max(1, -(-steps // tile.share))
+    across, length = order(f, tile, before)
+    return -(-f.C // tile.K) * -(-across * length // tile.share)

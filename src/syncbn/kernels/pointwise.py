@@ -34,6 +34,17 @@ def affine_coefficients(stats, scale, offset, c, epsilon, C: tl.constexpr, SCALE
 
 
 @triton.jit
+def tile_in_order(turn, across, length):
+    """The tile of a turn: `across` stretches of `length` tiles side by side, each from its end to its start.
+
+    The kernel before this one swept the same stretches side by side from start to end: what it read last is still in L2.
+    """
+    # A turn too many would be a tile before the first: past the last one nothing exists either.
+    last = length - 1 - turn // across
+    return tl.where(last < 0, across * length, turn % across * length + last)
+
+
+@triton.jit
 def activate(z, slope, ACTIVATION: tl.constexpr):
     """activation(z)."""
     if ACTIVATION == 1:
@@ -65,7 +76,7 @@ def slope_at(z, slope, ACTIVATION: tl.constexpr):
     return sigmoid * (1.0 + z * (1.0 - sigmoid))
 
 
-@triton.jit(do_not_specialize=["A", "share"])
+@triton.jit(do_not_specialize=["A", "share", "across", "length"])
 def normalize_kernel(
     x,  # [A, C, B], any float dtype
     y,  # [A, C, B], the same
@@ -79,6 +90,8 @@ def normalize_kernel(
     tracked,  # int64 [1] where MOVES: batches that moved them
     A,
     share,  # tiles a program
+    across,  # the order of the tiles: see `tile_in_order`
+    length,
     epsilon,
     momentum,  # weight of the new value; below 0: 1 / tracked
     slope,
@@ -88,6 +101,8 @@ def normalize_kernel(
     K: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    DROP: tl.constexpr,  # how soon L2 may forget what this kernel reads and writes
+    PDL: tl.constexpr,
     MASKED: tl.constexpr,
     SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -95,23 +110,25 @@ def normalize_kernel(
     MOVES: tl.constexpr,  # 0 no; 1 always; 2 where all statistics are finite
 ):
     """y = activation(a·(x − hi) + b + residual), and the moving statistics."""
+    if PDL:
+        tiles.follow()
     channel_tiles: tl.constexpr = (C + K - 1) // K
     pid = tl.program_id(0)
     channel_tile = pid % channel_tiles
     c = channel_tile * K + tl.arange(0, K)
     hi, a, b = affine_coefficients(stats, scale, offset, c, epsilon, C, SCALE)
     J = tiles.positions_of(A, B, WIDE)
-    all_tiles = ((J + T - 1) // T).to(tl.int32)
     first = pid // channel_tiles * share
-    for tile in range(first, tl.minimum(first + share, all_tiles)):
-        j = tiles.positions(tile, T, WIDE)
-        v = tiles.load(x, j, c, J, C, B, K, EVEN)
+    for turn in range(first, first + share):
+        # Past the last tile nothing exists; EVEN promises that there is no such turn.
+        j = tiles.positions(tile_in_order(turn, across, length), T, WIDE)
+        v = tiles.load(x, j, c, J, C, B, K, EVEN, DROP)
         if MASKED:
             v = tiles.without_stray(v, tiles.load_kept(keep, j, J, EVEN))
         z = (v - hi[None, :]) * a[None, :] + b[None, :]
         if RESIDUAL:
-            z += tiles.load(residual, j, c, J, C, B, K, EVEN)
-        tiles.store(y, activate(z, slope, ACTIVATION), j, c, J, C, B, K, EVEN)
+            z += tiles.load(residual, j, c, J, C, B, K, EVEN, DROP)
+        tiles.store(y, activate(z, slope, ACTIVATION), j, c, J, C, B, K, EVEN, DROP)
     if MOVES:
         if pid == 0:
             move(stats, moving_mean, moving_variance, tracked, momentum, C, MOVES)
@@ -147,7 +164,7 @@ def move(stats, moving_mean, moving_variance, tracked, momentum, C: tl.constexpr
         tl.store(moving_variance + c, (old + weight * (variance - old)).to(moving_variance.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["A", "share"])
+@triton.jit(do_not_specialize=["A", "share", "across", "length"])
 def input_gradient_kernel(
     x,  # [A, C, B], any float dtype
     dy,  # [A, C, B]
@@ -158,6 +175,8 @@ def input_gradient_kernel(
     coefficients,  # float32 [5, C]: hi, a, b of the forward pass; of the path through the moments the slope and the rest
     A,
     share,  # tiles a program
+    across,  # the order of the tiles: see `tile_in_order`
+    length,
     slope,
     C: tl.constexpr,
     B: tl.constexpr,
@@ -165,11 +184,15 @@ def input_gradient_kernel(
     K: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    DROP: tl.constexpr,  # how soon L2 may forget what this kernel reads and writes
+    PDL: tl.constexpr,
     MASKED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
     """dx = a·g + [counted]·(through·(x − hi) + rest), g = dy·activation'(z); the residual's gradient is g."""
+    if PDL:
+        tiles.follow()
     channel_tiles: tl.constexpr = (C + K - 1) // K
     pid = tl.program_id(0)
     channel_tile = pid % channel_tiles
@@ -181,12 +204,12 @@ def input_gradient_kernel(
     through = tl.load(coefficients + 3 * C + c, mask=inside, other=0.0)
     rest = tl.load(coefficients + 4 * C + c, mask=inside, other=0.0)
     J = tiles.positions_of(A, B, WIDE)
-    all_tiles = ((J + T - 1) // T).to(tl.int32)
     first = pid // channel_tiles * share
-    for tile in range(first, tl.minimum(first + share, all_tiles)):
-        j = tiles.positions(tile, T, WIDE)
-        v = tiles.load(x, j, c, J, C, B, K, EVEN)
-        g = tiles.load(dy, j, c, J, C, B, K, EVEN)
+    for turn in range(first, first + share):
+        # Past the last tile nothing exists; EVEN promises that there is no such turn.
+        j = tiles.positions(tile_in_order(turn, across, length), T, WIDE)
+        v = tiles.load(x, j, c, J, C, B, K, EVEN, DROP)
+        g = tiles.load(dy, j, c, J, C, B, K, EVEN, DROP)
         if MASKED:
             kept = tiles.load_kept(keep, j, J, EVEN)
             v = tiles.without_stray(v, kept)
@@ -194,14 +217,14 @@ def input_gradient_kernel(
         if ACTIVATION != 0:
             z = v * a[None, :] + b[None, :]
             if RESIDUAL:
-                z = with_saved(z, tiles.load(saved, j, c, J, C, B, K, EVEN), ACTIVATION)
+                z = with_saved(z, tiles.load(saved, j, c, J, C, B, K, EVEN, DROP), ACTIVATION)
             g *= slope_at(z, slope, ACTIVATION)
             if RESIDUAL:
-                tiles.store(dresidual, g, j, c, J, C, B, K, EVEN)
+                tiles.store(dresidual, g, j, c, J, C, B, K, EVEN, DROP)
         path = v * through[None, :] + rest[None, :]
         if MASKED:
             path = tl.where(kept[:, None], path, 0.0)
-        tiles.store(dx, g * a[None, :] + path, j, c, J, C, B, K, EVEN)
+        tiles.store(dx, g * a[None, :] + path, j, c, J, C, B, K, EVEN, DROP)
 
 
 def reference(

@@ -45,13 +45,18 @@ def sums_kernel(
     R: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    U: tl.constexpr,  # steps unrolled
     MASKED: tl.constexpr,
     SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
+    ALONE: tl.constexpr,  # one split and one replica
     W: tl.constexpr,
 ):
     """dscale = Σg·x_hat, doffset = Σg, and what the input gradient needs of the sums over all replicas."""
+    if PDL:
+        tiles.follow()
     channel_tiles: tl.constexpr = (C + K - 1) // K
     pid = tl.program_id(0)
     channel_tile = pid % channel_tiles
@@ -65,21 +70,28 @@ def sums_kernel(
     last = tl.minimum(first + share, all_tiles)
     sum_g = tl.zeros([T, K], tl.float32)
     sum_gx = tl.zeros([T, K], tl.float32)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, loop_unroll_factor=U):
         j = tiles.positions(tile, T, WIDE)
-        v = tiles.load(x, j, c, J, C, B, K, EVEN)
-        g = tiles.load(dy, j, c, J, C, B, K, EVEN)
+        v = tiles.load(x, j, c, J, C, B, K, EVEN, "")
+        g = tiles.load(dy, j, c, J, C, B, K, EVEN, "")
         if MASKED:
             v = tiles.without_stray(v, tiles.load_kept(keep, j, J, EVEN))
         v -= hi[None, :]
         if ACTIVATION != 0:
             z = v * a[None, :] + b[None, :]
             if RESIDUAL:
-                z = pointwise.with_saved(z, tiles.load(saved, j, c, J, C, B, K, EVEN), ACTIVATION)
+                z = pointwise.with_saved(z, tiles.load(saved, j, c, J, C, B, K, EVEN, ""), ACTIVATION)
             g *= pointwise.slope_at(z, slope, ACTIVATION)
         # Nothing exists where g is 0, but x − hi is not 0 there and may be anything.
         sum_g += g
         sum_gx += g * v
+    if ALONE:
+        # The only program of its channels: what it found is all there is.
+        finish(
+            tl.sum(sum_g, 0).to(tl.float64), tl.sum(sum_gx, 0).to(tl.float64), c, stats, scale, offset, dscale, doffset, coefficients,
+            lane, 0, limit, tag, rank, epsilon, C, K, SCALE, W,
+        )  # fmt: skip
+        return
     at = split * (2 * C) + c
     tl.store(parts + at, tl.sum(sum_g, 0), mask=inside)
     tl.store(parts + at + C, tl.sum(sum_gx, 0), mask=inside)
@@ -87,7 +99,9 @@ def sums_kernel(
     block = channel_tile // (X // K)
     tiles_here = tl.minimum(X // K, channel_tiles - block * (X // K))
     if exchange.last_to_arrive(arrivals + block, tiles_here * splits):
-        finish(parts, stats, scale, offset, dscale, doffset, coefficients, lane, block, splits, limit, tag, rank, epsilon, C, X, R, SCALE, W)
+        finish_block(
+            parts, splits, stats, scale, offset, dscale, doffset, coefficients, lane, block, limit, tag, rank, epsilon, C, X, R, SCALE, W
+        )  # fmt: skip
 
 
 @triton.jit
@@ -96,7 +110,7 @@ def add_parts(parts, c, splits, C: tl.constexpr, R: tl.constexpr, X: tl.constexp
     row = tl.arange(0, R)
     g = tl.zeros([R, X], tl.float32)
     gx = tl.zeros([R, X], tl.float32)
-    for start in range(0, splits, R):
+    for start in tl.range(0, splits, R, loop_unroll_factor=2):
         split = start + row
         there = (split < splits)[:, None] & (c < C)[None, :]
         at = parts + split[:, None] * (2 * C) + c[None, :]
@@ -106,13 +120,22 @@ def add_parts(parts, c, splits, C: tl.constexpr, R: tl.constexpr, X: tl.constexp
 
 
 @triton.jit
-def finish(
-    parts, stats, scale, offset, dscale, doffset, coefficients, lane, block, splits, limit, tag, rank, epsilon,
+def finish_block(
+    parts, splits, stats, scale, offset, dscale, doffset, coefficients, lane, block, limit, tag, rank, epsilon,
     C: tl.constexpr, X: tl.constexpr, R: tl.constexpr, SCALE: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """From Σg and Σg·(x − hi) of this replica: its gradients, the message, the coefficients of the input gradient."""
+    """`finish`, from what the programs of a block left."""
     c = block * X + tl.arange(0, X)
     g, gx = add_parts(parts, c, splits, C, R, X)
+    finish(g, gx, c, stats, scale, offset, dscale, doffset, coefficients, lane, block, limit, tag, rank, epsilon, C, X, SCALE, W)
+
+
+@triton.jit
+def finish(
+    g, gx, c, stats, scale, offset, dscale, doffset, coefficients, lane, block, limit, tag, rank, epsilon,
+    C: tl.constexpr, X: tl.constexpr, SCALE: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """From Σg and Σg·(x − hi) of this replica: its gradients, the message, the coefficients of the input gradient."""
     inside = c < C
     mean = tl.load(stats + c, mask=inside, other=0.0)
     lo = mean - mean.to(tl.float32).to(tl.float64)

@@ -7,6 +7,18 @@ can see which addresses are neighbours: where B is divisible by the vector width
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def follow():
+    """Programmatic dependent launch: this kernel's programs may be on the GPU before the kernel ahead has ended.
+
+    Waits for its end; all programs of this kernel being there by then, the next one's may come. Never in a kernel that waits
+    for a peer: its successor would fill the GPU and wait too.
+    """
+    gdc_wait()
+    gdc_launch_dependents()
 
 
 @triton.jit
@@ -34,27 +46,31 @@ def addresses(j, c, C: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def load(pointer, j, c, J, C: tl.constexpr, B: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr):
+def load(
+    pointer, j, c, J, C: tl.constexpr, B: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr
+):  # fmt: skip
     """A tile of positions j [T] and channels c [K] in float32; 0 where nothing exists. EVEN: T divides J."""
     at = pointer + addresses(j, c, C, B)
     if EVEN and C % K == 0:
-        return tl.load(at).to(tl.float32)
+        return tl.load(at, eviction_policy=EVICT).to(tl.float32)
     if EVEN:
-        return tl.load(at, mask=(c < C)[None, :], other=0.0).to(tl.float32)
-    return tl.load(at, mask=(j < J)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        return tl.load(at, mask=(c < C)[None, :], other=0.0, eviction_policy=EVICT).to(tl.float32)
+    return tl.load(at, mask=(j < J)[:, None] & (c < C)[None, :], other=0.0, eviction_policy=EVICT).to(tl.float32)
 
 
 @triton.jit
-def store(pointer, value, j, c, J, C: tl.constexpr, B: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr):
+def store(
+    pointer, value, j, c, J, C: tl.constexpr, B: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr
+):  # fmt: skip
     """Stores a tile, rounded once."""
     at = pointer + addresses(j, c, C, B)
     value = value.to(pointer.dtype.element_ty)
     if EVEN and C % K == 0:
-        tl.store(at, value)
+        tl.store(at, value, eviction_policy=EVICT)
     elif EVEN:
-        tl.store(at, value, mask=(c < C)[None, :])
+        tl.store(at, value, mask=(c < C)[None, :], eviction_policy=EVICT)
     else:
-        tl.store(at, value, mask=(j < J)[:, None] & (c < C)[None, :])
+        tl.store(at, value, mask=(j < J)[:, None] & (c < C)[None, :], eviction_policy=EVICT)
 
 
 @triton.jit
