@@ -49,37 +49,68 @@ def fold(x: Tensor) -> Fold | None:
     return None
 
 
-def reduction_tile(f: Fold, itemsize: int, processors: int) -> Tile:
-    """For the kernels that add: about one wave of programs, each with much to do."""
+class Choice(NamedTuple):
+    """T·K values a step, by so many warps; `waves`: programs a processor, 0 for one split, where that is enough programs."""
+
+    T: int
+    K: int
+    warps: int
+    waves: int = 0
+    unroll: int = 1
+
+
+# Found on an H200 by benchmarks/gpu_tiles.py; docs/kernels.md has what each costs. By kernel, and: channels last; planes of
+# 512 values and more; smaller planes; channels of few values. Two columns: 2-byte and 4-byte dtypes.
+FEW = 8192
+CHOICES = {
+    "moments": {
+        "last": (Choice(16, 32, 4, 8, 4), Choice(128, 16, 4, 4, 2)),
+        "planes": (Choice(512, 4, 4, 6, 2), Choice(512, 2, 4, 8, 2)),
+        "small planes": (Choice(256, 4, 4, 8), Choice(256, 4, 4, 8)),
+        "last, few": (Choice(128, 16, 4, 4, 2), Choice(128, 16, 4, 4, 2)),
+        "planes, few": (Choice(4096, 1, 8), Choice(4096, 1, 8)),
+        "small planes, few": (Choice(256, 4, 4), Choice(256, 4, 4)),
+    },
+    "sums": {
+        "last": (Choice(64, 32, 4, 5), Choice(64, 32, 4, 6)),
+        "planes": (Choice(1024, 1, 4, 12, 2), Choice(2048, 1, 8, 4, 2)),
+        "small planes": (Choice(512, 1, 2, 16, 2), Choice(512, 1, 2, 16, 2)),
+        "last, few": (Choice(128, 16, 8, 4, 2), Choice(128, 16, 8, 4, 2)),
+        "planes, few": (Choice(4096, 1, 8), Choice(4096, 1, 8)),
+        "small planes, few": (Choice(512, 1, 2, 0, 2), Choice(512, 1, 2, 0, 2)),
+    },
+    "normalize": {
+        "last": (Choice(16, 128, 4), Choice(32, 64, 4)),
+        "planes": (Choice(2048, 1, 4), Choice(1024, 1, 4)),
+        "small planes": (Choice(1024, 2, 4), Choice(1024, 2, 4)),
+    },
+    "input_gradient": {
+        "last": (Choice(16, 128, 4), Choice(16, 64, 4)),
+        "planes": (Choice(512, 4, 4), Choice(512, 4, 4)),
+        "small planes": (Choice(256, 8, 4), Choice(256, 4, 4)),
+    },
+}
+
+
+def tile_for(kernel: str, f: Fold, itemsize: int, processors: int) -> Tile:
+    """The tile of a kernel for a fold. From the fold alone: what is not a multiple of it is masked."""
     J = f.A * f.B
-    if f.B == 1:
-        K = min(power_of_2(f.C), 64 if itemsize == 2 else 32)
-        T, warps = max(1, 2048 // K), 4
-    elif f.B >= 512:
-        T, K, warps = 2048, 1, 4
-    else:
-        # Planes of neighbouring channels lie side by side.
-        K = min(power_of_2(f.C), 8)
-        T, warps = 256, 4
+    kind = "last" if f.B == 1 else "planes" if f.B >= 512 else "small planes"
+    few = f"{kind}, few"
+    # Few values a channel and enough channels for all processors, or a tensor so small that splits would cost more.
+    if few in CHOICES[kernel] and J <= FEW and (kind == "last" or f.C >= processors or J * f.C <= 1 << 20):
+        kind = few
+    T, K, warps, waves, unroll = CHOICES[kernel][kind][itemsize == 4]
+    channels = power_of_2(f.C)
+    if K > channels:
+        T, K = T * (K // channels), channels
     T = min(T, power_of_2(J))
-    steps = -(-J // T)
-    wanted = max(1, -(-processors * 6 // -(-f.C // K)))
-    splits = min(steps, max(wanted, -(-J // MOST_VALUES)))
-    return Tile(T, K, warps, max(1, -(-steps // max(splits, 1))))
-
-
-def pointwise_tile(f: Fold, itemsize: int) -> Tile:
-    """For the kernels that write: many small programs."""
-    J = f.A * f.B
-    if f.B == 1:
-        K = min(power_of_2(f.C), 128 if itemsize == 2 else 64)
-        T, warps = max(1, 4096 // K), 4
-    elif f.B >= 512:
-        T, K, warps = 2048, 1, 4
-    else:
-        K = min(power_of_2(f.C), 8)
-        T, warps = 256, 4
-    return Tile(min(T, power_of_2(J)), K, warps, 1)
+    steps = max(1, -(-J // T))
+    if kernel in ("normalize", "input_gradient"):
+        return Tile(T, K, warps, 1)
+    splits = 1 if not waves else max(1, min(steps, round(processors * waves / -(-f.C // K))))
+    splits = max(splits, min(steps, -(-J // MOST_VALUES)))
+    return Tile(T, K, warps, -(-steps // splits), unroll)
 
 
 class Reduction:
@@ -116,11 +147,9 @@ class Plan:
                  moves: int = 0, replicas: int = 1, tiles: dict[str, Tile] | None = None):  # fmt: skip
         self.fold, self.device = f, device
         processors = 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-        tiles = tiles or {}
-        of_moments = tiles.get("moments") or reduction_tile(f, dtype.itemsize, processors)
-        of_sums = tiles.get("sums") or reduction_tile(f, dtype.itemsize, processors)
-        forward = tiles.get("normalize") or pointwise_tile(f, dtype.itemsize)
-        backward = tiles.get("input_gradient") or pointwise_tile(f, dtype.itemsize)
+        chosen = {k: (tiles or {}).get(k) or tile_for(k, f, dtype.itemsize, processors) for k in CHOICES}
+        of_moments, of_sums = chosen["moments"], chosen["sums"]
+        forward, backward = chosen["normalize"], chosen["input_gradient"]
         byte, f32, f64, i32, i64 = torch.uint8, torch.float32, torch.float64, torch.int32, torch.int64
         vector = scale or f32
         other = residual or dtype
