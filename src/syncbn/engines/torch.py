@@ -12,6 +12,8 @@ from syncbn import maths, policy
 from syncbn.engines import Moments
 from syncbn.engines import torch_context as context
 from syncbn.engines import torch_debug as debug
+from syncbn.engines import torch_fused
+from syncbn.engines import torch_lanes as lanes
 from syncbn.engines.torch_autograd import How, Normalized, NormalizedWhenCompiled
 from syncbn.engines.torch_fold import Fold
 from syncbn.engines.torch_groups import Link, gather, link_at_trace_time, link_of, sum_in_place, sum_when_compiled
@@ -19,7 +21,7 @@ from syncbn.kernels import eager
 from syncbn.kernels.choice import kernels_for
 from syncbn.kernels.eager import arithmetic_dtype
 
-__all__ = ["arithmetic_dtype", "is_alone", "moments", "normalize", "replicas", "supports_jit"]
+__all__ = ["arithmetic_dtype", "in_whole", "is_alone", "moments", "normalize", "replicas", "supports_jit"]
 
 
 def supports_jit() -> bool:
@@ -64,7 +66,11 @@ def _measure(x: Tensor, mask: Tensor | None, link: Link | None) -> Moments:
     if not eager.has_float64(x.device):
         return _moments_in_pairs(x, mask, link)
     kernels = kernels_for(x, mask)
-    count, mean, variance = kernels.moments_of_sums(sum_in_place(kernels.local_sums(x, mask), link))
+    lane = lanes.lane_of(link, x.device)
+    if lane is not None and x.shape[1] <= lanes.MOST_CHANNELS:
+        count, mean, variance = lanes.exchanged_moments(lane, *kernels.moments_of_sums(kernels.local_sums(x, mask)))
+    else:
+        count, mean, variance = kernels.moments_of_sums(sum_in_place(kernels.local_sums(x, mask), link))
     return Moments(count, mean, variance, 1 if link is None else link.size)
 
 
@@ -95,6 +101,15 @@ def normalize(
     link = None if alone else link_of(group)
     how = How(epsilon, activation, link, kernels_for(folded, mask), debug.speaker())
     return fold.unfold(Normalized.apply(*tensors, how))
+
+
+def in_whole(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, group: Any = None, moving: Any = None, **how: Any) -> Tensor | None:
+    """Both verbs and the moving statistics in the fewest launches, where kernels do all that is asked for; else None.
+
+    [N, C, …] on CUDA, with the channels on dim 1. moving: (mean, variance, batches, weight of the new value) or None.
+    """
+    link = None if context.is_local() else link_of(group)
+    return torch_fused.whole(x, weight, bias, link=link, moving=moving and torch_fused.Moving(*moving), **how)
 
 
 def _link_when_compiled(group: Any) -> tuple[int, str]:

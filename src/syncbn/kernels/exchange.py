@@ -177,3 +177,50 @@ def sums(lane, block, a, b, limit, tag, rank, X: tl.constexpr, W: tl.constexpr):
     tl.store(own + EPOCHS + block, epoch)
     bad = tl.where(sound, 0.0, nothing)
     return a + bad, b + bad
+
+
+@triton.jit(do_not_specialize=["limit", "tag", "rank"])
+def exchange_moments_kernel(
+    stats,  # float64 [2C + 1]: this replica's mean, variance, count; then everybody's
+    lane,  # int64 [W + 1]
+    limit,
+    tag,
+    rank,
+    C: tl.constexpr,
+    X: tl.constexpr,
+    W: tl.constexpr,
+):  # fmt: skip
+    """The exchange alone, after arithmetic that other code did. One program: it reads the count before any block writes it."""
+    mine = tl.load(stats + 2 * C)
+    tl.debug_barrier()
+    for block in range((C + X - 1) // X):
+        c = block * X + tl.arange(0, X)
+        inside = c < C
+        mean = tl.load(stats + c, mask=inside, other=0.0)
+        variance = tl.load(stats + C + c, mask=inside, other=0.0)
+        n = tl.zeros([X], tl.float64) + mine
+        n, mean, m2 = moments(lane, block, n, mean, tl.where(n == 0, 0.0, variance * n), limit, tag, rank, X, W)
+        tl.store(stats + c, mean, mask=inside)
+        tl.store(stats + C + c, tl.where(n == 0, 1.0, m2 / tl.where(n == 0, 1.0, n)), mask=inside)
+        tl.store(stats + 2 * C + c, n, mask=c == 0)
+
+
+@triton.jit(do_not_specialize=["limit", "tag", "rank"])
+def exchange_sums_kernel(
+    message,  # float64 [2C]: this replica's sums; then everybody's
+    lane,  # int64 [W + 1]
+    limit,
+    tag,
+    rank,
+    C: tl.constexpr,
+    X: tl.constexpr,
+    W: tl.constexpr,
+):  # fmt: skip
+    """The same for the sums of the backward pass."""
+    block = tl.program_id(0)
+    c = block * X + tl.arange(0, X)
+    a = tl.load(message + c, mask=c < C, other=0.0)
+    b = tl.load(message + C + c, mask=c < C, other=0.0)
+    a, b = sums(lane, block, a, b, limit, tag, rank, X, W)
+    tl.store(message + c, a, mask=c < C)
+    tl.store(message + C + c, b, mask=c < C)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.kernels.launch import INTERPRETED, address
+from syncbn.kernels import exchange
+from syncbn.kernels.launch import INTERPRETED, Launch, address
 from syncbn.kernels.plans import Plan
 from syncbn.kernels.scratch import scratch_for
 
@@ -73,12 +74,15 @@ def normalize(
 
 def gradient_sums(
     plan: Plan, x: Tensor, dy: Tensor, stats: Tensor, scale: Tensor | None, offset: Tensor | None, epsilon: float, *,
-    keep: Tensor | None = None, saved: Tensor | None = None, slope: float = 0.0, lane: Lane | None = None,
+    keep: Tensor | None = None, saved: Tensor | None = None, slope: float = 0.0, lane: Lane | None = None, wide: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
-    """(dscale, doffset, coefficients of the input gradient)."""
+    """(dscale, doffset, coefficients of the input gradient); the first two in scale's dtype, or, `wide`, in float64."""
     r, f, device = plan.sums, plan.fold, x.device
     dscale = doffset = None
-    if scale is not None:
+    if wide:
+        dscale = torch.empty(f.C, dtype=torch.float64, device=device)
+        doffset = torch.empty_like(dscale)
+    elif scale is not None:
         dscale, doffset = torch.empty_like(scale), torch.empty_like(scale)
     coefficients = torch.empty(5 * f.C, dtype=torch.float32, device=device)
     stream = stream_of(device)
@@ -110,3 +114,22 @@ def in_layout_of(x: Tensor, other: Any) -> Tensor:
     if other.stride() == x.stride() and other.data_ptr() % 16 == 0:
         return other
     return torch.empty_like(x, dtype=other.dtype).copy_(other)
+
+
+_exchanges: dict[Any, Launch] = {}
+
+
+def exchange_alone(kind: str, values: Tensor, lane: Lane, replicas: int) -> Tensor:
+    """`values` of all replicas, in place: "moments", float64 [2C + 1] as `measure` returns them, or "sums", float64 [2C]."""
+    C = values.numel() // 2
+    key = (kind, C, replicas, values.device)
+    found = _exchanges.get(key)
+    if found is None:
+        X = exchange.block_channels(C)
+        kernel = exchange.exchange_moments_kernel if kind == "moments" else exchange.exchange_sums_kernel
+        programs = 1 if kind == "moments" else -(-C // X)
+        types = (torch.float64, torch.int64, 1, 1, 1)
+        found = _exchanges[key] = Launch(kernel, types, {"C": C, "X": X, "W": replicas}, programs, 4, values.device)
+    table, rank, limit, tag = lane
+    found(stream_of(values.device), address(values), address(table), limit, tag, rank)
+    return values

@@ -41,12 +41,8 @@ def accumulate(
         q += v * v
     if EVEN:
         n = tl.zeros([T], tl.float32) + (last - first)
-    total = tl.sum(n, 0)
-    lanes = tl.maximum(tl.sum((n > 0).to(tl.float32), 0), 1.0)
-    k = tl.sum(pivot, 0) / lanes
-    d = tl.where((n > 0)[:, None], pivot - k[None, :], 0.0)
-    n = n[:, None]
-    return k, tl.sum(s + n * d, 0), tl.sum(q + d * (2 * s + n * d), 0), total + tl.zeros([K], tl.float32)
+    k, s, q, total = about_one_pivot(pivot, s, q, n)
+    return k, s, q, total + tl.zeros([K], tl.float32)
 
 
 @triton.jit
@@ -54,24 +50,34 @@ def accumulate_masked(
     x, keep, c, first, last, A, C: tl.constexpr, B: tl.constexpr, T: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     U: tl.constexpr,
 ):  # fmt: skip
-    """The same where a mask says what counts: Welford's update, since a lane's first value may not count."""
+    """The same where a mask says what counts: a lane's pivot is its first value that does."""
     J = tiles.positions_of(A, B, WIDE)
     n = tl.zeros([T], tl.float32)
-    mean = tl.zeros([T, K], tl.float32)
-    m2 = tl.zeros([T, K], tl.float32)
+    pivot = tl.zeros([T, K], tl.float32)
+    s = tl.zeros([T, K], tl.float32)
+    q = tl.zeros([T, K], tl.float32)
     for tile in tl.range(first, last, loop_unroll_factor=U):
         j = tiles.positions(tile, T, WIDE)
         kept = tiles.load_kept(keep, j, J, EVEN)
-        n += kept.to(tl.float32)
         v = tiles.load(x, j, c, J, C, B, K, EVEN, "")
-        d = tl.where(kept[:, None], v - mean, 0.0)
-        mean += d / tl.maximum(n, 1.0)[:, None]
-        m2 += tl.where(kept[:, None], d * (v - mean), 0.0)
-    total = tl.sum(n, 0)
-    n = n[:, None]
-    k = tl.sum(n * mean, 0) / tl.maximum(total, 1.0)
-    d = tl.where(n > 0, mean - k[None, :], 0.0)
-    return k, tl.sum(n * d, 0), tl.sum(m2 + n * d * d, 0), total + tl.zeros([K], tl.float32)
+        pivot = tl.where((kept & (n == 0))[:, None], v, pivot)
+        v = tl.where(kept[:, None], v - pivot, 0.0)
+        n += kept.to(tl.float32)
+        s += v
+        q += v * v
+    k, s, q, total = about_one_pivot(pivot, s, q, n)
+    return k, s, q, total + tl.zeros([K], tl.float32)
+
+
+@triton.jit
+def about_one_pivot(pivot, s, q, n):
+    """(k, s, q, n) of all lanes, [K] each but n, from each lane's [T, K], n [T]: k is the mean of the pivots."""
+    there = n > 0
+    lanes = tl.maximum(tl.sum(there.to(tl.float32), 0), 1.0)
+    k = tl.sum(tl.where(there[:, None], pivot, 0.0), 0) / lanes
+    d = tl.where(there[:, None], pivot - k[None, :], 0.0)
+    of_lane = n[:, None]
+    return k, tl.sum(s + of_lane * d, 0), tl.sum(q + d * (2 * s + of_lane * d), 0), tl.sum(n, 0)
 
 
 @triton.jit
@@ -146,7 +152,9 @@ def part_addresses(split, c, splits, C: tl.constexpr):
     return at, (split < splits)[:, None] & (c < C)[None, :]
 
 
-@triton.jit(do_not_specialize=["A", "splits", "share", "limit", "tag", "rank"])
+@triton.jit(
+    do_not_specialize=["A", "splits", "share", "limit", "tag", "rank"], do_not_specialize_on_alignment=["keep", "stats"]
+)
 def moments_kernel(
     x,  # [A, C, B], any float dtype
     keep,  # uint8 [A, B] where MASKED

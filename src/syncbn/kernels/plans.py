@@ -66,7 +66,7 @@ CHOICES = {
     "moments": {
         "last": (Choice(16, 32, 4, 8, 4), Choice(128, 16, 4, 4, 2)),
         "planes": (Choice(512, 4, 4, 6, 2), Choice(512, 2, 4, 8, 2)),
-        "small planes": (Choice(256, 4, 4, 8), Choice(256, 4, 4, 8)),
+        "small planes": (Choice(128, 8, 4, 6), Choice(128, 8, 4, 6, 2)),
         "last, few": (Choice(128, 16, 4, 4, 2), Choice(128, 16, 4, 4, 2)),
         "planes, few": (Choice(4096, 1, 8), Choice(4096, 1, 8)),
         "small planes, few": (Choice(256, 4, 4), Choice(256, 4, 4)),
@@ -98,7 +98,8 @@ def tile_for(kernel: str, f: Fold, itemsize: int, processors: int) -> Tile:
     kind = "last" if f.B == 1 else "planes" if f.B >= 512 else "small planes"
     few = f"{kind}, few"
     # Few values a channel and enough channels for all processors, or a tensor so small that splits would cost more.
-    if few in CHOICES[kernel] and J <= FEW and (kind == "last" or f.C >= processors or J * f.C <= 1 << 20):
+    most = FEW // 4 if kernel == "moments" and kind == "small planes" else FEW
+    if few in CHOICES[kernel] and J <= most and (J * f.C <= 1 << 20 or (kind != "last" and f.C >= processors)):
         kind = few
     T, K, warps, waves, unroll = CHOICES[kernel][kind][itemsize == 4]
     channels = power_of_2(f.C)
@@ -140,11 +141,15 @@ def common(f: Fold, tile: Tile) -> dict[str, bool]:
 
 
 class Plan:
-    """All launches of one kind of call. `replicas` of them exchange inside the kernels; 1: none does."""
+    """All launches of one kind of call. `replicas` of them exchange inside the kernels; 1: none does.
+
+    scale, residual, moving, gradients: the dtypes of scale and offset, of the residual, of the moving statistics and of scale's
+    and offset's gradients; None where there are none (gradients: scale's).
+    """
 
     def __init__(self, f: Fold, dtype: torch.dtype, device: torch.device, *, masked: bool = False, scale: torch.dtype | None = None,
                  activation: str | None = None, residual: torch.dtype | None = None, moving: torch.dtype | None = None,
-                 moves: int = 0, replicas: int = 1, tiles: dict[str, Tile] | None = None):  # fmt: skip
+                 moves: int = 0, replicas: int = 1, gradients: torch.dtype | None = None, tiles: dict[str, Tile] | None = None):  # fmt: skip
         self.fold, self.device = f, device
         processors = 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
         chosen = {k: (tiles or {}).get(k) or tile_for(k, f, dtype.itemsize, processors) for k in CHOICES}
@@ -170,8 +175,8 @@ class Plan:
         # The activation's slope needs the output (x's dtype) or, for silu, the residual.
         saved = other if activation == "silu" else dtype
         self.sums = Reduction(
-            sums.sums_kernel, 2, f, (dtype, dtype, saved, byte, f64, vector, vector, f32, i32, vector, vector, f32, i64, 1, 1, 1, 1, 1, 1, 0.5, 0.5),
-            {"MASKED": masked, "SCALE": scale is not None, **act}, device, replicas, of_sums,
+            sums.sums_kernel, 2, f, (dtype, dtype, saved, byte, f64, vector, vector, f32, i32, gradients or vector, gradients or vector, f32, i64, 1, 1, 1, 1, 1, 1, 0.5, 0.5),
+            {"MASKED": masked, "SCALE": scale is not None, **act, "LOCAL": scale is not None or gradients is not None}, device, replicas, of_sums,
         )  # fmt: skip
         self.gradient_numbers = (f.A, backward.share, *order(f, backward, of_sums))
         self.input_gradient = Launch(

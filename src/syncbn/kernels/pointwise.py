@@ -17,6 +17,10 @@ from syncbn.kernels import tiles
 ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3}
 
 
+# May lie anywhere, as a parameter in a flat buffer does; tensors must be aligned for wide loads.
+VECTORS = ["keep", "stats", "scale", "offset", "moving_mean", "moving_variance", "tracked", "coefficients"]
+
+
 @triton.jit
 def affine_coefficients(stats, scale, offset, c, epsilon, C: tl.constexpr, SCALE: tl.constexpr):
     """(hi, a, b) in float32 for channels c."""
@@ -76,7 +80,7 @@ def slope_at(z, slope, ACTIVATION: tl.constexpr):
     return sigmoid * (1.0 + z * (1.0 - sigmoid))
 
 
-@triton.jit(do_not_specialize=["A", "share", "across", "length"])
+@triton.jit(do_not_specialize=["A", "share", "across", "length"], do_not_specialize_on_alignment=VECTORS)
 def normalize_kernel(
     x,  # [A, C, B], any float dtype
     y,  # [A, C, B], the same
@@ -159,12 +163,12 @@ def move(stats, moving_mean, moving_variance, tracked, momentum, C: tl.constexpr
         mean = tl.load(stats + c, mask=there, other=0.0)
         variance = tl.load(stats + C + c, mask=there, other=0.0) * (n / tl.maximum(n - 1, 1.0))
         old = tl.load(moving_mean + c, mask=there, other=0.0).to(tl.float64)
-        tl.store(moving_mean + c, (old + weight * (mean - old)).to(moving_mean.dtype.element_ty), mask=there)
+        tl.store(moving_mean + c, tiles.narrowed(old + weight * (mean - old), moving_mean), mask=there)
         old = tl.load(moving_variance + c, mask=there, other=0.0).to(tl.float64)
-        tl.store(moving_variance + c, (old + weight * (variance - old)).to(moving_variance.dtype.element_ty), mask=there)
+        tl.store(moving_variance + c, tiles.narrowed(old + weight * (variance - old), moving_variance), mask=there)
 
 
-@triton.jit(do_not_specialize=["A", "share", "across", "length"])
+@triton.jit(do_not_specialize=["A", "share", "across", "length"], do_not_specialize_on_alignment=VECTORS)
 def input_gradient_kernel(
     x,  # [A, C, B], any float dtype
     dy,  # [A, C, B]

@@ -14,7 +14,12 @@ import triton.language as tl
 from syncbn.kernels import exchange, pointwise, tiles
 
 
-@triton.jit(do_not_specialize=["A", "splits", "share", "limit", "tag", "rank"])
+VECTORS = ["stats", "scale", "offset", "dscale", "doffset", "coefficients"]
+
+
+@triton.jit(
+    do_not_specialize=["A", "splits", "share", "limit", "tag", "rank"], do_not_specialize_on_alignment=["keep", *VECTORS]
+)
 def sums_kernel(
     x,  # [A, C, B], any float dtype
     dy,  # [A, C, B]
@@ -50,6 +55,7 @@ def sums_kernel(
     SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    LOCAL: tl.constexpr,  # whether this replica's own sums are asked for
     PDL: tl.constexpr,
     ALONE: tl.constexpr,  # one split and one replica
     W: tl.constexpr,
@@ -89,7 +95,7 @@ def sums_kernel(
         # The only program of its channels: what it found is all there is.
         finish(
             tl.sum(sum_g, 0).to(tl.float64), tl.sum(sum_gx, 0).to(tl.float64), c, stats, scale, offset, dscale, doffset, coefficients,
-            lane, 0, limit, tag, rank, epsilon, C, K, SCALE, W,
+            lane, 0, limit, tag, rank, epsilon, C, K, SCALE, LOCAL, W,
         )  # fmt: skip
         return
     at = split * (2 * C) + c
@@ -100,7 +106,7 @@ def sums_kernel(
     tiles_here = tl.minimum(X // K, channel_tiles - block * (X // K))
     if exchange.last_to_arrive(arrivals + block, tiles_here * splits):
         finish_block(
-            parts, splits, stats, scale, offset, dscale, doffset, coefficients, lane, block, limit, tag, rank, epsilon, C, X, R, SCALE, W
+            parts, splits, stats, scale, offset, dscale, doffset, coefficients, lane, block, limit, tag, rank, epsilon, C, X, R, SCALE, LOCAL, W
         )  # fmt: skip
 
 
@@ -122,18 +128,18 @@ def add_parts(parts, c, splits, C: tl.constexpr, R: tl.constexpr, X: tl.constexp
 @triton.jit
 def finish_block(
     parts, splits, stats, scale, offset, dscale, doffset, coefficients, lane, block, limit, tag, rank, epsilon,
-    C: tl.constexpr, X: tl.constexpr, R: tl.constexpr, SCALE: tl.constexpr, W: tl.constexpr,
+    C: tl.constexpr, X: tl.constexpr, R: tl.constexpr, SCALE: tl.constexpr, LOCAL: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """`finish`, from what the programs of a block left."""
     c = block * X + tl.arange(0, X)
     g, gx = add_parts(parts, c, splits, C, R, X)
-    finish(g, gx, c, stats, scale, offset, dscale, doffset, coefficients, lane, block, limit, tag, rank, epsilon, C, X, SCALE, W)
+    finish(g, gx, c, stats, scale, offset, dscale, doffset, coefficients, lane, block, limit, tag, rank, epsilon, C, X, SCALE, LOCAL, W)
 
 
 @triton.jit
 def finish(
     g, gx, c, stats, scale, offset, dscale, doffset, coefficients, lane, block, limit, tag, rank, epsilon,
-    C: tl.constexpr, X: tl.constexpr, SCALE: tl.constexpr, W: tl.constexpr,
+    C: tl.constexpr, X: tl.constexpr, SCALE: tl.constexpr, LOCAL: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """From Σg and Σg·(x − hi) of this replica: its gradients, the message, the coefficients of the input gradient."""
     inside = c < C
@@ -141,23 +147,52 @@ def finish(
     lo = mean - mean.to(tl.float32).to(tl.float64)
     rstd = 1.0 / tl.sqrt(tl.load(stats + C + c, mask=inside, other=1.0) + epsilon)
     gx_hat = rstd * (gx - lo * g)
-    gamma = tl.zeros([X], tl.float64) + 1.0
+    if LOCAL:
+        tl.store(dscale + c, tiles.narrowed(gx_hat, dscale), mask=inside)
+        tl.store(doffset + c, tiles.narrowed(g, doffset), mask=inside)
     if SCALE:
         gamma = tl.load(scale + c, mask=inside, other=0.0).to(tl.float64)
-        tl.store(dscale + c, gx_hat.to(dscale.dtype.element_ty), mask=inside)
-        tl.store(doffset + c, g.to(doffset.dtype.element_ty), mask=inside)
-    all_g = gamma * g
-    all_gx_hat = gamma * gx_hat
+        g *= gamma
+        gx_hat *= gamma
     if W > 1:
-        all_g, all_gx_hat = exchange.sums(lane, block, all_g, all_gx_hat, limit, tag, rank, X, W)
+        g, gx_hat = exchange.sums(lane, block, g, gx_hat, limit, tag, rank, X, W)
+    write_coefficients(stats, scale, offset, coefficients, c, g, gx_hat, epsilon, C, SCALE)
+
+
+@triton.jit
+def write_coefficients(stats, scale, offset, coefficients, c, g, gx_hat, epsilon, C: tl.constexpr, SCALE: tl.constexpr):
+    """What the input gradient needs, from Σscale·g and Σscale·g·x_hat of all replicas."""
+    inside = c < C
+    mean = tl.load(stats + c, mask=inside, other=0.0)
+    lo = mean - mean.to(tl.float32).to(tl.float64)
+    rstd = 1.0 / tl.sqrt(tl.load(stats + C + c, mask=inside, other=1.0) + epsilon)
     n = tl.maximum(tl.load(stats + 2 * C), 1.0)
-    slope = -rstd * rstd * all_gx_hat / n
+    through = -rstd * rstd * gx_hat / n
     hi, a, b = pointwise.affine_coefficients(stats, scale, offset, c, epsilon, C, SCALE)
     tl.store(coefficients + c, hi, mask=inside)
     tl.store(coefficients + C + c, a, mask=inside)
     tl.store(coefficients + 2 * C + c, b, mask=inside)
-    tl.store(coefficients + 3 * C + c, slope.to(tl.float32), mask=inside)
-    tl.store(coefficients + 4 * C + c, (-rstd * all_g / n - lo * slope).to(tl.float32), mask=inside)
+    tl.store(coefficients + 3 * C + c, through.to(tl.float32), mask=inside)
+    tl.store(coefficients + 4 * C + c, (-rstd * g / n - lo * through).to(tl.float32), mask=inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=["message", *VECTORS])
+def coefficients_kernel(
+    message,  # float64 [2C]: Σscale·g and Σscale·g·x_hat over all replicas
+    stats,  # float64 [2C + 1]
+    scale,  # [C] where SCALE
+    offset,  # [C] where SCALE
+    coefficients,  # float32 [5, C]
+    epsilon,
+    C: tl.constexpr,
+    P: tl.constexpr,  # channels a program
+    SCALE: tl.constexpr,
+):
+    """The coefficients of the input gradient where the message went another way than through the kernels."""
+    c = tl.program_id(0) * P + tl.arange(0, P)
+    g = tl.load(message + c, mask=c < C, other=0.0)
+    gx_hat = tl.load(message + C + c, mask=c < C, other=0.0)
+    write_coefficients(stats, scale, offset, coefficients, c, g, gx_hat, epsilon, C, SCALE)
 
 
 def reference(

@@ -74,6 +74,14 @@ def store(
 
 
 @triton.jit
+def narrowed(value, pointer):
+    """A float64 value in a pointer's dtype."""
+    if pointer.dtype.element_ty == tl.float64:
+        return value
+    return value.to(tl.float32).to(pointer.dtype.element_ty)
+
+
+@triton.jit
 def load_kept(pointer, j, J, EVEN: tl.constexpr):
     """The mask of a tile's positions, [T] of 0 and 1: what counts. pointer: uint8 [A, B]."""
     if EVEN:
