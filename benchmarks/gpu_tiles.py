@@ -78,7 +78,7 @@ def candidates(case):
     return {"moments": r, "sums": r, "normalize": p, "input_gradient": p}
 
 
-def settle(knobs):
+def settle(knobs: tuple[bool]) -> None:
     (plans.PDL,) = knobs
 
 

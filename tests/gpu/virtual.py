@@ -10,13 +10,14 @@ from syncbn.kernels import exchange, fused, plans
 class Replicas:
     """Lanes of W replicas in one process. A first launch must not wait: `load` it with the exchange already answered."""
 
-    def __init__(self, size, limit=2**31 - 1):
+    def __init__(self, size, limit=10_000_000):
         self.size, self.limit = size, limit
         self.streams = [torch.cuda.Stream() for _ in range(size)]
         self.buffers = [torch.zeros(exchange.words(size), dtype=torch.int64, device="cuda") for _ in range(size)]
         self.statuses = [torch.zeros(1, dtype=torch.int64, pin_memory=True) for _ in range(size)]
         addresses = [b.data_ptr() for b in self.buffers]
         self.tables = [torch.tensor([*addresses, s.data_ptr()], dtype=torch.int64, device="cuda") for s in self.statuses]
+        torch.cuda._sleep(1)
         torch.cuda.synchronize()
 
     def lane(self, rank, tag=1):

@@ -184,7 +184,7 @@ def moments_kernel(
 ):
     """mean = Σx/n and variance = Σ(x − mean)²/n over all replicas, and n; (0, 1) where n is 0."""
     if PDL:
-        tiles.follow()
+        tiles.follow(W)
     channel_tiles: tl.constexpr = (C + K - 1) // K
     pid = tl.program_id(0)
     channel_tile = pid % channel_tiles

@@ -50,7 +50,8 @@ def fold(x: Tensor) -> Fold | None:
 
 
 class Choice(NamedTuple):
-    """T·K values a step, by so many warps; `waves`: programs a processor, 0 for one split, where that is enough programs."""
+    """T·K values a step, by so many warps; `waves`: programs a processor, 0 for one split, where that is enough programs, or, in
+    the kernels that write, steps a program less one."""
 
     T: int
     K: int
@@ -60,13 +61,14 @@ class Choice(NamedTuple):
 
 
 # Found on an H200 by benchmarks/gpu_tiles.py; docs/kernels.md has what each costs. By kernel, and: channels last; planes of
-# 512 values and more; smaller planes; channels of few values. Two columns: 2-byte and 4-byte dtypes.
+# 512 values and more; smaller planes; few channels; channels of few values. Two columns: 2-byte and 4-byte dtypes.
 FEW = 8192
 CHOICES = {
     "moments": {
         "last": (Choice(16, 32, 4, 8, 4), Choice(128, 16, 4, 4, 2)),
         "planes": (Choice(512, 4, 4, 6, 2), Choice(512, 2, 4, 8, 2)),
         "small planes": (Choice(128, 8, 4, 6), Choice(128, 8, 4, 6, 2)),
+        "last, narrow": (Choice(128, 16, 4, 8, 2), Choice(64, 32, 4, 4)),
         "last, few": (Choice(128, 16, 4, 4, 2), Choice(128, 16, 4, 4, 2)),
         "planes, few": (Choice(4096, 1, 8), Choice(4096, 1, 8)),
         "small planes, few": (Choice(256, 4, 4), Choice(256, 4, 4)),
@@ -75,17 +77,20 @@ CHOICES = {
         "last": (Choice(64, 32, 4, 5), Choice(64, 32, 4, 6)),
         "planes": (Choice(1024, 1, 4, 12, 2), Choice(2048, 1, 8, 4, 2)),
         "small planes": (Choice(512, 1, 2, 16, 2), Choice(512, 1, 2, 16, 2)),
+        "last, narrow": (Choice(128, 32, 8, 3), Choice(128, 32, 8, 3)),
         "last, few": (Choice(128, 16, 8, 4, 2), Choice(128, 16, 8, 4, 2)),
         "planes, few": (Choice(4096, 1, 8), Choice(4096, 1, 8)),
         "small planes, few": (Choice(512, 1, 2, 0, 2), Choice(512, 1, 2, 0, 2)),
     },
     "normalize": {
         "last": (Choice(16, 128, 4), Choice(32, 64, 4)),
+        "last, narrow": (Choice(64, 64, 4, 1), Choice(16, 64, 4)),
         "planes": (Choice(2048, 1, 4), Choice(1024, 1, 4)),
         "small planes": (Choice(1024, 2, 4), Choice(1024, 2, 4)),
     },
     "input_gradient": {
         "last": (Choice(16, 128, 4), Choice(16, 64, 4)),
+        "last, narrow": (Choice(32, 64, 4), Choice(8, 64, 4, 1)),
         "planes": (Choice(512, 4, 4), Choice(512, 4, 4)),
         "small planes": (Choice(256, 8, 4), Choice(256, 4, 4)),
     },
@@ -97,9 +102,11 @@ def tile_for(kernel: str, f: Fold, itemsize: int, processors: int) -> Tile:
     J = f.A * f.B
     kind = "last" if f.B == 1 else "planes" if f.B >= 512 else "small planes"
     few = f"{kind}, few"
+    if kind == "last" and f.C <= 64:
+        kind = "last, narrow"
     # Few values a channel and enough channels for all processors, or a tensor so small that splits would cost more.
     most = FEW // 4 if kernel == "moments" and kind == "small planes" else FEW
-    if few in CHOICES[kernel] and J <= most and (J * f.C <= 1 << 20 or (kind != "last" and f.C >= processors)):
+    if few in CHOICES[kernel] and J <= most and (J * f.C <= 1 << 20 or (f.B > 1 and f.C >= processors)):
         kind = few
     T, K, warps, waves, unroll = CHOICES[kernel][kind][itemsize == 4]
     channels = power_of_2(f.C)
@@ -108,7 +115,7 @@ def tile_for(kernel: str, f: Fold, itemsize: int, processors: int) -> Tile:
     T = min(T, power_of_2(J))
     steps = max(1, -(-J // T))
     if kernel in ("normalize", "input_gradient"):
-        return Tile(T, K, warps, 1)
+        return Tile(T, K, warps, waves + 1)
     splits = 1 if not waves else max(1, min(steps, round(processors * waves / -(-f.C // K))))
     splits = max(splits, min(steps, -(-J // MOST_VALUES)))
     return Tile(T, K, warps, -(-steps // splits), unroll)
@@ -130,7 +137,9 @@ class Reduction:
         channel_tiles = -(-f.C // tile.K)
         self.blocks = -(-f.C // X)
         self.parts = self.splits * parts * f.C
-        constants = {"C": f.C, "B": f.B, "T": tile.T, "K": tile.K, "X": X, "R": rows, **common(f, tile), "U": tile.unroll, **flags, "PDL": PDL and replicas == 1, "ALONE": alone, "W": replicas}
+        if alone:
+            self.blocks = self.parts = 0
+        constants = {"C": f.C, "B": f.B, "T": tile.T, "K": tile.K, "X": X, "R": rows, **common(f, tile), "U": tile.unroll, **flags, "PDL": PDL, "ALONE": alone, "W": replicas}
         self.launch = Launch(kernel, types, constants, channel_tiles * self.splits, tile.warps, device)
 
 
@@ -165,11 +174,10 @@ class Plan:
         )  # fmt: skip
         # Tensors that L2 holds: let it forget first what nobody reads again. Larger ones are the slower for it.
         drop = "evict_first" if f.A * f.C * f.B * dtype.itemsize < L2_BYTES else ""
-        pdl = PDL and replicas == 1
         self.normalize_numbers = (f.A, forward.share, *order(f, forward, of_moments))
         self.normalize = Launch(
             pointwise.normalize_kernel, (dtype, dtype, other, byte, f64, vector, vector, moving or f32, moving or f32, i64, 1, 1, 1, 1, 0.5, 0.5, 0.5),
-            {"C": f.C, "B": f.B, "T": forward.T, "K": forward.K, **even(f, forward, of_moments), "DROP": drop, "PDL": pdl, "MASKED": masked, "SCALE": scale is not None, **act, "MOVES": moves},
+            {"C": f.C, "B": f.B, "T": forward.T, "K": forward.K, **even(f, forward, of_moments), "DROP": drop, "PDL": PDL, "MASKED": masked, "SCALE": scale is not None, **act, "MOVES": moves},
             pointwise_programs(f, forward, of_moments), forward.warps, device,
         )  # fmt: skip
         # The activation's slope needs the output (x's dtype) or, for silu, the residual.
@@ -181,7 +189,7 @@ class Plan:
         self.gradient_numbers = (f.A, backward.share, *order(f, backward, of_sums))
         self.input_gradient = Launch(
             pointwise.input_gradient_kernel, (dtype, dtype, dtype, saved, other, byte, f32, 1, 1, 1, 1, 0.5),
-            {"C": f.C, "B": f.B, "T": backward.T, "K": backward.K, **even(f, backward, of_sums), "DROP": drop, "PDL": pdl, "MASKED": masked, **act},
+            {"C": f.C, "B": f.B, "T": backward.T, "K": backward.K, **even(f, backward, of_sums), "DROP": drop, "PDL": PDL, "MASKED": masked, **act},
             pointwise_programs(f, backward, of_sums), backward.warps, device,
         )  # fmt: skip
 

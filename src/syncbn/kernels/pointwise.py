@@ -115,7 +115,7 @@ def normalize_kernel(
 ):
     """y = activation(a·(x − hi) + b + residual), and the moving statistics."""
     if PDL:
-        tiles.follow()
+        tiles.follow(1)
     channel_tiles: tl.constexpr = (C + K - 1) // K
     pid = tl.program_id(0)
     channel_tile = pid % channel_tiles
@@ -196,7 +196,7 @@ def input_gradient_kernel(
 ):
     """dx = a·g + [counted]·(through·(x − hi) + rest), g = dy·activation'(z); the residual's gradient is g."""
     if PDL:
-        tiles.follow()
+        tiles.follow(1)
     channel_tiles: tl.constexpr = (C + K - 1) // K
     pid = tl.program_id(0)
     channel_tile = pid % channel_tiles

@@ -14,7 +14,7 @@ from syncbn.kernels.launch import INTERPRETED
 # Counters per stream; blocks of channels never are more.
 COUNTERS = 8192
 # Counters for captured launches, cut off one after the other and never given back.
-SLAB = 1 << 20
+SLAB = 1 << 22
 
 
 class Scratch:
@@ -45,12 +45,20 @@ _slabs: dict[int, Tensor] = {}
 
 
 def counters(device: torch.device, blocks: int) -> Tensor:
-    """Fresh counters, 0, that nobody else uses. Where the slab is spent inside a capture, the graph zeroes a new one itself."""
+    """Fresh counters, 0, that nobody else uses. Where the slab is spent, the graph zeroes some of its own, at each replay."""
     slab = _slabs.get(device.index or 0)
     if slab is None or slab.numel() < blocks:
-        slab = torch.zeros(SLAB, dtype=torch.int32, device=device)
+        # Not kept: a slab that is zeroed inside a graph is zeroed for the launches of this stream alone.
+        return torch.zeros(blocks, dtype=torch.int32, device=device)
     _slabs[device.index or 0] = slab[blocks:]
     return slab[:blocks]
+
+
+def replenish(device: torch.device) -> None:
+    """Outside of captures: enough counters for the next ones."""
+    slab = _slabs.get(device.index or 0)
+    if slab is None or slab.numel() < SLAB // 2:
+        _slabs[device.index or 0] = torch.zeros(SLAB, dtype=torch.int32, device=device)
 
 
 def scratch_for(device: torch.device, stream: int, parts: int, blocks: int) -> Scratch | Captured:
@@ -61,7 +69,6 @@ def scratch_for(device: torch.device, stream: int, parts: int, blocks: int) -> S
     found = _streams.get(key)
     if found is None:
         found = _streams[key] = Scratch(device)
-        if not INTERPRETED and (device.index or 0) not in _slabs:
-            # Before any capture, so that no graph has to zero it.
-            _slabs[device.index or 0] = torch.zeros(SLAB, dtype=torch.int32, device=device)
+    if not INTERPRETED:
+        replenish(device)
     return found.grown(parts)

@@ -62,7 +62,7 @@ def sums_kernel(
 ):
     """dscale = Σg·x_hat, doffset = Σg, and what the input gradient needs of the sums over all replicas."""
     if PDL:
-        tiles.follow()
+        tiles.follow(W)
     channel_tiles: tl.constexpr = (C + K - 1) // K
     pid = tl.program_id(0)
     channel_tile = pid % channel_tiles

@@ -11,30 +11,35 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def follow():
+def follow(W: tl.constexpr):
     """Programmatic dependent launch: this kernel's programs may be on the GPU before the kernel ahead has ended.
 
-    Waits for its end; all programs of this kernel being there by then, the next one's may come. Never in a kernel that waits
-    for a peer: its successor would fill the GPU and wait too.
+    Waits for its end; all programs of this kernel being there by then, the next one's may come. Not behind a kernel that waits
+    for a peer (W > 1): its successor would fill the GPU and wait too.
     """
     gdc_wait()
-    gdc_launch_dependents()
+    if W == 1:
+        gdc_launch_dependents()
 
 
 @triton.jit
 def positions(tile, T: tl.constexpr, WIDE: tl.constexpr):
     """The positions of one tile, [T]: int64 where the tensor needs it."""
     if WIDE:
-        return tile.to(tl.int64) * T + tl.arange(0, T)
-    return tile * T + tl.arange(0, T)
+        first = tile.to(tl.int64) * T
+    else:
+        first = tile * T
+    return first + tl.arange(0, T)
 
 
 @triton.jit
 def positions_of(A, B: tl.constexpr, WIDE: tl.constexpr):
     """J = A·B."""
     if WIDE:
-        return A.to(tl.int64) * B
-    return A * B
+        J = A.to(tl.int64) * B
+    else:
+        J = A * B
+    return J
 
 
 @triton.jit
