@@ -78,8 +78,8 @@ def candidates(case):
     return {"moments": r, "sums": r, "normalize": p, "input_gradient": p}
 
 
-def settle(knobs: tuple[bool]) -> None:
-    (plans.PDL,) = knobs
+def settle(knobs: tuple[bool, bool]) -> None:
+    plans.PDL, plans.PDL_POINTWISE_ONLY = knobs
 
 
 def warm(job):
@@ -129,7 +129,7 @@ def check(case, plan, t):
 def main(out):
     start = time.time()
     pool = multiprocessing.get_context("spawn").Pool(14)
-    plain = (True,)
+    plain = (True, True)
     jobs = [(i, {kind: tile}, plain) for i, case in enumerate(CASES) for kind, tiles in candidates(case).items() for tile in tiles]
     print(len(jobs), "candidates", flush=True)
     failed = [e for e in pool.imap_unordered(warm, jobs, chunksize=8) if e]
@@ -149,7 +149,7 @@ def main(out):
                     continue
                 m, n, s, g = calls(plan, t)
                 # After the kernel that comes before it, and that leaves it its input in L2 or not.
-                fn = {"moments": m, "sums": s, "normalize": lambda: (m(), n()), "input_gradient": lambda: (s(), g())}[kind]
+                fn = {"moments": lambda: (g(), m()), "sums": lambda: (n(), s()), "normalize": lambda: (m(), n()), "input_gradient": lambda: (s(), g())}[kind]
                 times.append((graph_time(fn, 6, 5), tile))
             times.sort()
             best[kind], seen[kind] = times[0][1], [(round(us, 2), *tile) for us, tile in times]
@@ -157,7 +157,7 @@ def main(out):
         print(case.name, {k: [v[0][0], *best[k]] for k, v in seen.items()}, {k: f"{v:.0e}" for k, v in found[-1]["errors"].items()}, flush=True)
         del t
     print("swept at", round(time.time() - start), flush=True)
-    knobs = [(True,), (False,)]
+    knobs = [(True, True), (True, False), (False, False)]
     jobs = [(i, {k: Tile(*v) for k, v in found[i]["best"].items()}, kn) for i, case in enumerate(CASES) for kn in knobs]
     list(pool.imap_unordered(warm, jobs, chunksize=2))
     pool.close()

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 
-def tensorflow_peers() -> dict[str, Callable[[], Any]]:
-    """Ours first, then Keras's synchronised layer, then its unsynchronised one."""
+def tensorflow_peers(**arguments: Any) -> dict[str, Callable[[], Any]]:
+    """Ours first, then Keras's synchronised layer, then its unsynchronised one, all with these arguments."""
     import keras
 
     import syncbn
 
     return {
-        "syncbn": syncbn.SyncBatchNormalization,
-        "keras synchronized": lambda: keras.layers.BatchNormalization(synchronized=True),
-        "keras unsynchronised": keras.layers.BatchNormalization,
+        "syncbn": lambda: syncbn.SyncBatchNormalization(**arguments),
+        "keras synchronized": lambda: keras.layers.BatchNormalization(synchronized=True, **arguments),
+        "keras unsynchronised": lambda: keras.layers.BatchNormalization(**arguments),
     }

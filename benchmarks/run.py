@@ -29,27 +29,45 @@ def tensorflow_cpu(
     """TensorFlow, 4 replicas on logical CPU devices, forward + backward."""
     import tensorflow_cpu as cpu
 
-    rows = cpu.times(rounds) + (cpu.memory() if memory else [])
+    strategy = cpu.strategy_of(cpu.REPLICAS)
+    rows = cpu.times(strategy, rounds) + cpu.accuracy(strategy) + (cpu.memory() if memory else [])
     where = provenance("tensorflow-cpu", "keras", "numpy")
     path = write("tensorflow-cpu", [{"benchmark": "tensorflow-cpu", **row, **where} for row in rows])
     show(rows, "syncbn", sys.stdout.isatty())
     print(f"{len(rows)} rows in {path}")
 
 
+@app.command()
+def torch_cpu(
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds per shape; the peers take turns in each.")] = 15,
+) -> None:
+    """PyTorch, one process and two over gloo, forward + backward; and host time a layer."""
+    import torch_cpu as cpu
+
+    rows = cpu.times(rounds) + cpu.host_microseconds()
+    where = provenance("torch", "numpy")
+    path = write("torch-cpu", [{"benchmark": "torch-cpu", **row, **where} for row in rows])
+    for quantity, replicas in dict.fromkeys((row["quantity"], row["replicas"]) for row in rows):
+        print(f"{replicas} processes, {quantity}")
+        table = [row for row in rows if (row["quantity"], row["replicas"]) == (quantity, replicas)]
+        show([{**row, "quantity": "seconds"} for row in table], "syncbn", sys.stdout.isatty())
+    print(f"{len(rows)} rows in {path}")
+
+
 def show(rows: list[dict[str, Any]], ours: str, tty: bool) -> None:
-    """Medians, and ours over each peer's."""
+    """Medians, and ours over each peer's where the quantity is a time or a size."""
     peers = list(dict.fromkeys(row["peer"] for row in rows))
     others = [peer for peer in peers if peer != ours]
     table = Table("", "shape", *peers, *[f"{ours} / {peer}" for peer in others])
     ratios: dict[str, list[float]] = {peer: [] for peer in others}
     for quantity, shape in dict.fromkeys((row["quantity"], tuple(row["shape"])) for row in rows):
         of = {row["peer"]: row["median"] for row in rows if row["quantity"] == quantity and tuple(row["shape"]) == shape}
-        timed = quantity.startswith("seconds")
-        cells = [f"{of[peer] * 1e3:.2f} ms" if timed else f"{of[peer]:.1f}" for peer in peers]
+        timed, compared = quantity.startswith("seconds"), "error" not in quantity
+        cells = [(f"{of[peer] * 1e3:.2f} ms" if timed else f"{of[peer]:.2g}") if peer in of else "" for peer in peers]
         for peer in others:
             if timed:
                 ratios[peer].append(of[ours] / of[peer])
-            cells.append(f"{of[ours] / of[peer]:.2f}")
+            cells.append(f"{of[ours] / of[peer]:.2f}" if compared else "")
         table.add_row("time" if timed else quantity, "×".join(map(str, shape)), *cells)
     means = [f"{exp(sum(map(log, ratios[peer])) / len(ratios[peer])):.2f}" for peer in others]
     table.add_row("geometric mean", "", *[""] * len(peers), *means)

@@ -59,9 +59,9 @@ def step_of(strategy: Any, make: Any, shape: tuple[int, ...]) -> Any:
     return step
 
 
-def times(rounds: int) -> list[dict[str, Any]]:
+def times(strategy: Any, rounds: int) -> list[dict[str, Any]]:
     """Rows of seconds per step; peers take turns within each round, in an order that rotates."""
-    strategy, peers, rows = strategy_of(REPLICAS), tensorflow_peers(), []
+    peers, rows = tensorflow_peers(), []
     for shape in SHAPES:
         steps = {name: step_of(strategy, make, shape) for name, make in peers.items()}
         for step in steps.values():
@@ -77,6 +77,34 @@ def times(rounds: int) -> list[dict[str, Any]]:
             order = order[1:] + order[:1]
         common = {"quantity": "seconds per step", "dtype": "float32", "shape": shape, "replicas": REPLICAS, "rounds": rounds}
         rows += [{"peer": name, **common, **quantiles(seconds[name])} for name in steps]
+    return rows
+
+
+def accuracy(strategy: Any) -> list[dict[str, Any]]:
+    """Rows of the variance's largest relative error, replicas' means one standard deviation apart, against float64."""
+    import tensorflow as tf
+
+    rows, shape = [], (500, 8)
+    for mean in (1e2, 1e3, 1e4):
+        rng = np.random.default_rng(0)
+        inputs = [(mean + i + rng.standard_normal(shape)).astype("float32") for i in range(REPLICAS)]
+        truth = np.concatenate(inputs).astype("float64").var(0)
+        x = strategy.experimental_distribute_values_from_function(
+            lambda context, inputs=inputs: tf.constant(inputs[context.replica_id_in_sync_group])
+        )
+        for name, make in list(tensorflow_peers(momentum=0.0).items())[:2]:  # the third does not claim to know this variance
+            with strategy.scope():
+                layer = make()
+                layer.build((None, shape[1]))
+            tf.function(lambda x, layer=layer: strategy.run(lambda x: layer(x, training=True), args=(x,)))(x)
+            error = float(np.abs(np.asarray(layer.moving_variance) / truth - 1).max())
+            common = {
+                "quantity": f"variance error at mean/std {mean:.0e}",
+                "dtype": "float32",
+                "shape": shape,
+                "replicas": REPLICAS,
+            }
+            rows.append({"peer": name, **common, "median": error})
     return rows
 
 

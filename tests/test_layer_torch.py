@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 import syncbn
-from syncbn import SyncBatchNorm, policy
+from syncbn import SyncBatchNorm, policy_torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6, torch.float64: 1e-12}
@@ -513,5 +513,5 @@ def test_docstring_examples():
         found = doctest.testmod(importlib.import_module(f"syncbn.{name}"))
         assert found.failed == 0
         assert found.attempted > 1
-    assert policy.TORCH_ACTIVATIONS["leaky_relu"].slope == 0.01
+    assert policy_torch.ACTIVATIONS["leaky_relu"].slope == 0.01
     assert {"SyncBatchNorm", "local_statistics", "checkpoint_contexts", "debug", "EmptySteps"} <= set(syncbn.__all__)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ENGINE, KERNELS, LAYER, MATHS = "engines/tensorflow.py", "kernels/tensorflow.py", "layers/keras.py", "maths.py"
+ENGINE, REPLICAS = "engines/tensorflow.py", "engines/tensorflow_replicas.py"
+KERNELS, LAYER, MATHS = "kernels/tensorflow.py", "layers/keras.py", "maths.py"
 ENGINE_TESTS, LAYER_TESTS, ALONE_TESTS = "test_engine_tensorflow.py", "test_layer_tensorflow.py", "test_layer_keras.py"
 
 
@@ -31,7 +32,7 @@ class Mutant(NamedTuple):
 RAW = "total, squares = maths.raw_sums(count, wide_k, s, q)"
 ROUND = "tf.cast(tf.cast({}, tf.float32), tf.float64)"
 MUTANTS = [
-    Mutant("no collective", ENGINE, "        if self.replicas == 1:\n            return rows\n", "        return rows\n",
+    Mutant("no collective", REPLICAS, "        if self.replicas == 1:\n            return v\n", "        return v\n",
            ENGINE_TESTS, "concatenated and ragged and graph"),
     Mutant("mean of means", ENGINE, RAW, f"{RAW}\n    some = tf.maximum(count, 1)\n    total, squares, count = total / some, squares / some, count / some",
            ENGINE_TESTS, "concatenated and ragged and graph"),
@@ -45,8 +46,8 @@ MUTANTS = [
            "return 0 * a, -rstd * sum_g / at_least_one", ENGINE_TESTS, "concatenated and ragged and graph"),
     Mutant("local count in the backward pass", ENGINE, "tf.cast(moments.count, self.wide)",
            "tf.cast(moments.count, self.wide) / moments.replicas", ENGINE_TESTS, "concatenated and ragged and graph"),
-    Mutant("message times a local scale", ENGINE, "sums = self.world.sum_of_group(tf.concat([wide_scale * sum_dy, wide_scale * dscale], 0))",
-           "sums = tf.concat([wide_scale] * 2, 0) * self.world.sum_of_group(tf.concat([sum_dy, dscale], 0))",
+    Mutant("message times a local scale", ENGINE, "sums = self.world.sum_of_group(tf.concat([wide_scale * sum_dy, wide_scale * dscale], 0))\n        a, b =",
+           "sums = tf.concat([wide_scale] * 2, 0) * self.world.sum_of_group(tf.concat([sum_dy, dscale], 0))\n        a, b =",
            ENGINE_TESTS, "concatenated and differ and graph"),
     Mutant("moments are constants of the second derivative", ENGINE, "mean, variance = self._attach(x)",
            "mean, variance = self.mean, self.variance", ENGINE_TESTS, "second_order"),
@@ -55,13 +56,13 @@ MUTANTS = [
     Mutant("mask forgotten in the backward pass", ENGINE, "dx if self.mask is None else", "dx if True else",
            ENGINE_TESTS, "concatenated and masked and graph"),
     Mutant("naive float32 sums", KERNELS, "BLOCK_ROWS = 1024", "BLOCK_ROWS = 10**9", ENGINE_TESTS, "million"),
-    Mutant("groups selected by multiplication", ENGINE, "rows = tf.where(mine, rows, tf.zeros([], v.dtype))",
-           "rows = tf.cast(mine, v.dtype) * rows", ENGINE_TESTS, "nan_stays"),
-    Mutant("groups averaged without their counts", ENGINE, "weights = tf.cast(counts, variances.dtype) / tf.cast(tf.maximum(total, 1), variances.dtype)",
+    Mutant("groups selected by multiplication", REPLICAS, "v = tf.where(mine, v[None], tf.zeros([], v.dtype))",
+           "v = tf.cast(mine, v.dtype) * v[None]", ENGINE_TESTS, "nan_stays"),
+    Mutant("groups averaged without their counts", REPLICAS, "weights = tf.cast(counts, variances.dtype) / tf.cast(tf.maximum(total, 1), variances.dtype)",
            "weights = tf.ones_like(counts) / world.groups", ENGINE_TESTS, "groups"),
     Mutant("pairs added before they are subtracted", MATHS, "(k - pivot) + r", "(k + r) - pivot", "test_maths.py", "merge"),
-    Mutant("a message a moment", ENGINE, "rows = world.sum_by_group(tf.concat([count[None], total, squares], 0))",
-           "rows = tf.concat([world.sum_by_group(v) for v in (count[None], total, squares)], 1)", LAYER_TESTS, "one_collective"),
+    Mutant("a message a moment", ENGINE, "message = world.sum_by_group(tf.concat([tf.reshape(count, [1]), total, squares], 0))",
+           "message = tf.concat([world.sum_by_group(v) for v in (tf.reshape(count, [1]), total, squares)], -1)", LAYER_TESTS, "one_collective"),
     Mutant("a message in inference", LAYER, "        else:\n            mean, variance =", "        else:\n            self._engine.moments(inputs, **where)\n            mean, variance =",
            LAYER_TESTS, "inference_and_building"),
     Mutant("moving statistics from local moments", LAYER, "moments = self._engine.moments(inputs, **where)",
@@ -73,11 +74,9 @@ MUTANTS = [
            LAYER_TESTS, "padding"),
     Mutant("momentum the wrong way round", MATHS, "old * momentum + new * (1 - momentum)", "new * momentum + old * (1 - momentum)",
            ALONE_TESTS, "equals_keras or renorm_by_formula"),
-    Mutant("adjustment dropped", LAYER, "return flat[0], flat[1]", "return 1, 0", ALONE_TESTS, "adjustment_by_formula or adjustment_in"),
-    Mutant("r and d after the statistics moved", LAYER,
-           "        r, d = self._renorm_correction(moments, gamma.dtype) if self.renorm else (1, 0)\n        self._move(moments)\n",
-           "        self._move(moments)\n        r, d = self._renorm_correction(moments, gamma.dtype) if self.renorm else (1, 0)\n",
-           ALONE_TESTS, "renorm_by_formula"),
+    Mutant("adjustment dropped", LAYER, "a, b = flat", "a, b = 1, 0", ALONE_TESTS, "adjustment_by_formula or adjustment_in"),
+    Mutant("r and d after the statistics moved", LAYER, "            if self.renorm:\n                r, d =",
+           "            self._move(moments)\n            if self.renorm:\n                r, d =", ALONE_TESTS, "renorm_by_formula"),
     Mutant("variable bounds become weights", LAYER, "self._clipping = _Untracked(policy.clipping(renorm_clipping))",
            "self._clipping = _Untracked(policy.clipping(renorm_clipping)); self._bounds = policy.clipping(renorm_clipping)",
            ALONE_TESTS, "clipping_takes"),
@@ -92,7 +91,7 @@ def verdicts(tmp_path_factory):
     pool.shutdown(cancel_futures=True)
 
 
-def run(mutant, folder):
+def run(mutant, folder, *options):
     shutil.copytree(ROOT / "src" / "syncbn", folder / "syncbn", ignore=shutil.ignore_patterns("__pycache__"))
     file = folder / "syncbn" / mutant.file
     text = file.read_text()
@@ -109,6 +108,7 @@ def run(mutant, folder):
         str(ROOT / "tests" / mutant.tests),
         "-k",
         mutant.select,
+        *options,
     ]
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)

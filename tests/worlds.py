@@ -92,6 +92,7 @@ class TorchWorld:
             self.workers.append(worker)
             self.pipes.append((listener, worker))
         self.pipes = [listener.accept() for listener, _ in self.pipes]
+        assert all(self.receive(rank)[0] for rank in range(replicas))
 
     def run(self, function: Callable[..., Any], *per_replica: list[Any] | None, common: tuple[Any, ...] = ()) -> list[Any]:
         """function(*common, *arguments) on every replica, each with its own arguments; one result a replica.
@@ -144,6 +145,7 @@ def serve(rank: int, replicas: int, port: int, timeout: float, answer: int, key:
         where = f"tcp://127.0.0.1:{port}"
         patience = datetime.timedelta(seconds=timeout)
         dist.init_process_group("gloo", init_method=where, rank=rank, world_size=replicas, timeout=patience)
+    pipe.send_bytes(pickle.dumps((True, "ready")))
     with contextlib.suppress(EOFError):
         while True:
             module, name, arguments = pickle.loads(pipe.recv_bytes())
@@ -152,6 +154,58 @@ def serve(rank: int, replicas: int, port: int, timeout: float, answer: int, key:
             except BaseException:
                 answer_ = False, traceback.format_exc()
             pipe.send_bytes(pickle.dumps(answer_))
+
+
+class JaxWorld:
+    """Replicas of a JAX program: the first devices of the host under `shard_map` or `pmap`, or the lanes of a `vmap`.
+
+    how: "checked" and "unchecked" are shard_map with and without check_vma, "pmap", "vmap".
+    """
+
+    axis = "replica"
+
+    def __init__(self, replicas: int, how: str = "checked"):
+        import jax
+
+        self.jax, self.replicas, self.how = jax, replicas, how
+
+    def run(self, function: Callable[..., Any], *per_replica: list[Any] | None) -> list[Any]:
+        """function(*arguments) on every replica, each with its own arguments; one nest of arrays a replica."""
+        tree = self.jax.tree_util
+        stacked = [None if values is None else np.stack(values) for values in per_replica]
+        out = self.mapped(function)(*stacked)
+        return [tree.tree_map(lambda v, r=r: _numpy(v[r]), out) for r in range(self.replicas)]
+
+    def mapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The program of all replicas, on arrays with a leading axis of replicas."""
+        jax, tree = self.jax, self.jax.tree_util
+        if self.how == "vmap":
+            return jax.jit(jax.vmap(function, axis_name=self.axis))
+        if self.how == "pmap":
+            return jax.pmap(function, axis_name=self.axis, devices=jax.devices()[: self.replicas])
+
+        def shard(*arguments: Any) -> Any:
+            return tree.tree_map(lambda v: v[None], function(*tree.tree_map(lambda v: v[0], arguments)))
+
+        spec = jax.sharding.PartitionSpec(self.axis)
+        checked = self.how == "checked"
+        return jax.jit(jax.shard_map(shard, mesh=self.mesh(), in_specs=spec, out_specs=spec, check_vma=checked))
+
+    def mesh(self) -> Any:
+        """The first devices, one a replica."""
+        jax = self.jax
+        return jax.sharding.Mesh(np.array(jax.devices()[: self.replicas]), (self.axis,))
+
+
+def _numpy(v: Any) -> np.ndarray:
+    return np.asarray(v.astype("float32") if v.dtype == "bfloat16" else v)
+
+
+def padded(arrays: list[np.ndarray] | None, size: int, value: float = 0) -> list[np.ndarray] | None:
+    """Every replica's array with the same batch size: JAX cuts a global array into equal shards."""
+    if arrays is None:
+        return None
+    return [np.concatenate([a, np.full((size - len(a), *a.shape[1:]), value, a.dtype)]) for a in arrays]
 
 
 if __name__ == "__main__":

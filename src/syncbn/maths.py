@@ -26,7 +26,7 @@ def local_m2(n, s, q, *, maximum):
 
 def variance_or_one(n, variance, *, maximum):
     """A variance that rounding cannot make negative, and 1 where nothing was counted."""
-    return maximum(variance, 0) + maximum(1 - n, 0)
+    return maximum(variance, maximum(1 - n, 0))
 
 
 def merge(n, k, r, m2, pivot, *, add, maximum, where):

@@ -6,7 +6,7 @@
 `moments` measures the global batch: one value per channel, the same bits on every replica, without gradient, by one collective.
 `normalize` is y = activation(scale·(x − mean)/√(variance + epsilon) + offset + residual). Its gradient for x includes the path
 through the moments, by one collective; its gradients for scale and offset are this replica's own sums, which the trainer reduces
-as it does every other gradient.
+as it does every other gradient (where JAX types a parameter as replicated they are the totals, from the same message).
 
 x         any rank ≥ 2, any float dtype; `axes` are its channel axes, sorted, C channels in all
 mask      bool, of x's rank, 1 on the channel axes, each other axis full or 1; True marks what counts
@@ -14,7 +14,11 @@ scale     [C], of `arithmetic_dtype(x)`, and so is offset; both may differ betwe
 group     which replicas meet: see `syncbn.policy.Group`
 y         x's shape and dtype
 
-A layer may also ask `supports_jit()`: whether what is made now can be compiled as a whole.
+A layer may also ask `supports_jit()`: whether what is made now can be compiled as a whole. An engine may have besides:
+
+    may_move(count, renorm)     whether moving statistics may move in this pass (not where it is a recomputation)
+    found_once(find)            find(), or what it found in the pass that is recomputed
+    speak_as(name)              whose messages come next
 """
 
 from __future__ import annotations
@@ -28,8 +32,8 @@ from syncbn import policy
 class Moments(NamedTuple):
     """What the global batch measures.
 
-    count: how many values a channel has in the group (a scalar), or None where the moments are constants: in inference
-        nothing is sent in either pass.
+    count: how many values a channel has in the group (a scalar; [C] where JAX shards the channels), or None where the moments
+        are constants: in inference nothing is sent in either pass.
     mean, variance: [C], biased, float64 where framework and device have it; elsewhere the mean is a pair (hi, lo) of
         float32. 0 and 1 where the count is 0.
     replicas: how many replicas met.
@@ -49,6 +53,6 @@ def for_keras() -> Any:
     import keras
 
     backend = keras.backend.backend()
-    if backend != "tensorflow":
+    if backend not in ("jax", "tensorflow", "torch"):
         raise policy.unknown_backend(backend)
     return importlib.import_module(f"syncbn.engines.{backend}")

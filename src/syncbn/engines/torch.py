@@ -21,7 +21,21 @@ from syncbn.kernels import eager
 from syncbn.kernels.choice import kernels_for
 from syncbn.kernels.eager import arithmetic_dtype
 
-__all__ = ["arithmetic_dtype", "in_whole", "is_alone", "moments", "normalize", "replicas", "supports_jit"]
+__all__ = [
+    "arithmetic_dtype",
+    "found_once",
+    "is_alone",
+    "may_move",
+    "moments",
+    "normalize",
+    "replicas",
+    "speak_as",
+    "supports_jit",
+    "whole",
+]
+
+found_once, speak_as = context.found_once, debug.speak_as
+whole = torch_fused.whole
 
 
 def supports_jit() -> bool:
@@ -42,6 +56,21 @@ def replicas(group: Any = None) -> int:
 def is_alone() -> bool:
     """Whether there is no other replica at all, in whatever group."""
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+
+
+def may_move(like: Tensor, renorm: bool) -> Any:
+    """Whether moving statistics may move in this pass; compiled, a bool tensor.
+
+    Not in `local_statistics`, nor in the recomputation of a checkpointed block, where renorm needs the record of the first pass.
+    """
+    if context.is_local():
+        return False
+    if torch.compiler.is_compiling():
+        return context.first_pass_when_compiled(like, renorm)
+    first = context.is_first_pass()
+    if renorm and not first and not context.is_replayed():
+        raise policy.recomputed_renorm("a layer in a checkpoint that keeps no record", policy.RECORD_MOMENTS)
+    return first
 
 
 @torch.no_grad()
@@ -101,15 +130,6 @@ def normalize(
     link = None if alone else link_of(group)
     how = How(epsilon, activation, link, kernels_for(folded, mask), debug.speaker())
     return fold.unfold(Normalized.apply(*tensors, how))
-
-
-def in_whole(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, group: Any = None, moving: Any = None, **how: Any) -> Tensor | None:
-    """Both verbs and the moving statistics in the fewest launches, where kernels do all that is asked for; else None.
-
-    [N, C, …] on CUDA, with the channels on dim 1. moving: (mean, variance, batches, weight of the new value) or None.
-    """
-    link = None if context.is_local() else link_of(group)
-    return torch_fused.whole(x, weight, bias, link=link, moving=moving and torch_fused.Moving(*moving), **how)
 
 
 def _link_when_compiled(group: Any) -> tuple[int, str]:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from syncbn import policy
+from syncbn import policy, policy_torch
 
 
 class Link(NamedTuple):
@@ -48,13 +48,17 @@ def link_at_trace_time(group: Any) -> tuple[int, str]:
 
 
 def _make(group: Any) -> Link | None:
-    if group is None or isinstance(group, int):
+    if group is None or (isinstance(group, int) and group > 0):
         world = dist.get_world_size()
         size = world // policy.groups(world, group)
         return None if size == 1 else _link(_own_group(size, world))
-    # What new_group returns on a rank that is not in the group is not a process group.
+    if isinstance(group, policy.Axes | policy.Sharded):
+        if dist.get_world_size() == 1:
+            return None
+        raise policy.axis_name_elsewhere(group, "torch", dist.get_world_size())
+    # What new_group returns on a rank that is not in the group is a negative number.
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
-        raise policy.not_in_group(group)
+        raise policy_torch.not_in_group(group)
     return None if group.size() == 1 else _link(group)
 
 

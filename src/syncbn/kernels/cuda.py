@@ -24,15 +24,15 @@ def serves(x: Tensor, mask: Tensor | None) -> bool:
     return (x.is_cuda or INTERPRETED) and x.dtype in plans.DTYPES and x.dim() >= 2 and x.shape[1] > 0
 
 
-def dense(x: Tensor) -> Tensor:
+def dense_or_copy(x: Tensor) -> Tensor:
     """x, or a copy that the kernels can walk over: contiguous or channels last, and aligned."""
-    if (x.is_contiguous() or x.movedim(1, -1).is_contiguous()) and x.data_ptr() % 16 == 0:
+    if x.data_ptr() % 16 == 0 and (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def plan_for(
-    x: Tensor, *, masked: bool = False, scale: torch.dtype | None = None, activation: str | None = None,
+    x: Tensor, masked: bool = False, scale: torch.dtype | None = None, activation: str | None = None,
     residual: torch.dtype | None = None, moving: torch.dtype | None = None, moves: int = 0, replicas: int = 1,
     gradients: torch.dtype | None = None,
 ) -> plans.Plan:  # fmt: skip
@@ -65,7 +65,7 @@ def local_sums(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def measure(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(count, mean, variance) of this replica alone, float64: views of one tensor."""
-    x, C = dense(x), x.shape[1]
+    x, C = dense_or_copy(x), x.shape[1]
     stats = fused.measure(plan_for(x, masked=mask is not None), x, keep_of(mask, x))
     return stats[2 * C], stats[:C], stats[C : 2 * C]
 
@@ -82,7 +82,7 @@ class Pending(NamedTuple):
 
 def normalize(x: Tensor, norm: Normalization, residual: Tensor | None) -> Tensor:
     """activation(scale·x_hat + offset + residual)."""
-    x = dense(x)
+    x = dense_or_copy(x)
     if residual is not None:
         residual = fused.in_layout_of(x, residual)
     plan = plan_for(x, scale=norm.scale.dtype, activation=_name(norm.activation), residual=None if residual is None else residual.dtype)
@@ -95,7 +95,7 @@ def gradient_sums(dy: Tensor, x: Tensor, norm: Normalization, kept: Tensor | Non
     if whole and norm.activation is not None:
         dy = eager.before_activation(dy.to(torch.float32), x, norm, kept)
         norm, kept = norm._replace(activation=None), None
-    x, slope = dense(x), 0.0 if norm.activation is None else norm.activation.slope
+    x, slope = dense_or_copy(x), 0.0 if norm.activation is None else norm.activation.slope
     dy = fused.in_layout_of(x, dy.to(x.dtype) if not whole else dy)
     if dy.dtype != x.dtype:
         # The residual's gradient stays in float32; the sums are taken of what the input gradient will read.
@@ -116,7 +116,7 @@ def gradient_sums(dy: Tensor, x: Tensor, norm: Normalization, kept: Tensor | Non
 
 def input_gradient(dz: Any, x: Tensor, mask: Tensor | None, norm: Normalization, count: Tensor, message: Tensor) -> Tensor:
     """dx, from the sums over all replicas."""
-    x = dense(x)
+    x = dense_or_copy(x)
     if not isinstance(dz, Pending):
         dz, norm = Pending(fused.in_layout_of(x, dz.to(x.dtype)), None), norm._replace(activation=None)
     coefficients = _coefficients_of(message, _stats(norm, count), norm)

@@ -46,30 +46,51 @@ def stream_of(device: torch.device) -> int:
 
 def measure(plan: Plan, x: Tensor, keep: Tensor | None, lane: Lane | None = None) -> Tensor:
     """float64 [2C + 1]: mean, variance and count, of x or of all replicas'."""
-    r, f, device = plan.moments, plan.fold, x.device
+    return _measure(plan, stream_of(x.device), address(x), address(keep), x.device, lane)
+
+
+def _measure(plan: Plan, stream: int, x: Any, keep: Any, device: torch.device, lane: Lane | None) -> Tensor:
+    r, f = plan.moments, plan.fold
     stats = torch.empty(2 * f.C + 1, dtype=torch.float64, device=device)
-    stream = stream_of(device)
-    scratch = scratch_for(device, stream, r.parts, r.blocks)
-    table, rank, limit, tag = lane or (None, 0, 0, 0)
-    r.launch(
-        stream, address(x), address(keep), address(scratch.parts), address(scratch.arrivals), address(stats), address(table),
-        f.A, r.splits, r.share, limit, tag, rank,
-    )  # fmt: skip
+    parts, arrivals = scratch_for(device, stream, r.parts, r.blocks)
+    table, rank, limit, tag = NO_LANE if lane is None else lane
+    r.launch(stream, x, keep, parts, arrivals, address(stats), address(table), f.A, r.splits, r.share, limit, tag, rank)
     return stats
+
+
+NO_LANE = (None, 0, 0, 0)
+NOT_MOVING = (None, None, None, 0.0)
 
 
 def normalize(
     plan: Plan, x: Tensor, stats: Tensor, scale: Tensor | None, offset: Tensor | None, epsilon: float, *, keep: Tensor | None = None,
-    residual: Tensor | None = None, slope: float = 0.0, moving: Moving | None = None,
+    residual: Tensor | None = None, slope: float = 0.0, moving: Any = None,
 ) -> Tensor:  # fmt: skip
-    """activation(scale·(x − mean)·rstd + offset + residual), in x's dtype and layout."""
+    """activation(scale·(x − mean)·rstd + offset + residual), in x's dtype and layout. moving: a `Moving`."""
     y = torch.empty_like(x)
-    mean, variance, tracked, weight = moving or (None, None, None, 0.0)
+    mean, variance, tracked, weight = moving or NOT_MOVING
     plan.normalize(
         stream_of(x.device), address(x), address(y), address(residual), address(keep), address(stats), address(scale), address(offset),
         address(mean), address(variance), address(tracked), *plan.normalize_numbers, epsilon, weight, slope,
     )  # fmt: skip
     return y
+
+
+def forward(
+    plan: Plan, x: Tensor, scale: Tensor | None, offset: Tensor | None, epsilon: float, *, keep: Tensor | None, residual: Tensor | None,
+    slope: float, moving: Any, lane: Lane | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, stats): `measure` and `normalize`, with as little host work as there can be."""
+    device = x.device
+    stream, at_x, at_keep = stream_of(device), address(x), address(keep)
+    stats = _measure(plan, stream, at_x, at_keep, device, lane)
+    y = torch.empty_like(x)
+    mean, variance, tracked, weight = moving or NOT_MOVING
+    plan.normalize(
+        stream, at_x, address(y), address(residual), at_keep, address(stats), address(scale), address(offset), address(mean),
+        address(variance), address(tracked), *plan.normalize_numbers, epsilon, weight, slope,
+    )  # fmt: skip
+    return y, stats
 
 
 def gradient_sums(
@@ -86,12 +107,12 @@ def gradient_sums(
         dscale, doffset = torch.empty_like(scale), torch.empty_like(scale)
     coefficients = torch.empty(5 * f.C, dtype=torch.float32, device=device)
     stream = stream_of(device)
-    scratch = scratch_for(device, stream, r.parts, r.blocks)
-    table, rank, limit, tag = lane or (None, 0, 0, 0)
+    parts, arrivals = scratch_for(device, stream, r.parts, r.blocks)
+    table, rank, limit, tag = NO_LANE if lane is None else lane
     r.launch(
-        stream, address(x), address(dy), address(saved), address(keep), address(stats), address(scale), address(offset),
-        address(scratch.parts), address(scratch.arrivals), address(dscale), address(doffset), address(coefficients), address(table),
-        f.A, r.splits, r.share, limit, tag, rank, epsilon, slope,
+        stream, address(x), address(dy), address(saved), address(keep), address(stats), address(scale), address(offset), parts, arrivals,
+        address(dscale), address(doffset), address(coefficients), address(table), f.A, r.splits, r.share, limit, tag, rank, epsilon,
+        slope,
     )  # fmt: skip
     return dscale, doffset, coefficients
 

@@ -19,28 +19,50 @@ class Launch:
     """One kernel with its constants, on one device.
 
     types: for each run-time argument a torch dtype where it is a pointer, else a number of its kind. Pointers must be
-    aligned to 16 bytes, as torch allocates them.
+    aligned to 16 bytes, as torch allocates them. follows: whether its programs may come before the kernel ahead has ended.
     """
 
-    def __init__(self, kernel: Any, types: tuple[Any, ...], constants: dict[str, Any], programs: int, warps: int, device: torch.device):
+    def __init__(self, kernel: Any, types: tuple[Any, ...], constants: dict[str, Any], programs: int, warps: int, device: torch.device,
+                 follows: bool = True):  # fmt: skip
         self.kernel, self.constants, self.programs, self.warps = kernel, constants, programs, warps
         self.device_index = device.index or 0
         # In this order they end a kernel's signature.
         self.last = tuple(constants.values())
         if not INTERPRETED:
+            pdl = follows and bool(constants.get("PDL"))
             with torch.cuda.device(device):
-                compiled = kernel.warmup(*types, grid=(1,), num_warps=warps, launch_pdl=bool(constants.get("PDL")), **constants)
+                compiled = kernel.warmup(*types, grid=(1,), num_warps=warps, launch_pdl=pdl, **constants)
                 # Loads the module now: a first launch while another kernel waits for this one would never end.
                 compiled._init_handles()
-            self.compiled = compiled
-            self.launcher, self.function, self.packed = compiled.run, compiled.function, compiled.packed_metadata
+            self.compiled = compiled  # owns what the launcher names
+            self.launch, self.first, self.packed = _launcher(compiled)
 
     def __call__(self, stream: int, *arguments: Any) -> None:
         """Launches. arguments: addresses (on the interpreter tensors) and numbers, in the signature's order."""
         if INTERPRETED:
             self.kernel[(self.programs,)](*arguments, **self.constants)
+        elif self.packed:
+            self.launch(self.programs, 1, 1, stream, *self.first, (*arguments, *self.last))
         else:
-            self.launcher(self.programs, 1, 1, stream, self.function, self.packed, None, None, None, *arguments, *self.last)
+            self.launch(self.programs, 1, 1, stream, *self.first, *arguments, *self.last)
+
+
+def _launcher(compiled: Any) -> tuple[Any, tuple[Any, ...], bool]:
+    """(function, what it takes after grid and stream, whether it takes the arguments as one tuple).
+
+    Triton's own launcher allocates scratch that our kernels have none of, then calls a function in C; whose order of arguments is
+    another in each of the versions that we know. In others, and where there is scratch, it is Triton's launcher that is called.
+    """
+    run = compiled.run
+    hooks = (None, None)
+    known = hasattr(run, "launch") and not run.global_scratch_size and not run.profile_scratch_size
+    start = (compiled.function, getattr(run, "launch_cooperative_grid", False), getattr(run, "launch_pdl", False))
+    if known and triton.__version__.startswith("3.6."):
+        return run.launch, (*start, None, None, compiled.packed_metadata, None, *hooks), False
+    if known and triton.__version__.startswith("3.7."):
+        rest = (compiled.packed_metadata, None, *hooks, None, None, run.arg_annotations, run.kernel_signature)
+        return run.launch, (*start, *rest), True
+    return run, (compiled.function, compiled.packed_metadata, None, *hooks), False
 
 
 def power_of_2(n: int) -> int:

@@ -16,6 +16,7 @@ from syncbn.kernels.launch import INTERPRETED, Launch, power_of_2
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Whether the kernels of one replica overlap their starts (tiles.follow).
 PDL = not INTERPRETED
+PDL_POINTWISE_ONLY = True
 L2_BYTES = 60e6
 # A program's share of values: float32 counts stay exact, and it is plenty.
 MOST_VALUES = 1 << 23
@@ -125,7 +126,7 @@ class Reduction:
     """Moments or gradient sums of one fold: a launch, and the scratch that it needs."""
 
     def __init__(self, kernel: Any, parts: int, f: Fold, types: tuple[Any, ...], flags: dict[str, Any], device: torch.device,
-                 replicas: int, tile: Tile):  # fmt: skip
+                 replicas: int, tile: Tile, processors: int):  # fmt: skip
         J = f.A * f.B
         steps = -(-J // tile.T)
         self.share = tile.share
@@ -140,7 +141,10 @@ class Reduction:
         if alone:
             self.blocks = self.parts = 0
         constants = {"C": f.C, "B": f.B, "T": tile.T, "K": tile.K, "X": X, "R": rows, **common(f, tile), "U": tile.unroll, **flags, "PDL": PDL, "ALONE": alone, "W": replicas}
-        self.launch = Launch(kernel, types, constants, channel_tiles * self.splits, tile.warps, device)
+        programs = channel_tiles * self.splits
+        # One wave of programs must spread evenly, which it does not where it comes while others still leave.
+        few = programs <= processors
+        self.launch = Launch(kernel, types, constants, programs, tile.warps, device, follows=few or not PDL_POINTWISE_ONLY)
 
 
 def common(f: Fold, tile: Tile) -> dict[str, bool]:
@@ -170,7 +174,7 @@ class Plan:
         act = {"ACTIVATION": pointwise.ACTIVATIONS[activation], "RESIDUAL": residual is not None}
         self.moments = Reduction(
             moments.moments_kernel, 4, f, (dtype, byte, f32, i32, f64, i64, 1, 1, 1, 1, 1, 1), {"MASKED": masked}, device, replicas,
-            of_moments,
+            of_moments, processors,
         )  # fmt: skip
         # Tensors that L2 holds: let it forget first what nobody reads again. Larger ones are the slower for it.
         drop = "evict_first" if f.A * f.C * f.B * dtype.itemsize < L2_BYTES else ""
@@ -184,7 +188,7 @@ class Plan:
         saved = other if activation == "silu" else dtype
         self.sums = Reduction(
             sums.sums_kernel, 2, f, (dtype, dtype, saved, byte, f64, vector, vector, f32, i32, gradients or vector, gradients or vector, f32, i64, 1, 1, 1, 1, 1, 1, 0.5, 0.5),
-            {"MASKED": masked, "SCALE": scale is not None, **act, "LOCAL": scale is not None or gradients is not None}, device, replicas, of_sums,
+            {"MASKED": masked, "SCALE": scale is not None, **act, "LOCAL": scale is not None or gradients is not None}, device, replicas, of_sums, processors,
         )  # fmt: skip
         self.gradient_numbers = (f.A, backward.share, *order(f, backward, of_sums))
         self.input_gradient = Launch(

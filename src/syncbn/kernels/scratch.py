@@ -6,13 +6,15 @@ replayed beside anything, have their own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from syncbn.kernels.launch import INTERPRETED
+from syncbn.kernels.launch import INTERPRETED, address
 
-# Counters per stream; blocks of channels never are more.
-COUNTERS = 8192
+# Counters per stream: one a block of channels.
+COUNTERS = 1 << 16
 # Counters for captured launches, cut off one after the other and never given back.
 SLAB = 1 << 22
 
@@ -21,26 +23,17 @@ class Scratch:
     """Of one stream: `parts` float32, grown on demand, and `arrivals` int32, 0 between launches."""
 
     def __init__(self, device: torch.device):
-        self.device = device
-        self.parts = torch.empty(1 << 16, dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        self.grow(1 << 16, device)
 
-    def grown(self, parts: int) -> Scratch:
-        """With room for so many parts."""
-        if parts > self.parts.numel():
-            self.parts = torch.empty(parts * 2, dtype=torch.float32, device=self.device)
-        return self
-
-
-class Captured:
-    """Of one captured launch: parts in the graph's own memory, counters of its own."""
-
-    def __init__(self, device: torch.device, parts: int, blocks: int):
+    def grow(self, parts: int, device: torch.device) -> None:
+        """Makes room for so many parts."""
+        self.size = parts
         self.parts = torch.empty(parts, dtype=torch.float32, device=device)
-        self.arrivals = counters(device, blocks)
+        self.addresses = address(self.parts), address(self.arrivals)
 
 
-_streams: dict[tuple[int, int], Scratch] = {}
+_streams: dict[Any, Scratch] = {}
 _slabs: dict[int, Tensor] = {}
 
 
@@ -48,7 +41,7 @@ def counters(device: torch.device, blocks: int) -> Tensor:
     """Fresh counters, 0, that nobody else uses. Where the slab is spent, the graph zeroes some of its own, at each replay."""
     slab = _slabs.get(device.index or 0)
     if slab is None or slab.numel() < blocks:
-        # Not kept: a slab that is zeroed inside a graph is zeroed for the launches of this stream alone.
+        # A slab made here would be zeroed by the graph, and for the launches of this stream alone.
         return torch.zeros(blocks, dtype=torch.int32, device=device)
     _slabs[device.index or 0] = slab[blocks:]
     return slab[:blocks]
@@ -61,14 +54,23 @@ def replenish(device: torch.device) -> None:
         _slabs[device.index or 0] = torch.zeros(SLAB, dtype=torch.int32, device=device)
 
 
-def scratch_for(device: torch.device, stream: int, parts: int, blocks: int) -> Scratch | Captured:
-    """What a launch on this stream may use."""
+def scratch_for(device: torch.device, stream: int, parts: int, blocks: int) -> tuple[Any, Any]:
+    """The addresses of parts and counters that a launch on this stream may use."""
     if not INTERPRETED and torch.cuda.is_current_stream_capturing():
-        return Captured(device, parts, blocks)
-    key = (device.index or 0, stream)
+        if not blocks:
+            return 0, 0
+        # In the graph's own memory, as any other temporary of a captured launch.
+        own, arrivals = torch.empty(parts, dtype=torch.float32, device=device), counters(device, blocks)
+        return address(own), address(arrivals)
+    key = (device.index, stream)
     found = _streams.get(key)
     if found is None:
         found = _streams[key] = Scratch(device)
     if not INTERPRETED:
         replenish(device)
-    return found.grown(parts)
+    if parts > found.size:
+        found.grow(2 * parts, device)
+    if blocks > COUNTERS:
+        # So many that they are not worth keeping.
+        return found.addresses[0], address(torch.zeros(blocks, dtype=torch.int32, device=device))
+    return found.addresses

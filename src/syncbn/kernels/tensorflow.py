@@ -1,4 +1,4 @@
-"""One TensorFlow replica's arithmetic, on inputs folded to [A, C, B].
+"""One TensorFlow replica's arithmetic, on inputs folded to [A, C], or to [A, C, B] where the channels are not the last axes.
 
 Each pass has two forms. On float32 with the channels last it is one of TensorFlow's fused batch norm operators in inference
 mode, which make one pass over memory where plain operators make three; everywhere else it is plain operators.
@@ -16,36 +16,37 @@ BLOCK_ROWS = 1024
 
 
 class Fold(NamedTuple):
-    """How an input of any rank becomes [A, C, B], channels in the middle, and back."""
+    """How an input of any rank becomes [A, C], or [A, C, B], and back."""
 
     axes: tuple[int, ...]
     rank: int
 
     @property
-    def order(self) -> list[int]:
+    def _side_by_side(self) -> bool:
+        return self.axes[-1] - self.axes[0] == len(self.axes) - 1
+
+    @property
+    def _order(self) -> list[int]:
         """The axes with the channels side by side: moved to the end where they are not."""
         rest = [i for i in range(self.rank) if i not in self.axes]
         return list(range(self.rank)) if self._side_by_side else rest + list(self.axes)
 
-    @property
-    def _side_by_side(self) -> bool:
-        return self.axes[-1] - self.axes[0] == len(self.axes) - 1
-
     def fold(self, x: tf.Tensor) -> tf.Tensor:
-        """x as [A, C, B]."""
+        """x as [A, C], or [A, C, B]."""
         if not self._side_by_side:
-            x = tf.transpose(x, self.order)
+            x = tf.transpose(x, self._order)
         first = self.axes[0] if self._side_by_side else self.rank - len(self.axes)
         last = first + len(self.axes)
-        return tf.reshape(x, [size(x, *range(first)), size(x, *range(first, last)), size(x, *range(last, self.rank))])
+        after = [size(x, *range(last, self.rank))] if last < self.rank else []
+        return tf.reshape(x, [size(x, *range(first)), size(x, *range(first, last)), *after])
 
     def unfold(self, folded: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
-        """[A, C, B] in the shape of `like`."""
+        """The inverse of `fold`, in the shape of `like`."""
         shape = [size(like, i) for i in range(self.rank)]
         if self._side_by_side:
             return tf.reshape(folded, shape)
-        back = [self.order.index(i) for i in range(self.rank)]
-        return tf.transpose(tf.reshape(folded, [shape[i] for i in self.order]), back)
+        back = [self._order.index(i) for i in range(self.rank)]
+        return tf.transpose(tf.reshape(folded, [shape[i] for i in self._order]), back)
 
 
 def size(x: tf.Tensor, *dims: int) -> Any:
@@ -53,32 +54,36 @@ def size(x: tf.Tensor, *dims: int) -> Any:
     static = [x.shape[i] for i in dims]
     if None not in static:
         return math.prod(static)
-    return tf.reduce_prod(tf.gather(tf.shape(x), list(dims)))
+    return tf.reduce_prod(tf.gather(tf.shape(x), [i % x.shape.rank for i in dims]))
+
+
+def along_channels(v: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+    """A vector [C] that broadcasts to the folded x."""
+    return v if x.shape.rank == 2 else v[:, None]
 
 
 def local_moments(x: tf.Tensor, mask: tf.Tensor | None, wide: tf.DType) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """(n, k, s, q): the count (int64), the pivot k in x's dtype, Σ(x − k) and Σ(x − k)² in the wide one.
 
-    x: [A, C, B]; mask: bool [A, 1, B] or None. The pivot is the replica's own mean, rounded.
+    x: folded; mask: bool, folded with 1 for C, or None. The pivot is the replica's own mean, rounded.
     """
     if mask is None:
-        n, counted = tf.cast(size(x, 0, 2), tf.int64), x
+        n, counted = tf.cast(size(x, 0, *range(2, x.shape.rank)), tf.int64), x
     else:
         n = tf.math.count_nonzero(mask)
         counted = tf.where(mask, x, tf.zeros([], x.dtype))
-    k = tf.cast(total(counted, wide) / tf.cast(tf.maximum(n, 1), wide), x.dtype)
-    rest = x - k[:, None]
+    k = total(counted, x.dtype) / tf.cast(tf.maximum(n, 1), x.dtype)
+    rest = x - along_channels(k, x)
     if mask is not None:
         rest = tf.where(mask, rest, tf.zeros([], x.dtype))
     return n, k, total(rest, wide), total(rest * rest, wide)
 
 
 def total(v: tf.Tensor, wide: tf.DType) -> tf.Tensor:
-    """Sums of [A, C, B] over all but the channels, [C], at most `BLOCK_ROWS` rows at a time; their sum in the wide dtype."""
-    if v.shape[2] != 1:
-        v = tf.reduce_sum(v, 2, keepdims=True)
+    """Sums of the folded v over all but the channels, [C], at most `BLOCK_ROWS` rows at a time; their sum in the wide dtype."""
+    if v.shape.rank == 3:
+        v = tf.reduce_sum(v, 2)
     rows, channels = size(v, 0), v.shape[1]
-    v = tf.reshape(v, [rows, channels])
     block = BLOCK_ROWS
     if isinstance(rows, int):
         if rows <= BLOCK_ROWS:
@@ -105,7 +110,7 @@ def _accelerated() -> bool:
 
 
 def _fused(x: tf.Tensor) -> bool:
-    return x.dtype == tf.float32 and x.shape[2] == 1
+    return x.dtype == tf.float32 and x.shape.rank == 2
 
 
 def _as_image(x: tf.Tensor) -> tf.Tensor:
@@ -113,8 +118,8 @@ def _as_image(x: tf.Tensor) -> tf.Tensor:
     return tf.reshape(x, [size(x, 0), 1, 1, x.shape[1]])
 
 
-def _as_fold(x: tf.Tensor) -> tf.Tensor:
-    return tf.reshape(x, [size(x, 0), x.shape[3], 1])
+def _as_rows(x: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(x, [size(x, 0), x.shape[3]])
 
 
 # The fused operators multiply the scale by 1/√(variance + epsilon): with a half for each that is exactly 1.
@@ -122,23 +127,25 @@ _UNIT = {"epsilon": 0.5, "is_training": False}
 
 
 def affine(x: tf.Tensor, hi: tf.Tensor, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-    """a·(x − hi) + b for [A, C, B] and vectors [C] of the same dtype."""
+    """a·(x − hi) + b for the folded x and vectors [C] of the same dtype."""
     if not _fused(x):
-        return (x - hi[:, None]) * a[:, None] + b[:, None]
+        hi, a, b = (along_channels(v, x) for v in (hi, a, b))
+        return (x - hi) * a + b
     half = tf.constant(0.5, shape=[x.shape[1]])
     y = tf.raw_ops.FusedBatchNormV3(x=_as_image(x), scale=a, offset=b, mean=hi, variance=half, **_UNIT).y
-    return _as_fold(y)
+    return _as_rows(y)
 
 
 def affine_gradient(
     dy: tf.Tensor, x: tf.Tensor, hi: tf.Tensor, a: tf.Tensor, wide: tf.DType
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """(a·dy, Σdy, Σdy·(x − hi)) for [A, C, B]; the sums in the wide dtype."""
+    """(a·dy, Σdy, Σdy·(x − hi)) for folded x and dy; the sums in the wide dtype."""
     if not _fused(x):
-        return dy * a[:, None], total(dy, wide), total(dy * (x - hi[:, None]), wide)
+        hi, a = (along_channels(v, x) for v in (hi, a))
+        return dy * a, total(dy, wide), total(dy * (x - hi), wide)
     half = tf.constant(0.5, shape=[x.shape[1]])
     moments = {"reserve_space_1": hi, "reserve_space_2": half, "reserve_space_3": half}
     scaled, sum_dy_x, sum_dy, _, _ = tf.raw_ops.FusedBatchNormGradV3(
         y_backprop=_as_image(dy), x=_as_image(x), scale=a, **moments, **_UNIT
     )
-    return _as_fold(scaled), tf.cast(sum_dy, wide), tf.cast(sum_dy_x, wide)
+    return _as_rows(scaled), tf.cast(sum_dy, wide), tf.cast(sum_dy_x, wide)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import maths, policy
+from syncbn import maths, policy, policy_torch
 from syncbn.engines import Moments
 from syncbn.engines import torch as engine
 from syncbn.engines import torch_context as context
@@ -108,15 +108,15 @@ class SyncBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if affine and not bias:
             self.bias = None
-        policy.one_way_to_group(process_group, policy.group_size(group_size))
-        policy.torch_activation(activation)
+        policy_torch.one_way_to_group(process_group, policy.group_size(group_size))
+        policy_torch.activation(activation)
         self.process_group, self.group_size = process_group, policy.group_size(group_size)
         self.renorm, self.renorm_clipping = bool(renorm), policy.clipping(renorm_clipping)
-        self.renorm_momentum = policy.new_value_weight("renorm_momentum", renorm_momentum)
+        self.renorm_momentum = policy_torch.new_value_weight("renorm_momentum", renorm_momentum)
         self.activation = activation
         if self.renorm:
             if not track_running_stats:
-                raise policy.renorm_needs_statistics()
+                raise policy_torch.renorm_needs_statistics()
             for name in RENORM_BUFFERS:
                 self.register_buffer(name, torch.empty_like(self.running_mean))
             self.reset_running_stats()
@@ -140,16 +140,20 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalises; see the class."""
+        if input.is_cuda and self.training and not torch.compiler.is_compiling():
+            y = self._in_whole(input, mask, residual)
+            if y is not None:
+                return self.activation(y) if callable(self.activation) else y
         if not torch.jit.is_tracing():
-            policy.torch_input(input.shape, self.num_features)
+            policy_torch.input_shape(input.shape, self.num_features)
         policy.floating(str(input.dtype), input.is_floating_point())
         if residual is not None:
-            policy.residual_shape(residual.shape, input.shape)
+            policy_torch.residual_shape(residual.shape, input.shape)
         if mask is not None:
             mask = _full_rank(mask, input.shape)
             # Else a NaN in the padding would spread: NaN · 0 is NaN.
             input = torch.where(mask | input.isfinite(), input, 0)
-        fused = policy.torch_activation(self.activation)
+        fused = policy_torch.activation(self.activation)
         y = self._normalize(input, mask, residual, fused)
         return self.activation(y) if callable(self.activation) else y
 
@@ -163,34 +167,42 @@ class SyncBatchNorm(_BatchNorm):
         debug.speak_as(self._name_in_model)
         if mask is None and engine.replicas(group) == 1:
             if engine.is_alone() and x.numel() == x.shape[1]:
-                raise policy.one_value_per_channel(x.shape)
-            if not x.is_cuda and residual is None and fused is None and self._suits_torchs_own(x):
+                raise policy_torch.one_value_per_channel(x.shape)
+            if residual is None and fused is None and self._suits_torchs_own(x):
                 return self._torchs_own(x)
-        if x.is_cuda and not self.renorm and not torch.compiler.is_compiling():
-            y = self._in_whole(x, mask, residual, fused, group)
-            if y is not None:
-                return y
         moments = engine.moments(x, mask=mask, group=group)
         scale, offset = self._train(moments, *self._scale_and_offset(x)) if self.training else self._scale_and_offset(x)
         return engine.normalize(x, moments, scale, offset, group=group, **extra)
 
-    def _in_whole(
-        self, x: Tensor, mask: Tensor | None, residual: Tensor | None, fused: policy.Activation | None, group: Any
-    ) -> Tensor | None:
-        """All of a step in the fewest launches, or None where the engine has no such path."""
-        moving = None
-        if self.training and self.running_mean is not None and not context.is_local():
-            moving = (self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
-        weight, bias = self.weight, self.bias
-        if weight is not None and bias is None:
+    def _in_whole(self, x: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor | None:
+        """A whole training step's forward pass in the fewest launches, with as little host work as there can be.
+
+        None where the engine has no such path, and where something is amiss, which the longer way says.
+        """
+        shape = x.shape
+        if self.renorm or len(shape) < 2 or shape[1] != self.num_features or x.numel() <= shape[1]:
+            return None
+        if (residual is not None and residual.shape != shape) or not x.is_floating_point():
+            return None
+        if mask is not None:
+            mask = _full_rank(mask, shape)
+        # Past nn.Module's __getattr__, which costs as much as a launch; a parametrized weight is not there.
+        parameters, buffers = self._parameters, self._buffers
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        if (weight is None) != (bias is None):
             weight, bias = self._scale_and_offset(x)
-        return engine.in_whole(
-            x, weight, bias, epsilon=self.eps, mask=mask, residual=residual, activation=fused, group=group, moving=moving
-        )
+        moving = None
+        if buffers["running_mean"] is not None and not context.is_local():
+            moving = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"], self.momentum
+        engine.speak_as(self._name_in_model)
+        fused = policy_torch.ACTIVATIONS[self.activation] if isinstance(self.activation, str) else None
+        return engine.whole(x, weight, bias, mask, residual, fused, self.eps, self._group(), moving)
 
     def _group(self) -> Any:
         if self.process_group is None:
             return self.group_size
+        # The compiler's constants are simple: a name.
         return self.process_group.group_name if torch.compiler.is_compiling() else self.process_group
 
     def _scale_and_offset(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +214,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _suits_torchs_own(self, x: Tensor) -> bool:
         """Whether torch's own operator does all that is asked for."""
-        if self.renorm or x.numel() == 0 or torch.compiler.is_compiling():
+        if self.renorm or x.numel() <= x.shape[1] or torch.compiler.is_compiling():
             return False
         # Torch itself takes no other mixtures of dtypes.
         dtypes = {v.dtype for v in (self.weight, self.bias, self.running_mean) if v is not None}
@@ -210,27 +222,25 @@ class SyncBatchNorm(_BatchNorm):
 
     def _torchs_own(self, x: Tensor) -> Tensor:
         """Torch's operator, which moves the statistics itself."""
-        moves = self.training and self.running_mean is not None and self._is_first_pass()
+        keeps = self.training and self.running_mean is not None and not context.is_local()
+        moves = keeps and context.is_first_pass()
         weight = 0.0 if self.momentum is None else self.momentum
         if moves:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 weight = 1.0 / float(self.num_batches_tracked)
-        mean, variance = (self.running_mean, self.running_var) if moves else (None, None)
+        mean, variance = (self.running_mean, self.running_var) if keeps else (None, None)
+        if keeps and not moves:
+            # A recomputation must save as many tensors as the first pass.
+            mean, variance = self.running_mean.clone(), self.running_var.clone()
         return torch.nn.functional.batch_norm(x, mean, variance, self.weight, self.bias, True, weight, self.eps)
-
-    @staticmethod
-    def _is_first_pass() -> bool:
-        return not context.is_local() and context.is_first_pass()
 
     def _train(self, moments: Moments, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """The scale and offset of this step; moves the statistics."""
         if not self.renorm:
             self._move(moments)
             return weight, bias
-        if not torch.compiler.is_compiling() and not context.is_first_pass() and not context.is_replayed():
-            raise policy.recomputed_renorm("a layer in a checkpoint that keeps no record", policy.RECORD_MOMENTS)
         r, d = context.found_once(lambda: self._renorm_correction(moments, weight.dtype))
         self._move(moments)
         return r * weight, d * weight + bias
@@ -258,17 +268,18 @@ class SyncBatchNorm(_BatchNorm):
     @torch.no_grad()
     def _move(self, moments: Moments) -> None:
         """Moves the statistics towards this batch's, where it has any."""
-        if self.running_mean is None or context.is_local():
+        if self.running_mean is None:
+            return
+        may_move = engine.may_move(moments.count, self.renorm)
+        if may_move is False:
             return
         count, mean, variance = moments.count, _rounded(moments.mean), moments.variance
         sound = count > 0
         if moments.replicas > 1:
             # Every replica sees the same statistics, so all skip the same steps. One replica does as torch does.
             sound = sound & (mean + variance).isfinite().all()
-        if torch.compiler.is_compiling():
-            sound = sound & context.first_pass_when_compiled(count, self.renorm)
-        elif not context.is_first_pass():
-            return
+        if may_move is not True:
+            sound = sound & may_move
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(sound)
         weight: Any = self.momentum
