@@ -78,8 +78,8 @@ def candidates(case):
     return {"moments": r, "sums": r, "normalize": p, "input_gradient": p}
 
 
-def settle(knobs: tuple[bool, bool]) -> None:
-    plans.PDL, plans.PDL_POINTWISE_ONLY = knobs
+def settle(knobs: tuple[bool]) -> None:
+    (plans.PDL,) = knobs
 
 
 def warm(job):
@@ -129,7 +129,7 @@ def check(case, plan, t):
 def main(out):
     start = time.time()
     pool = multiprocessing.get_context("spawn").Pool(14)
-    plain = (True, True)
+    plain = (True,)
     jobs = [(i, {kind: tile}, plain) for i, case in enumerate(CASES) for kind, tiles in candidates(case).items() for tile in tiles]
     print(len(jobs), "candidates", flush=True)
     failed = [e for e in pool.imap_unordered(warm, jobs, chunksize=8) if e]
@@ -157,7 +157,7 @@ def main(out):
         print(case.name, {k: [v[0][0], *best[k]] for k, v in seen.items()}, {k: f"{v:.0e}" for k, v in found[-1]["errors"].items()}, flush=True)
         del t
     print("swept at", round(time.time() - start), flush=True)
-    knobs = [(True, True), (True, False), (False, False)]
+    knobs = [(True,), (False,)]
     jobs = [(i, {k: Tile(*v) for k, v in found[i]["best"].items()}, kn) for i, case in enumerate(CASES) for kn in knobs]
     list(pool.imap_unordered(warm, jobs, chunksize=2))
     pool.close()

@@ -20,7 +20,7 @@ NAMES = {
 class Compiled:
     """Stands for a Launch."""
 
-    def __init__(self, kernel, types, constants, programs, warps, device, follows=True):
+    def __init__(self, kernel, types, constants, programs, warps, device):
         signature, attributes = {}, {}
         for i, (name, kind) in enumerate(zip(kernel.arg_names, types, strict=False)):
             if kind in NAMES:

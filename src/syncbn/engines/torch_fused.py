@@ -6,7 +6,7 @@ kernels (torch_lanes.py). Everything else takes the two verbs.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,18 +19,6 @@ from syncbn.engines.torch_autograd import How, differentiable
 from syncbn.engines.torch_groups import Link, link_of
 from syncbn.kernels.choice import cuda_kernels
 from syncbn.policy import Activation
-
-
-class Call(NamedTuple):
-    """What a call takes besides tensors that have gradients."""
-
-    epsilon: float
-    activation: Activation | None
-    link: Link | None
-    lane: Any
-    moving: tuple[Tensor, Tensor, Tensor, float] | None
-    kernels: Any
-    speaker: str
 
 
 def whole(
@@ -57,7 +45,8 @@ def whole(
     if moving is not None:
         mean, variance, batches, weight_of_new = moving
         moving = (mean, variance, batches, -1.0 if weight_of_new is None else weight_of_new) if context.is_first_pass() else None
-    return Whole.apply(x, weight, bias, residual, mask, Call(epsilon, activation, link, lane, moving, kernels, speaker))
+    # A plain tuple: a named one costs the host as much as an allocation.
+    return Whole.apply(x, weight, bias, residual, mask, (epsilon, activation, link, lane, moving, kernels, speaker))
 
 
 class Whole(Function):
@@ -66,9 +55,9 @@ class Whole(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mask: Tensor | None, call: Call
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mask: Tensor | None, call: Any
     ) -> Tensor:  # fmt: skip
-        """y."""
+        """y. call: (epsilon, activation, link, lane, moving, kernels, speaker)."""
         epsilon, activation, link, lane, moving, kernels, _ = call
         dense = kernels.dense_or_copy(x)
         name, slope = (None, 0.0) if activation is None else activation

@@ -19,19 +19,17 @@ class Launch:
     """One kernel with its constants, on one device.
 
     types: for each run-time argument a torch dtype where it is a pointer, else a number of its kind. Pointers must be
-    aligned to 16 bytes, as torch allocates them. follows: whether its programs may come before the kernel ahead has ended.
+    aligned to 16 bytes, as torch allocates them.
     """
 
-    def __init__(self, kernel: Any, types: tuple[Any, ...], constants: dict[str, Any], programs: int, warps: int, device: torch.device,
-                 follows: bool = True):  # fmt: skip
+    def __init__(self, kernel: Any, types: tuple[Any, ...], constants: dict[str, Any], programs: int, warps: int, device: torch.device):
         self.kernel, self.constants, self.programs, self.warps = kernel, constants, programs, warps
         self.device_index = device.index or 0
         # In this order they end a kernel's signature.
         self.last = tuple(constants.values())
         if not INTERPRETED:
-            pdl = follows and bool(constants.get("PDL"))
             with torch.cuda.device(device):
-                compiled = kernel.warmup(*types, grid=(1,), num_warps=warps, launch_pdl=pdl, **constants)
+                compiled = kernel.warmup(*types, grid=(1,), num_warps=warps, launch_pdl=bool(constants.get("PDL")), **constants)
                 # Loads the module now: a first launch while another kernel waits for this one would never end.
                 compiled._init_handles()
             self.compiled = compiled  # owns what the launcher names
@@ -70,11 +68,16 @@ def power_of_2(n: int) -> int:
     return triton.next_power_of_2(max(n, 1))
 
 
-def address(tensor: torch.Tensor | None) -> Any:
-    """What a launch takes for a pointer argument."""
-    if INTERPRETED:
-        return NOTHING if tensor is None else tensor
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 NOTHING = torch.zeros(16, dtype=torch.uint8)
+
+if INTERPRETED:
+
+    def address(tensor: torch.Tensor | None) -> Any:
+        """What a launch takes for a pointer argument."""
+        return NOTHING if tensor is None else tensor
+
+else:
+
+    def address(tensor: torch.Tensor | None) -> Any:
+        """What a launch takes for a pointer argument."""
+        return 0 if tensor is None else tensor.data_ptr()

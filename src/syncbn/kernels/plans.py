@@ -16,7 +16,6 @@ from syncbn.kernels.launch import INTERPRETED, Launch, power_of_2
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Whether the kernels of one replica overlap their starts (tiles.follow).
 PDL = not INTERPRETED
-PDL_POINTWISE_ONLY = True
 L2_BYTES = 60e6
 # A program's share of values: float32 counts stay exact, and it is plenty.
 MOST_VALUES = 1 << 23
@@ -68,7 +67,7 @@ CHOICES = {
     "moments": {
         "last": (Choice(16, 32, 4, 8, 4), Choice(128, 16, 4, 4, 2)),
         "planes": (Choice(512, 4, 4, 6, 2), Choice(512, 2, 4, 8, 2)),
-        "small planes": (Choice(128, 8, 4, 6), Choice(128, 8, 4, 6, 2)),
+        "small planes": (Choice(128, 8, 4, 8), Choice(128, 8, 4, 6, 2)),
         "last, narrow": (Choice(128, 16, 4, 8, 2), Choice(64, 32, 4, 4)),
         "last, few": (Choice(128, 16, 4, 4, 2), Choice(128, 16, 4, 4, 2)),
         "planes, few": (Choice(4096, 1, 8), Choice(4096, 1, 8)),
@@ -81,13 +80,13 @@ CHOICES = {
         "last, narrow": (Choice(128, 32, 8, 3), Choice(128, 32, 8, 3)),
         "last, few": (Choice(128, 16, 8, 4, 2), Choice(128, 16, 8, 4, 2)),
         "planes, few": (Choice(4096, 1, 8), Choice(4096, 1, 8)),
-        "small planes, few": (Choice(512, 1, 2, 0, 2), Choice(512, 1, 2, 0, 2)),
+        "small planes, few": (Choice(1024, 1, 4, 0, 2), Choice(1024, 1, 4, 0, 2)),
     },
     "normalize": {
         "last": (Choice(16, 128, 4), Choice(32, 64, 4)),
         "last, narrow": (Choice(64, 64, 4, 1), Choice(16, 64, 4)),
         "planes": (Choice(2048, 1, 4), Choice(1024, 1, 4)),
-        "small planes": (Choice(1024, 2, 4), Choice(1024, 2, 4)),
+        "small planes": (Choice(2048, 1, 4), Choice(1024, 2, 4)),
     },
     "input_gradient": {
         "last": (Choice(16, 128, 4), Choice(16, 64, 4)),
@@ -126,7 +125,7 @@ class Reduction:
     """Moments or gradient sums of one fold: a launch, and the scratch that it needs."""
 
     def __init__(self, kernel: Any, parts: int, f: Fold, types: tuple[Any, ...], flags: dict[str, Any], device: torch.device,
-                 replicas: int, tile: Tile, processors: int):  # fmt: skip
+                 replicas: int, tile: Tile):  # fmt: skip
         J = f.A * f.B
         steps = -(-J // tile.T)
         self.share = tile.share
@@ -142,9 +141,7 @@ class Reduction:
             self.blocks = self.parts = 0
         constants = {"C": f.C, "B": f.B, "T": tile.T, "K": tile.K, "X": X, "R": rows, **common(f, tile), "U": tile.unroll, **flags, "PDL": PDL, "ALONE": alone, "W": replicas}
         programs = channel_tiles * self.splits
-        # One wave of programs must spread evenly, which it does not where it comes while others still leave.
-        few = programs <= processors
-        self.launch = Launch(kernel, types, constants, programs, tile.warps, device, follows=few or not PDL_POINTWISE_ONLY)
+        self.launch = Launch(kernel, types, constants, programs, tile.warps, device)
 
 
 def common(f: Fold, tile: Tile) -> dict[str, bool]:
@@ -174,7 +171,7 @@ class Plan:
         act = {"ACTIVATION": pointwise.ACTIVATIONS[activation], "RESIDUAL": residual is not None}
         self.moments = Reduction(
             moments.moments_kernel, 4, f, (dtype, byte, f32, i32, f64, i64, 1, 1, 1, 1, 1, 1), {"MASKED": masked}, device, replicas,
-            of_moments, processors,
+            of_moments,
         )  # fmt: skip
         # Tensors that L2 holds: let it forget first what nobody reads again. Larger ones are the slower for it.
         drop = "evict_first" if f.A * f.C * f.B * dtype.itemsize < L2_BYTES else ""
@@ -188,7 +185,7 @@ class Plan:
         saved = other if activation == "silu" else dtype
         self.sums = Reduction(
             sums.sums_kernel, 2, f, (dtype, dtype, saved, byte, f64, vector, vector, f32, i32, gradients or vector, gradients or vector, f32, i64, 1, 1, 1, 1, 1, 1, 0.5, 0.5),
-            {"MASKED": masked, "SCALE": scale is not None, **act, "LOCAL": scale is not None or gradients is not None}, device, replicas, of_sums, processors,
+            {"MASKED": masked, "SCALE": scale is not None, **act, "LOCAL": scale is not None or gradients is not None}, device, replicas, of_sums,
         )  # fmt: skip
         self.gradient_numbers = (f.A, backward.share, *order(f, backward, of_sums))
         self.input_gradient = Launch(

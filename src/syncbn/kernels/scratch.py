@@ -16,7 +16,7 @@ from syncbn.kernels.launch import INTERPRETED, address
 # Counters per stream: one a block of channels.
 COUNTERS = 1 << 16
 # Counters for captured launches, cut off one after the other and never given back.
-SLAB = 1 << 22
+SLAB = 1 << 22 if not INTERPRETED else 1 << 10
 
 
 class Scratch:
@@ -34,31 +34,25 @@ class Scratch:
 
 
 _streams: dict[Any, Scratch] = {}
-_slabs: dict[int, Tensor] = {}
+_slabs: dict[Any, Tensor] = {}
 
 
 def counters(device: torch.device, blocks: int) -> Tensor:
-    """Fresh counters, 0, that nobody else uses. Where the slab is spent, the graph zeroes some of its own, at each replay."""
-    slab = _slabs.get(device.index or 0)
+    """Fresh counters, 0, that nobody else uses: cut off a slab that launches outside of captures replenish. Where the slab is spent, the graph zeroes some of its own, at each replay."""
+    slab = _slabs.get(device.index)
     if slab is None or slab.numel() < blocks:
         # A slab made here would be zeroed by the graph, and for the launches of this stream alone.
         return torch.zeros(blocks, dtype=torch.int32, device=device)
-    _slabs[device.index or 0] = slab[blocks:]
+    _slabs[device.index] = slab[blocks:]
     return slab[:blocks]
-
-
-def replenish(device: torch.device) -> None:
-    """Outside of captures: enough counters for the next ones."""
-    slab = _slabs.get(device.index or 0)
-    if slab is None or slab.numel() < SLAB // 2:
-        _slabs[device.index or 0] = torch.zeros(SLAB, dtype=torch.int32, device=device)
 
 
 def scratch_for(device: torch.device, stream: int, parts: int, blocks: int) -> tuple[Any, Any]:
     """The addresses of parts and counters that a launch on this stream may use."""
-    if not INTERPRETED and torch.cuda.is_current_stream_capturing():
-        if not blocks:
-            return 0, 0
+    if not blocks:
+        # No program waits for another to arrive.
+        return address(None), address(None)
+    if not INTERPRETED and torch._C._cuda_isCurrentStreamCapturing():
         # In the graph's own memory, as any other temporary of a captured launch.
         own, arrivals = torch.empty(parts, dtype=torch.float32, device=device), counters(device, blocks)
         return address(own), address(arrivals)
@@ -66,8 +60,9 @@ def scratch_for(device: torch.device, stream: int, parts: int, blocks: int) -> t
     found = _streams.get(key)
     if found is None:
         found = _streams[key] = Scratch(device)
-    if not INTERPRETED:
-        replenish(device)
+    slab = _slabs.get(device.index)
+    if slab is None or slab.numel() < SLAB // 2:
+        _slabs[device.index] = torch.zeros(SLAB, dtype=torch.int32, device=device)
     if parts > found.size:
         found.grow(2 * parts, device)
     if blocks > COUNTERS:
