@@ -14,16 +14,14 @@ scale     [C], of `arithmetic_dtype(x)`, and so is offset; both may differ betwe
 group     which replicas meet: see `syncbn.policy.Group`
 y         x's shape and dtype
 
-A layer may also ask `supports_jit()`: whether what is made now can be compiled as a whole. An engine may have besides:
-
-    may_move(count, renorm)     whether moving statistics may move in this pass (not where it is a recomputation)
-    found_once(find)            find(), or what it found in the pass that is recomputed
-    speak_as(name)              whose messages come next
+A layer may also ask `supports_jit()`: whether what is made now can be compiled as a whole; and `may_move`, `found_once` and
+`speak_as`, which are here for the engines that have nothing to add to them.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from syncbn import policy
@@ -46,6 +44,20 @@ class Moments(NamedTuple):
     variance: Any
     replicas: int = 1
     average: tuple[Any, Any, Any] | None = None
+
+
+def may_move(count: Any, renorm: bool) -> Any:
+    """Whether moving statistics may move in this pass, a bool or a tensor: not where it is a recomputation."""
+    return True
+
+
+def found_once(find: Callable[[], Any]) -> Any:
+    """find(), or what it found in the pass that is recomputed."""
+    return find()
+
+
+def speak_as(name: str) -> None:
+    """Says whose messages come next."""
 
 
 def for_keras() -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn import maths, policy
-from syncbn.engines import Moments
+from syncbn.engines import Moments, found_once, may_move, speak_as
 from syncbn.engines.tensorflow_replicas import (
     Replicas,
     joined,
@@ -18,6 +18,8 @@ from syncbn.engines.tensorflow_replicas import (
     replicas_of,
 )
 from syncbn.kernels import tensorflow as kernels
+
+__all__ = ["arithmetic_dtype", "found_once", "may_move", "moments", "normalize", "speak_as", "supports_jit"]
 
 ACTIVATIONS: dict[str, Callable[[tf.Tensor, float], tf.Tensor]] = {
     "relu": lambda y, slope: tf.nn.relu(y),

@@ -187,12 +187,11 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         where = {"axes": self._channel_axes, "mask": mask, "group": self._group()}
         if training:
             self._refuse_recomputed_renorm()
-            if hasattr(self._engine, "speak_as"):
-                self._engine.speak_as(self.name)
+            self._engine.speak_as(self.name)
             scale, offset = self._adjusted(inputs, gamma, beta)
             moments = self._engine.moments(inputs, **where)
             if self.renorm:
-                r, d = getattr(self._engine, "found_once", _found)(lambda: self._renorm_correction(moments, gamma.dtype))
+                r, d = self._engine.found_once(lambda: self._renorm_correction(moments, gamma.dtype))
                 scale, offset = r * scale, d * scale + offset
             self._move(moments)
         else:
@@ -238,8 +237,9 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         """Moves the statistics towards this batch's, where it has any."""
         count, mean, variance = moments.average or (moments.count, _rounded(moments.mean), moments.variance)
         sound = count > 0
-        if hasattr(self._engine, "may_move"):
-            sound = ops.logical_and(sound, self._engine.may_move(count, self.renorm))
+        may_move = self._engine.may_move(count, self.renorm)
+        if may_move is not True:
+            sound = ops.logical_and(sound, may_move)
         if moments.replicas > 1:
             # Every replica sees the same statistics, so all skip the same steps. One replica does as its framework does.
             finite = ops.isfinite(mean + variance)
@@ -372,10 +372,6 @@ def _float32_or_wider(dtype: Any) -> str:
     if keras.backend.backend() == "torch" and keras.backend.standardize_dtype(dtype) == "float64":
         return "float64"  # result_type has float32 for it there
     return keras.backend.result_type(dtype, "float32")
-
-
-def _found(find: Callable[[], Any]) -> Any:
-    return find()
 
 
 def _rounded(mean: Any) -> Any:
