@@ -17,6 +17,10 @@ test: $(SETUP)
 	$(BIN)/pytest tests/test_layer_keras.py $(REPLICATED) --replicas 4
 	$(BIN)/pytest $(REPLICATED) --replicas 2
 	$(BIN)/pytest tests/test_multi_worker.py tests/test_mutants.py
+	$(BIN)/pytest tests/test_layer_torch.py tests/test_engine_torch.py tests/test_layer_torch_ranks.py tests/test_functional_torch.py --replicas 4
+	$(BIN)/pytest tests/test_engine_torch.py tests/test_torch_training.py --replicas 2
+	$(BIN)/pytest tests/test_layer_keras_torch.py --replicas 4
+	$(BIN)/pytest tests/test_demo_torch.py tests/test_mutants_torch.py
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
@@ -27,6 +31,7 @@ check: lint test
 
 benchmark: $(SETUP)
 	$(BIN)/python benchmarks/run.py tensorflow-cpu
+	$(BIN)/python benchmarks/run.py torch-cpu
 
 clean:
 	rm -rf $(VENV) demo-results .pytest_cache .mypy_cache .ruff_cache

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import oracle
@@ -182,7 +185,14 @@ def test_meta_and_other_dtypes_at_construction():
 
 @pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize(
-    "clipping", [None, {"rmin": 0.7, "rmax": 1.2, "dmax": 0.4}, {"rmax": torch.tensor(1.1)}, {"dmax": lambda: 0.2}], ids=str
+    "clipping",
+    [
+        None,
+        {"rmin": 0.7, "rmax": 1.2, "dmax": 0.4},
+        {"rmax": torch.tensor(1.1, dtype=torch.float64), "rmin": 0.8},
+        {"dmax": lambda: 0.2},
+    ],
+    ids=str,
 )
 def test_renorm_by_formula(clipping, momentum):
     eps, weight = 1e-3, 1.0 if momentum is None else momentum
@@ -499,6 +509,14 @@ def test_torchs_own_says_the_same():
 def test_integer_input():
     with pytest.raises(TypeError, match=r"The input must be of a float dtype\. Received: torch\.int64"):
         SyncBatchNorm(3)(torch.ones(4, 3, dtype=torch.int64))
+
+
+def test_the_environment_turns_the_handshake_on():
+    code = "from syncbn.engines import torch_debug; print(torch_debug.enabled())"
+    for value, said in (("1", "True"), ("0", "False")):
+        environment = {**os.environ, "SYNCBN_DEBUG": value, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.stdout.strip() == said, done.stderr
 
 
 def test_group_size_has_no_effect_alone():

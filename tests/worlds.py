@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import multiprocessing
 import os
 import pickle
 import socket
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Client, Listener
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,23 +72,23 @@ class TorchWorld:
     What they run must be importable by its name: a function of a test module, which finds its rank by torch.distributed.
     """
 
-    def __init__(self, replicas: int, timeout: float = 60, environment: dict[str, str] | None = None):
+    def __init__(self, replicas: int, timeout: float = 60):
         self.replicas, self.timeout = replicas, timeout
         with contextlib.closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+        os.environ["OMP_NUM_THREADS"] = "1"
+        # Torch is imported once, and the processes are forked from where it is.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
         self.workers, self.pipes = [], []
         for rank in range(replicas):
-            key = os.urandom(16)
-            listener = Listener(("127.0.0.1", 0), authkey=key)
-            words = [rank, replicas, port, timeout, listener.address[1], key.hex()]
-            worker = subprocess.Popen(
-                [sys.executable, str(Path(__file__)), *map(str, words)], env={**os.environ, **threads, **(environment or {})}
-            )
+            mine, theirs = context.Pipe()
+            worker = context.Process(target=serve, args=(theirs, rank, replicas, port, timeout), daemon=True)
+            worker.start()
+            theirs.close()
             self.workers.append(worker)
-            self.pipes.append((listener, worker))
-        self.pipes = [listener.accept() for listener, _ in self.pipes]
+            self.pipes.append(mine)
         assert all(self.receive(rank)[0] for rank in range(replicas))
 
     def run(self, function: Callable[..., Any], *per_replica: list[Any] | None, common: tuple[Any, ...] = ()) -> list[Any]:
@@ -118,25 +115,22 @@ class TorchWorld:
                 return False, "no answer"
             return pickle.loads(self.pipes[rank].recv_bytes())
         except (EOFError, ConnectionResetError):
-            return False, f"died with {self.workers[rank].wait(10)}"
+            self.workers[rank].join(10)
+            return False, f"died with {self.workers[rank].exitcode}"
 
     def close(self) -> None:
         for pipe in self.pipes:
             with contextlib.suppress(OSError):
                 pipe.close()
         for worker in self.workers:
-            try:
-                worker.wait(5)
-            except subprocess.TimeoutExpired:
-                worker.kill()
-                worker.wait(5)
+            worker.join(5)
+            worker.kill()
 
 
-def serve(rank: int, replicas: int, port: int, timeout: float, answer: int, key: str) -> None:
+def serve(pipe: Any, rank: int, replicas: int, port: int, timeout: float) -> None:
     """A process of a TorchWorld: runs what it is sent until its pipe closes."""
     import importlib
 
-    pipe = Client(("127.0.0.1", answer), authkey=bytes.fromhex(key))
     import torch
     import torch.distributed as dist
 
@@ -206,7 +200,3 @@ def padded(arrays: list[np.ndarray] | None, size: int, value: float = 0) -> list
     if arrays is None:
         return None
     return [np.concatenate([a, np.full((size - len(a), *a.shape[1:]), value, a.dtype)]) for a in arrays]
-
-
-if __name__ == "__main__":
-    serve(*map(int, sys.argv[1:4]), float(sys.argv[4]), int(sys.argv[5]), sys.argv[6])

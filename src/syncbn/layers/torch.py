@@ -258,11 +258,13 @@ class SyncBatchNorm(_BatchNorm):
             maximum=torch.clamp_min,
         )
         given = {key: v() if callable(v) else v for key, v in (self.renorm_clipping or {}).items()}
-        rmin, rmax, dmax = (given.get(key) for key in policy.CLIPPING_KEYS)
-        if rmin is not None or rmax is not None:
-            r = r.clamp(rmin, rmax)
-        if dmax is not None:
-            d = d.clamp(-dmax, dmax)
+        bounds = {key: torch.as_tensor(v, dtype=wide, device=r.device) for key, v in given.items() if v is not None}
+        if "rmin" in bounds:
+            r = torch.maximum(r, bounds["rmin"])
+        if "rmax" in bounds:
+            r = torch.minimum(r, bounds["rmax"])
+        if "dmax" in bounds:
+            d = torch.maximum(torch.minimum(d, bounds["dmax"]), -bounds["dmax"])
         return r.to(dtype), d.to(dtype)
 
     @torch.no_grad()
