@@ -7,7 +7,7 @@ SETUP := $(VENV)/.made
 # Tests on replicas: one framework, and one number of replicas, a process.
 REPLICATED := tests/test_engine_tensorflow.py tests/test_layer_tensorflow.py
 
-.PHONY: demo test check lint benchmark clean
+.PHONY: demo test check lint gpu benchmark clean
 
 demo: $(SETUP)
 	$(BIN)/syncbn demo
@@ -21,6 +21,7 @@ test: $(SETUP)
 	$(BIN)/pytest tests/test_engine_torch.py tests/test_torch_training.py --replicas 2
 	$(BIN)/pytest tests/test_layer_keras_torch.py --replicas 4
 	$(BIN)/pytest tests/test_demo_torch.py tests/test_mutants_torch.py
+	$(BIN)/pytest tests/test_kernels_triton.py tests/test_exchange.py tests/test_kernels_compile.py tests/test_mutants_kernels.py
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
@@ -28,6 +29,10 @@ lint: $(SETUP)
 	$(BIN)/mypy
 
 check: lint test
+
+# On a machine with a GPU, PyTorch and Triton.
+gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
 
 benchmark: $(SETUP)
 	$(BIN)/python benchmarks/run.py tensorflow-cpu

@@ -28,25 +28,99 @@ def reductions(f, itemsize):
     if f.B == 1:
         vector = 16 // itemsize
         for K, elements, warps, waves, unroll in [
-            (64, 2048, 4, 4, 1), (64, 2048, 4, 6, 1), (64, 2048, 4, 6, 2), (64, 4096, 8, 3, 1), (64, 2048, 8, 3, 1), (64, 2048, 8, 3, 2), (64, 1024, 4, 8, 2), (64, 1024, 4, 6, 4),
-            (32, 2048, 4, 4, 1), (32, 2048, 4, 6, 1), (32, 2048, 4, 6, 2), (32, 4096, 8, 3, 1), (32, 1024, 4, 6, 2), (32, 1024, 4, 8, 2), (32, 512, 4, 8, 4), (32, 2048, 8, 4, 2),
-            (16, 2048, 4, 6, 1), (16, 1024, 4, 8, 2), (16, 2048, 8, 3, 2), (16, 2048, 4, 4, 2)]:
+            (64, 2048, 4, 4, 1),
+            (64, 2048, 4, 6, 1),
+            (64, 2048, 4, 6, 2),
+            (64, 4096, 8, 3, 1),
+            (64, 2048, 8, 3, 1),
+            (64, 2048, 8, 3, 2),
+            (64, 1024, 4, 8, 2),
+            (64, 1024, 4, 6, 4),
+            (32, 2048, 4, 4, 1),
+            (32, 2048, 4, 6, 1),
+            (32, 2048, 4, 6, 2),
+            (32, 4096, 8, 3, 1),
+            (32, 1024, 4, 6, 2),
+            (32, 1024, 4, 8, 2),
+            (32, 512, 4, 8, 4),
+            (32, 2048, 8, 4, 2),
+            (16, 2048, 4, 6, 1),
+            (16, 1024, 4, 8, 2),
+            (16, 2048, 8, 3, 2),
+            (16, 2048, 4, 4, 2),
+        ]:
             found.append((max(elements // K, 1), min(K, plans.power_of_2(f.C)), warps, waves, unroll))
         if J <= 8192:
-            found += [(512, vector, 8, 0, 1), (512, vector, 8, 0, 2), (1024, vector, 8, 0, 1), (1024, vector // 2, 8, 0, 1), (256, vector, 4, 0, 2)]
+            found += [
+                (512, vector, 8, 0, 1),
+                (512, vector, 8, 0, 2),
+                (1024, vector, 8, 0, 1),
+                (1024, vector // 2, 8, 0, 1),
+                (256, vector, 4, 0, 2),
+            ]
     elif f.B >= 512:
         for T, K, warps, waves, unroll in [
-            (1024, 1, 4, 8, 1), (2048, 1, 4, 4, 1), (2048, 1, 4, 8, 1), (2048, 1, 4, 16, 1), (4096, 1, 8, 4, 1), (4096, 1, 8, 8, 1), (2048, 1, 8, 4, 2),
-            (1024, 1, 4, 8, 2), (2048, 1, 4, 6, 2), (1024, 2, 4, 8, 1), (512, 4, 4, 8, 1), (512, 4, 4, 6, 2), (512, 2, 4, 8, 2), (1024, 2, 4, 6, 2), (1024, 4, 8, 4, 1), (8192, 1, 16, 2, 1), (512, 1, 4, 8, 4), (512, 1, 2, 16, 2), (1024, 1, 4, 12, 2)]:
+            (1024, 1, 4, 8, 1),
+            (2048, 1, 4, 4, 1),
+            (2048, 1, 4, 8, 1),
+            (2048, 1, 4, 16, 1),
+            (4096, 1, 8, 4, 1),
+            (4096, 1, 8, 8, 1),
+            (2048, 1, 8, 4, 2),
+            (1024, 1, 4, 8, 2),
+            (2048, 1, 4, 6, 2),
+            (1024, 2, 4, 8, 1),
+            (512, 4, 4, 8, 1),
+            (512, 4, 4, 6, 2),
+            (512, 2, 4, 8, 2),
+            (1024, 2, 4, 6, 2),
+            (1024, 4, 8, 4, 1),
+            (8192, 1, 16, 2, 1),
+            (512, 1, 4, 8, 4),
+            (512, 1, 2, 16, 2),
+            (1024, 1, 4, 12, 2),
+        ]:
             found.append((T, K, warps, waves, unroll))
         if J <= 8192:
-            found += [(4096, 1, 8, 0, 1), (2048, 1, 4, 0, 1), (2048, 1, 8, 0, 2), (4096, 1, 16, 0, 1), (1024, 1, 4, 0, 2), (4096, 1, 4, 0, 1)]
+            found += [
+                (4096, 1, 8, 0, 1),
+                (2048, 1, 4, 0, 1),
+                (2048, 1, 8, 0, 2),
+                (4096, 1, 16, 0, 1),
+                (1024, 1, 4, 0, 2),
+                (4096, 1, 4, 0, 1),
+            ]
     else:
         for T, K, warps, waves, unroll in [
-            (256, 8, 4, 8, 1), (256, 8, 4, 6, 2), (128, 8, 4, 8, 2), (128, 8, 4, 12, 1), (512, 4, 4, 8, 1), (1024, 2, 4, 8, 1), (128, 8, 4, 8, 1), (64, 16, 4, 8, 1), (64, 16, 4, 8, 2),
-            (256, 4, 4, 8, 1), (256, 4, 4, 8, 2), (64, 8, 2, 16, 1), (128, 4, 2, 16, 2), (64, 8, 2, 12, 2), (64, 8, 4, 16, 1)]:
+            (256, 8, 4, 8, 1),
+            (256, 8, 4, 6, 2),
+            (128, 8, 4, 8, 2),
+            (128, 8, 4, 12, 1),
+            (512, 4, 4, 8, 1),
+            (1024, 2, 4, 8, 1),
+            (128, 8, 4, 8, 1),
+            (64, 16, 4, 8, 1),
+            (64, 16, 4, 8, 2),
+            (256, 4, 4, 8, 1),
+            (256, 4, 4, 8, 2),
+            (64, 8, 2, 16, 1),
+            (128, 4, 2, 16, 2),
+            (64, 8, 2, 12, 2),
+            (64, 8, 4, 16, 1),
+        ]:
             found.append((T, K, warps, waves, unroll))
-        found += [(256, 8, 4, 0, 1), (256, 8, 8, 0, 1), (256, 4, 4, 0, 1), (512, 4, 4, 0, 1), (512, 2, 4, 0, 1), (1024, 2, 4, 0, 1), (2048, 1, 4, 0, 1), (512, 1, 2, 0, 2), (1024, 1, 4, 0, 2), (2048, 1, 8, 0, 1)]
+        found += [
+            (256, 8, 4, 0, 1),
+            (256, 8, 8, 0, 1),
+            (256, 4, 4, 0, 1),
+            (512, 4, 4, 0, 1),
+            (512, 2, 4, 0, 1),
+            (1024, 2, 4, 0, 1),
+            (2048, 1, 4, 0, 1),
+            (512, 1, 2, 0, 2),
+            (1024, 1, 4, 0, 2),
+            (2048, 1, 8, 0, 1),
+        ]
     tiles = []
     for T, K, warps, waves, unroll in found:
         T = min(T, plans.power_of_2(J))
@@ -57,12 +131,32 @@ def reductions(f, itemsize):
 def pointwises(f, itemsize):
     cap = plans.power_of_2(f.C)
     if f.B == 1:
-        found = [(4096 // K if K <= 4096 else 1, K, w) for K, w in [(64, 4), (128, 4), (256, 4), (512, 4)]] + [(2048 // 128, 128, 4), (2048 // 64, 64, 4), (8192 // 128, 128, 8), (1024 // 64, 64, 4), (2048 // 256, 256, 4)]
+        found = [(4096 // K if K <= 4096 else 1, K, w) for K, w in [(64, 4), (128, 4), (256, 4), (512, 4)]] + [
+            (2048 // 128, 128, 4),
+            (2048 // 64, 64, 4),
+            (8192 // 128, 128, 8),
+            (1024 // 64, 64, 4),
+            (2048 // 256, 256, 4),
+        ]
     elif f.B >= 512:
         found = [(1024, 1, 4), (2048, 1, 4), (4096, 1, 4), (4096, 1, 8), (8192, 1, 8), (512, 4, 4), (1024, 2, 4), (1024, 4, 8)]
     else:
-        found = [(256, 8, 4), (64, 32, 4), (128, 16, 4), (512, 4, 4), (64, 16, 4), (1024, 2, 4), (256, 4, 4), (256, 16, 8), (2048, 1, 4)]
-    tiles = [Tile(min(T, plans.power_of_2(f.A * f.B)), min(K, cap), w, share) for T, K, w in found for share in ((1, 2) if f.B == 1 and T * K == 4096 else (1,))]
+        found = [
+            (256, 8, 4),
+            (64, 32, 4),
+            (128, 16, 4),
+            (512, 4, 4),
+            (64, 16, 4),
+            (1024, 2, 4),
+            (256, 4, 4),
+            (256, 16, 8),
+            (2048, 1, 4),
+        ]
+    tiles = [
+        Tile(min(T, plans.power_of_2(f.A * f.B)), min(K, cap), w, share)
+        for T, K, w in found
+        for share in ((1, 2) if f.B == 1 and T * K == 4096 else (1,))
+    ]
     return list(dict.fromkeys(tiles))
 
 
@@ -123,14 +217,22 @@ def check(case, plan, t):
     dims = [0, *range(2, x.dim())]
     C = plan.fold.C
     var = x.detach().var(dims, unbiased=False)
-    return {"variance": ((stats[C : 2 * C] - var) / var).abs().max().item(), "y": rel(y, right.detach()), "dx": rel(dx, x.grad), "dw": rel(dw, w.grad), "db": rel(db, b.grad)}
+    return {
+        "variance": ((stats[C : 2 * C] - var) / var).abs().max().item(),
+        "y": rel(y, right.detach()),
+        "dx": rel(dx, x.grad),
+        "dw": rel(dw, w.grad),
+        "db": rel(db, b.grad),
+    }
 
 
 def main(out):
     start = time.time()
     pool = multiprocessing.get_context("spawn").Pool(14)
     plain = (True,)
-    jobs = [(i, {kind: tile}, plain) for i, case in enumerate(CASES) for kind, tiles in candidates(case).items() for tile in tiles]
+    jobs = [
+        (i, {kind: tile}, plain) for i, case in enumerate(CASES) for kind, tiles in candidates(case).items() for tile in tiles
+    ]
     print(len(jobs), "candidates", flush=True)
     failed = [e for e in pool.imap_unordered(warm, jobs, chunksize=8) if e]
     print("compiled in", round(time.time() - start), "s; failed", len(failed), failed[:3], flush=True)
@@ -149,12 +251,24 @@ def main(out):
                     continue
                 m, n, s, g = calls(plan, t)
                 # After the kernel that comes before it, and that leaves it its input in L2 or not.
-                fn = {"moments": lambda: (g(), m()), "sums": lambda: (n(), s()), "normalize": lambda: (m(), n()), "input_gradient": lambda: (s(), g())}[kind]
+                fn = {
+                    "moments": lambda: (g(), m()),
+                    "sums": lambda: (n(), s()),
+                    "normalize": lambda: (m(), n()),
+                    "input_gradient": lambda: (s(), g()),
+                }[kind]
                 times.append((graph_time(fn, 6, 5), tile))
             times.sort()
             best[kind], seen[kind] = times[0][1], [(round(us, 2), *tile) for us, tile in times]
-        found.append({"case": case.name, "best": {k: list(v) for k, v in best.items()}, "seen": seen, "errors": check(case, base, t)})
-        print(case.name, {k: [v[0][0], *best[k]] for k, v in seen.items()}, {k: f"{v:.0e}" for k, v in found[-1]["errors"].items()}, flush=True)
+        found.append(
+            {"case": case.name, "best": {k: list(v) for k, v in best.items()}, "seen": seen, "errors": check(case, base, t)}
+        )
+        print(
+            case.name,
+            {k: [v[0][0], *best[k]] for k, v in seen.items()},
+            {k: f"{v:.0e}" for k, v in found[-1]["errors"].items()},
+            flush=True,
+        )
         del t
     print("swept at", round(time.time() - start), flush=True)
     knobs = [(True,), (False,)]

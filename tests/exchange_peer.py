@@ -23,7 +23,10 @@ def data(turn, rank):
     """(x, dy) of a replica in a round; some replicas are empty."""
     rng = np.random.default_rng([turn, rank])
     shape = (BATCHES[turn % len(BATCHES)][rank], CHANNELS, 3)
-    return (torch.tensor(rng.normal(size=shape) * (1 + rank) + 1000 * rank, dtype=torch.float32), torch.tensor(rng.normal(size=shape), dtype=torch.float32))
+    return (
+        torch.tensor(rng.normal(size=shape) * (1 + rank) + 1000 * rank, dtype=torch.float32),
+        torch.tensor(rng.normal(size=shape), dtype=torch.float32),
+    )
 
 
 def main():
@@ -37,7 +40,9 @@ def main():
         x, dy = data(turn, rank)
         plan = plans.Plan(plans.fold(x), x.dtype, x.device, replicas=2, gradients=torch.float64, tiles=tile)
         stats = fused.measure(plan, x, None, fused.Lane(table, rank, limit, 1))
-        _, _, coefficients = fused.gradient_sums(plan, x, dy, stats, None, None, 1e-3, lane=fused.Lane(table, rank, limit, 2), wide=True)
+        _, _, coefficients = fused.gradient_sums(
+            plan, x, dy, stats, None, None, 1e-3, lane=fused.Lane(table, rank, limit, 2), wide=True
+        )
         print(json.dumps({"stats": stats.tolist(), "coefficients": coefficients.tolist(), "status": status.item()}), flush=True)
 
 

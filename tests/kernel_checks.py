@@ -32,7 +32,16 @@ class KernelCase:
     @property
     def name(self):
         words = [self.dtype, "×".join(map(str, self.shape)), "last" if self.last else "first", self.activation or ""]
-        words += [w for w, on in (("residual", self.residual), ("mask", self.mask), ("large mean", self.mean > 1e3), ("plain", not self.affine)) if on]
+        words += [
+            w
+            for w, on in (
+                ("residual", self.residual),
+                ("mask", self.mask),
+                ("large mean", self.mean > 1e3),
+                ("plain", not self.affine),
+            )
+            if on
+        ]
         return " ".join(w for w in words if w)
 
     def tensor(self, rng, mean=0.0):
@@ -90,7 +99,9 @@ def near(got, expected, dtype, quantity, factor=1.0):
     got = wide(got)
     assert got.shape == expected.shape
     assert np.isfinite(got).all(), quantity
-    assert np.abs(got - expected).max(initial=0) <= factor * TOLERANCE[dtype, quantity] * (np.abs(expected).max(initial=0) or 1), quantity
+    assert np.abs(got - expected).max(initial=0) <= factor * TOLERANCE[dtype, quantity] * (
+        np.abs(expected).max(initial=0) or 1
+    ), quantity
 
 
 def check(case, device="cpu", tiles=None):
@@ -116,7 +127,9 @@ def check(case, device="cpu", tiles=None):
     saved = None
     if case.residual and case.activation:
         saved = residual if case.activation == "silu" else y
-    dscale, doffset, coefficients = fused.gradient_sums(plan, x, dy, stats, scale, offset, EPSILON, keep=keep, saved=saved, slope=SLOPE)
+    dscale, doffset, coefficients = fused.gradient_sums(
+        plan, x, dy, stats, scale, offset, EPSILON, keep=keep, saved=saved, slope=SLOPE
+    )
     dresidual = torch.empty_like(x) if saved is not None else None
     dx = fused.input_gradient(plan, x, dy, coefficients, keep=keep, saved=saved, slope=SLOPE, dresidual=dresidual)
 

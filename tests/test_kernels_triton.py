@@ -108,7 +108,10 @@ def test_cumulative_average():
 
 
 @pytest.mark.parametrize("layout", ["first", "last", "strided"])
-@pytest.mark.parametrize(("activation", "residual", "whole"), [(None, False, False), (None, True, True), ("relu", False, False), ("silu", True, True), ("relu", True, False)])
+@pytest.mark.parametrize(
+    ("activation", "residual", "whole"),
+    [(None, False, False), (None, True, True), ("relu", False, False), ("silu", True, True), ("relu", True, False)],
+)
 def test_interface_agrees_with_the_reference(layout, activation, residual, whole):
     rng = np.random.default_rng(1)
     draw = lambda *size: torch.tensor(rng.normal(size=size), dtype=torch.float32)  # noqa: E731

@@ -20,7 +20,9 @@ def inputs(size, shape, ragged, generator):
         batches = [shape[0] + r for r in range(size)]
         batches[1] = 0
     draw = lambda n, r: torch.randn(n, *shape[1:], device="cuda", generator=generator) * (1 + r) + r  # noqa: E731
-    return [draw(n, r) for r, n in enumerate(batches)], [torch.randn(n, *shape[1:], device="cuda", generator=generator) for n in batches]
+    return [draw(n, r) for r, n in enumerate(batches)], [
+        torch.randn(n, *shape[1:], device="cuda", generator=generator) for n in batches
+    ]
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])
@@ -46,7 +48,7 @@ def test_many_rounds(size, ragged, layout):
         def one(rank):
             if rng.random() < 0.5:
                 torch.cuda._sleep(rng.randrange(1, 60_000))
-            out[rank] = step(replicas, all_plans[rank], rank, xs[rank], dys[rank], scale, offset)  # noqa: B023
+            out[rank] = step(replicas, all_plans[rank], rank, xs[rank], dys[rank], scale, offset)
 
         replicas.each(one)
         replicas.join()
@@ -165,7 +167,9 @@ def test_two_lanes_and_an_unrelated_kernel():
             for which, replicas in enumerate(lanes):
                 with torch.cuda.stream(replicas.streams[rank]):
                     y = fused.normalize(plan, xs[rank], stats[which, rank], scale, offset, 1e-5)
-                    sums = fused.gradient_sums(plan, xs[rank], dys[rank], stats[which, rank], scale, offset, 1e-5, lane=replicas.lane(rank, 3))
+                    sums = fused.gradient_sums(
+                        plan, xs[rank], dys[rank], stats[which, rank], scale, offset, 1e-5, lane=replicas.lane(rank, 3)
+                    )
                     rest[which, rank] = y, sums
             with torch.cuda.stream(stream):
                 other @ other

@@ -39,7 +39,9 @@ def test_more_than_2_to_the_31_elements():
     for c in range(2):
         assert abs(stats[c].item()) < 1e-3
         assert abs(stats[2 + c].item() - 1) < 1e-3
-        assert torch.equal(y[0, c, -1, -1], ((x[0, c, -1, -1].float() - stats[c].float()) / (stats[2 + c].float() + 1e-5).sqrt()).bfloat16())
+        assert torch.equal(
+            y[0, c, -1, -1], ((x[0, c, -1, -1].float() - stats[c].float()) / (stats[2 + c].float() + 1e-5).sqrt()).bfloat16()
+        )
     assert abs(y[0, 1].float().mean().item()) < 1e-3
 
 
@@ -118,7 +120,9 @@ def test_module_in_a_graph_follows_its_input():
             x.normal_(turn % 7, 1 + turn % 3)
         graph.replay()
         if turn % 100 == 0:
-            want = torch.nn.functional.batch_norm(x.double(), None, None, ours.weight.double(), ours.bias.double(), True, 0.0, ours.eps)
+            want = torch.nn.functional.batch_norm(
+                x.double(), None, None, ours.weight.double(), ours.bias.double(), True, 0.0, ours.eps
+            )
             torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-4)
     assert int(ours.num_batches_tracked) == before + 1000
 
@@ -132,7 +136,11 @@ def test_module_fused(activation, residual):
     got = torch.autograd.grad(y, [x, r] if residual else [x], dy)
     X, R = x.detach().double().requires_grad_(), r.detach().double().requires_grad_()
     z = torch.nn.functional.batch_norm(X, None, None, None, None, True, 0.0, layer.eps) + (R if residual else 0)
-    want = {"relu": torch.relu, "silu": torch.nn.functional.silu, "leaky_relu": lambda z: torch.nn.functional.leaky_relu(z, 0.01)}[activation](z)
+    want = {
+        "relu": torch.relu,
+        "silu": torch.nn.functional.silu,
+        "leaky_relu": lambda z: torch.nn.functional.leaky_relu(z, 0.01),
+    }[activation](z)
     torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-5)
     for a, b in zip(got, torch.autograd.grad(want, [X, R] if residual else [X], dy.double()), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)

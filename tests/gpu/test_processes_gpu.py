@@ -48,7 +48,10 @@ def test_two_processes_on_one_gpu():
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    peers = [subprocess.Popen([sys.executable, __file__, str(rank), str(port)], env=environment, stderr=subprocess.PIPE, text=True) for rank in range(WORLD)]
+    peers = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(port)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(WORLD)
+    ]
     for peer in peers:
         _, err = peer.communicate(timeout=180)
         assert peer.returncode == 0, err[-3000:]

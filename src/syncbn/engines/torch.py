@@ -9,10 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn import maths, policy
-from syncbn.engines import Moments
+from syncbn.engines import Moments, torch_fused
 from syncbn.engines import torch_context as context
 from syncbn.engines import torch_debug as debug
-from syncbn.engines import torch_fused
 from syncbn.engines import torch_lanes as lanes
 from syncbn.engines.torch_autograd import How, Normalized, NormalizedWhenCompiled
 from syncbn.engines.torch_fold import Fold

@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from syncbn.engines import torch_debug as debug
 from syncbn.engines import torch_lanes as lanes
-from syncbn.engines.torch_groups import DifferentiableSum, Link, sum_in_place, sum_when_compiled
+from syncbn.engines.torch_groups import DifferentiableSum, Link, sum_when_compiled
 from syncbn.kernels import Normalization, eager, kept_for_backward
 from syncbn.policy import Activation
 

@@ -16,15 +16,22 @@ from syncbn.engines import torch_context as context
 from syncbn.engines import torch_debug as debug
 from syncbn.engines import torch_lanes as lanes
 from syncbn.engines.torch_autograd import How, differentiable
-from syncbn.engines.torch_groups import Link, link_of
+from syncbn.engines.torch_groups import link_of
 from syncbn.kernels.choice import cuda_kernels
 from syncbn.policy import Activation
 
 
 def whole(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, residual: Tensor | None, activation: Activation | None,
-    epsilon: float, group: Any, moving: Any,
-) -> Tensor | None:  # fmt: skip
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation | None,
+    epsilon: float,
+    group: Any,
+    moving: Any,
+) -> Tensor | None:
     """The output, moving statistics moved; None where this path does not serve the call, the same on every replica.
 
     moving: (mean, variance, batches, weight of the new value or None for 1/batches), or None.
@@ -56,21 +63,34 @@ class Whole(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mask: Tensor | None, call: Any
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """y. call: (epsilon, activation, link, lane, moving, kernels, speaker)."""
         epsilon, activation, link, lane, moving, kernels, _ = call
         dense = kernels.dense_or_copy(x)
         name, slope = (None, 0.0) if activation is None else activation
         plan = kernels.plan_for(
-            dense, mask is not None, None if weight is None else weight.dtype, name, None if residual is None else residual.dtype,
-            None if moving is None else moving[0].dtype, 0 if moving is None else 1 if link is None else 2,
+            dense,
+            mask is not None,
+            None if weight is None else weight.dtype,
+            name,
+            None if residual is None else residual.dtype,
+            None if moving is None else moving[0].dtype,
+            0 if moving is None else 1 if link is None else 2,
             1 if link is None else link.size,
-        )  # fmt: skip
+        )
         keep = None if mask is None else kernels.keep_of(mask, x)
         y, stats = kernels.fused.forward(
-            plan, dense, weight, bias, epsilon, keep=keep, residual=None if residual is None else kernels.fused.in_layout_of(dense, residual),
-            slope=slope, moving=moving, lane=None if lane is None else lane.take(x.shape[1], False),
-        )  # fmt: skip
+            plan,
+            dense,
+            weight,
+            bias,
+            epsilon,
+            keep=keep,
+            residual=None if residual is None else kernels.fused.in_layout_of(dense, residual),
+            slope=slope,
+            moving=moving,
+            lane=None if lane is None else lane.take(x.shape[1], False),
+        )
         ctx.call, ctx.plan, ctx.residual_dtype = call, plan, None if residual is None else residual.dtype
         kept = None
         if residual is not None and activation is not None:
@@ -93,9 +113,18 @@ class Whole(Function):
         saved = None if kept is None else fused.in_layout_of(dense, kept)
         # Sent whatever this replica needs: the others wait for it.
         dweight, dbias, coefficients = fused.gradient_sums(
-            plan, dense, given, stats, weight, bias, epsilon, keep=keep, saved=saved, slope=slope,
+            plan,
+            dense,
+            given,
+            stats,
+            weight,
+            bias,
+            epsilon,
+            keep=keep,
+            saved=saved,
+            slope=slope,
             lane=None if lane is None else lane.take(x.shape[1], True),
-        )  # fmt: skip
+        )
         needs_x, _, _, needs_residual, _, _ = ctx.needs_input_grad
         dx = dresidual = None
         if saved is not None:

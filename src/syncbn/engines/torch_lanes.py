@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn import policy
+from syncbn import policy_torch
 from syncbn.engines.torch_groups import Link, sum_in_place, timeout_of
 
 LANES = 8
@@ -41,7 +41,7 @@ class Lane:
 
         said = int(self.said[0])
         if said:
-            raise policy.lost_replica(self.name, said >> 32, said & 0xFFFFFFFF)
+            raise policy_torch.lost_replica(self.name, said >> 32, said & 0xFFFFFFFF)
         return Taken(self.table, self.rank, self.limit, channels * 2 + backward)
 
 
@@ -74,7 +74,7 @@ def lane_of(link: Link | None, device: torch.device) -> Lane | None:
         return None
     if link.name not in _lanes:
         if torch.cuda.is_current_stream_capturing():
-            raise policy.first_call_in_capture()
+            raise policy_torch.first_call_in_capture()
         _lanes[link.name] = _set_up(link, device)
     found = _lanes[link.name]
     return None if found is None else found.of(_user(device))
@@ -84,20 +84,20 @@ def exchanged_moments(lane: Lane, count: Tensor, mean: Tensor, variance: Tensor)
     """(count, mean, variance) of all replicas, for arithmetic that the kernels do not do: the same message by the same lane."""
     from syncbn.kernels.fused import exchange_alone
 
-    C = mean.numel()
-    stats = exchange_alone("moments", torch.cat([mean, variance, count[None]]), lane.take(C, False), lane.replicas)
-    return stats[2 * C], stats[:C], stats[C : 2 * C]
+    channels = mean.numel()
+    stats = exchange_alone("moments", torch.cat([mean, variance, count[None]]), lane.take(channels, False), lane.replicas)
+    return stats[2 * channels], stats[:channels], stats[channels : 2 * channels]
 
 
 def exchange_sums(message: Tensor, link: Link | None) -> Tensor:
     """The backward message [2C] of all replicas, in place, by the group's lane or its backend."""
-    C = message.numel() // 2
+    channels = message.numel() // 2
     lane = lane_of(link, message.device)
-    if lane is None or C > MOST_CHANNELS:
+    if lane is None or channels > MOST_CHANNELS:
         return sum_in_place(message, link)
     from syncbn.kernels.fused import exchange_alone
 
-    return exchange_alone("sums", message, lane.take(C, True), lane.replicas)
+    return exchange_alone("sums", message, lane.take(channels, True), lane.replicas)
 
 
 def _user(device: torch.device) -> Any:
@@ -132,10 +132,10 @@ def _set_up(link: Link, device: torch.device) -> Lanes | None:
 
     memory = symmetric_memory.empty(words * LANES, dtype=torch.int64, device=device)
     memory.zero_()
-    handle = symmetric_memory.rendezvous(memory, link.name)
+    handle = symmetric_memory.rendezvous(memory, link.name)  # type: ignore[arg-type]
     # A segment that small allocations may share: what is ours begins at an offset.
     offset = memory.data_ptr() - handle.buffer_ptrs[handle.rank]
-    assert 0 <= offset, "the allocation lies outside of what was mapped"
+    assert offset >= 0, "the allocation lies outside of what was mapped"
     limit = calibrated_limit(device, timeout_of(link.process_group).total_seconds())
     torch.cuda.synchronize(device)
     dist.barrier(group=link.process_group)
@@ -150,11 +150,13 @@ def _facts(link: Link, device: torch.device) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "device": device.index,
-        "reaches": [i for i in range(torch.cuda.device_count()) if i == device.index or torch.cuda.can_device_access_peer(device.index, i)],
+        "reaches": [
+            i for i in range(torch.cuda.device_count()) if i == device.index or torch.cuda.can_device_access_peer(device.index, i)
+        ],
         "backend": dist.get_backend(link.process_group),
         "triton": cuda_kernels() is not None,
         "wants": ENABLED,
-    }  # fmt: skip
+    }
 
 
 def agreed(said: list[dict[str, Any]]) -> bool:

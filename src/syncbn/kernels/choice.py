@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn import policy
+from syncbn import policy_torch
 from syncbn.kernels import eager, native
 
 
@@ -30,7 +30,7 @@ def kernels_for(x: Tensor, mask: Tensor | None) -> Any:
 @cache
 def asked_for() -> str:
     """`SYNCBN_KERNELS`: auto, eager (the reference everywhere) or triton (an error where Triton is missing)."""
-    return policy.kernels(os.environ.get("SYNCBN_KERNELS", "auto"))
+    return policy_torch.kernels(os.environ.get("SYNCBN_KERNELS", "auto"))
 
 
 @cache
@@ -42,7 +42,7 @@ def cuda_kernels() -> Any:
         import triton  # noqa: F401
     except ImportError as error:
         if asked_for() == "triton":
-            raise policy.no_triton() from error
+            raise policy_torch.no_triton() from error
         return None
     from syncbn.kernels import cuda
 

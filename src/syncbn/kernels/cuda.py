@@ -1,7 +1,7 @@
 """The kernels' interface (see the package) on Triton kernels, for CUDA tensors; and plans by call, for what does more at once.
 
-Between `local_sums` and `normalize`, and between `gradient_sums` and `input_gradient`, the engine adds messages up. Where replicas
-meet inside the kernels, or there is one, the engine calls fused.py instead.
+Between `local_sums` and `normalize`, and between `gradient_sums` and `input_gradient`, the engine adds messages up. Where
+replicas meet inside the kernels, or there is one, the engine calls fused.py instead.
 """
 
 from __future__ import annotations
@@ -32,10 +32,16 @@ def dense_or_copy(x: Tensor) -> Tensor:
 
 
 def plan_for(
-    x: Tensor, masked: bool = False, scale: torch.dtype | None = None, activation: str | None = None,
-    residual: torch.dtype | None = None, moving: torch.dtype | None = None, moves: int = 0, replicas: int = 1,
+    x: Tensor,
+    masked: bool = False,
+    scale: torch.dtype | None = None,
+    activation: str | None = None,
+    residual: torch.dtype | None = None,
+    moving: torch.dtype | None = None,
+    moves: int = 0,
+    replicas: int = 1,
     gradients: torch.dtype | None = None,
-) -> plans.Plan:  # fmt: skip
+) -> plans.Plan:
     """The plan of a call, made once for its shape, strides, dtypes and device; x is dense."""
     key = (x.shape, x.stride(), x.dtype, x.device, masked, scale, activation, residual, moving, moves, replicas, gradients)
     found = _plans.get(key)
@@ -43,9 +49,18 @@ def plan_for(
         f = plans.fold(x)
         assert f is not None
         found = _plans[key] = plans.Plan(
-            f, x.dtype, x.device, masked=masked, scale=scale, activation=activation, residual=residual, moving=moving, moves=moves,
-            replicas=replicas, gradients=gradients,
-        )  # fmt: skip
+            f,
+            x.dtype,
+            x.device,
+            masked=masked,
+            scale=scale,
+            activation=activation,
+            residual=residual,
+            moving=moving,
+            moves=moves,
+            replicas=replicas,
+            gradients=gradients,
+        )
     return found
 
 
@@ -85,7 +100,9 @@ def normalize(x: Tensor, norm: Normalization, residual: Tensor | None) -> Tensor
     x = dense_or_copy(x)
     if residual is not None:
         residual = fused.in_layout_of(x, residual)
-    plan = plan_for(x, scale=norm.scale.dtype, activation=_name(norm.activation), residual=None if residual is None else residual.dtype)
+    plan = plan_for(
+        x, scale=norm.scale.dtype, activation=_name(norm.activation), residual=None if residual is None else residual.dtype
+    )
     slope = 0.0 if norm.activation is None else norm.activation.slope
     return fused.normalize(plan, x, _stats(norm), norm.scale, norm.offset, norm.epsilon, residual=residual, slope=slope)
 
@@ -131,9 +148,13 @@ def input_gradient(dz: Any, x: Tensor, mask: Tensor | None, norm: Normalization,
 
 def _backward_plan(x: Tensor, norm: Normalization, saved: Tensor | None, masked: bool = False) -> plans.Plan:
     return plan_for(
-        x, masked=masked, scale=norm.scale.dtype, activation=_name(norm.activation), residual=_residual_dtype(saved),
+        x,
+        masked=masked,
+        scale=norm.scale.dtype,
+        activation=_name(norm.activation),
+        residual=_residual_dtype(saved),
         gradients=torch.float64,
-    )  # fmt: skip
+    )
 
 
 def _residual_dtype(saved: Tensor | None) -> torch.dtype | None:

@@ -189,7 +189,7 @@ def exchange_moments_kernel(
     C: tl.constexpr,
     X: tl.constexpr,
     W: tl.constexpr,
-):  # fmt: skip
+):
     """The exchange alone, after arithmetic that other code did. One program: it reads the count before any block writes it."""
     mine = tl.load(stats + 2 * C)
     tl.debug_barrier()
@@ -215,7 +215,7 @@ def exchange_sums_kernel(
     C: tl.constexpr,
     X: tl.constexpr,
     W: tl.constexpr,
-):  # fmt: skip
+):
     """The same for the sums of the backward pass."""
     block = tl.program_id(0)
     c = block * X + tl.arange(0, X)

@@ -63,23 +63,54 @@ NOT_MOVING = (None, None, None, 0.0)
 
 
 def normalize(
-    plan: Plan, x: Tensor, stats: Tensor, scale: Tensor | None, offset: Tensor | None, epsilon: float, *, keep: Tensor | None = None,
-    residual: Tensor | None = None, slope: float = 0.0, moving: Any = None,
-) -> Tensor:  # fmt: skip
+    plan: Plan,
+    x: Tensor,
+    stats: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    epsilon: float,
+    *,
+    keep: Tensor | None = None,
+    residual: Tensor | None = None,
+    slope: float = 0.0,
+    moving: Any = None,
+) -> Tensor:
     """activation(scale·(x − mean)·rstd + offset + residual), in x's dtype and layout. moving: a `Moving`."""
     y = torch.empty_like(x)
     mean, variance, tracked, weight = moving or NOT_MOVING
     plan.normalize(
-        stream_of(x.device), address(x), address(y), address(residual), address(keep), address(stats), address(scale), address(offset),
-        address(mean), address(variance), address(tracked), *plan.normalize_numbers, epsilon, weight, slope,
-    )  # fmt: skip
+        stream_of(x.device),
+        address(x),
+        address(y),
+        address(residual),
+        address(keep),
+        address(stats),
+        address(scale),
+        address(offset),
+        address(mean),
+        address(variance),
+        address(tracked),
+        *plan.normalize_numbers,
+        epsilon,
+        weight,
+        slope,
+    )
     return y
 
 
 def forward(
-    plan: Plan, x: Tensor, scale: Tensor | None, offset: Tensor | None, epsilon: float, *, keep: Tensor | None, residual: Tensor | None,
-    slope: float, moving: Any, lane: Lane | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    plan: Plan,
+    x: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    epsilon: float,
+    *,
+    keep: Tensor | None,
+    residual: Tensor | None,
+    slope: float,
+    moving: Any,
+    lane: Lane | None,
+) -> tuple[Tensor, Tensor]:
     """(y, stats): `measure` and `normalize`, with as little host work as there can be."""
     device = x.device
     stream, at_x, at_keep = stream_of(device), address(x), address(keep)
@@ -87,16 +118,40 @@ def forward(
     y = torch.empty_like(x)
     mean, variance, tracked, weight = moving or NOT_MOVING
     plan.normalize(
-        stream, at_x, address(y), address(residual), at_keep, address(stats), address(scale), address(offset), address(mean),
-        address(variance), address(tracked), *plan.normalize_numbers, epsilon, weight, slope,
-    )  # fmt: skip
+        stream,
+        at_x,
+        address(y),
+        address(residual),
+        at_keep,
+        address(stats),
+        address(scale),
+        address(offset),
+        address(mean),
+        address(variance),
+        address(tracked),
+        *plan.normalize_numbers,
+        epsilon,
+        weight,
+        slope,
+    )
     return y, stats
 
 
 def gradient_sums(
-    plan: Plan, x: Tensor, dy: Tensor, stats: Tensor, scale: Tensor | None, offset: Tensor | None, epsilon: float, *,
-    keep: Tensor | None = None, saved: Tensor | None = None, slope: float = 0.0, lane: Lane | None = None, wide: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    plan: Plan,
+    x: Tensor,
+    dy: Tensor,
+    stats: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    epsilon: float,
+    *,
+    keep: Tensor | None = None,
+    saved: Tensor | None = None,
+    slope: float = 0.0,
+    lane: Lane | None = None,
+    wide: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(dscale, doffset, coefficients of the input gradient); the first two in scale's dtype, or, `wide`, in float64."""
     r, f, device = plan.sums, plan.fold, x.device
     dscale = doffset = None
@@ -110,23 +165,57 @@ def gradient_sums(
     parts, arrivals = scratch_for(device, stream, r.parts, r.blocks)
     table, rank, limit, tag = NO_LANE if lane is None else lane
     r.launch(
-        stream, address(x), address(dy), address(saved), address(keep), address(stats), address(scale), address(offset), parts, arrivals,
-        address(dscale), address(doffset), address(coefficients), address(table), f.A, r.splits, r.share, limit, tag, rank, epsilon,
+        stream,
+        address(x),
+        address(dy),
+        address(saved),
+        address(keep),
+        address(stats),
+        address(scale),
+        address(offset),
+        parts,
+        arrivals,
+        address(dscale),
+        address(doffset),
+        address(coefficients),
+        address(table),
+        f.A,
+        r.splits,
+        r.share,
+        limit,
+        tag,
+        rank,
+        epsilon,
         slope,
-    )  # fmt: skip
+    )
     return dscale, doffset, coefficients
 
 
 def input_gradient(
-    plan: Plan, x: Tensor, dy: Tensor, coefficients: Tensor, *, keep: Tensor | None = None, saved: Tensor | None = None,
-    slope: float = 0.0, dresidual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    plan: Plan,
+    x: Tensor,
+    dy: Tensor,
+    coefficients: Tensor,
+    *,
+    keep: Tensor | None = None,
+    saved: Tensor | None = None,
+    slope: float = 0.0,
+    dresidual: Tensor | None = None,
+) -> Tensor:
     """dx; with a residual and an activation also the residual's gradient, into `dresidual`."""
     dx = torch.empty_like(x)
     plan.input_gradient(
-        stream_of(x.device), address(x), address(dy), address(dx), address(saved), address(dresidual), address(keep),
-        address(coefficients), *plan.gradient_numbers, slope,
-    )  # fmt: skip
+        stream_of(x.device),
+        address(x),
+        address(dy),
+        address(dx),
+        address(saved),
+        address(dresidual),
+        address(keep),
+        address(coefficients),
+        *plan.gradient_numbers,
+        slope,
+    )
     return dx
 
 

@@ -22,7 +22,9 @@ class Launch:
     aligned to 16 bytes, as torch allocates them.
     """
 
-    def __init__(self, kernel: Any, types: tuple[Any, ...], constants: dict[str, Any], programs: int, warps: int, device: torch.device):
+    def __init__(
+        self, kernel: Any, types: tuple[Any, ...], constants: dict[str, Any], programs: int, warps: int, device: torch.device
+    ):
         self.kernel, self.constants, self.programs, self.warps = kernel, constants, programs, warps
         self.device_index = device.index or 0
         # In this order they end a kernel's signature.

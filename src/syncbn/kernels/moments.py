@@ -20,9 +20,20 @@ PARTS = tl.constexpr(4)
 
 @triton.jit
 def accumulate(
-    x, keep, c, first, last, A, C: tl.constexpr, B: tl.constexpr, T: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    x,
+    keep,
+    c,
+    first,
+    last,
+    A,
+    C: tl.constexpr,
+    B: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
     U: tl.constexpr,
-):  # fmt: skip
+):
     """(k, s, q, n) of one program's share, tiles first to last: k, s, q of shape [K], n a scalar or, masked, [K]."""
     J = tiles.positions_of(A, B, WIDE)
     j = tiles.positions(first, T, WIDE)
@@ -47,9 +58,20 @@ def accumulate(
 
 @triton.jit
 def accumulate_masked(
-    x, keep, c, first, last, A, C: tl.constexpr, B: tl.constexpr, T: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    x,
+    keep,
+    c,
+    first,
+    last,
+    A,
+    C: tl.constexpr,
+    B: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
     U: tl.constexpr,
-):  # fmt: skip
+):
     """The same where a mask says what counts: a lane's pivot is its first value that does."""
     J = tiles.positions_of(A, B, WIDE)
     n = tl.zeros([T], tl.float32)
@@ -152,9 +174,7 @@ def part_addresses(split, c, splits, C: tl.constexpr):
     return at, (split < splits)[:, None] & (c < C)[None, :]
 
 
-@triton.jit(
-    do_not_specialize=["A", "splits", "share", "limit", "tag", "rank"], do_not_specialize_on_alignment=["keep", "stats"]
-)
+@triton.jit(do_not_specialize=["A", "splits", "share", "limit", "tag", "rank"], do_not_specialize_on_alignment=["keep", "stats"])
 def moments_kernel(
     x,  # [A, C, B], any float dtype
     keep,  # uint8 [A, B] where MASKED
@@ -223,8 +243,22 @@ def moments_kernel(
 
 @triton.jit
 def finish(
-    parts, stats, lane, block, J, splits, each, limit, tag, rank, C: tl.constexpr, X: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr, W: tl.constexpr
-):  # fmt: skip
+    parts,
+    stats,
+    lane,
+    block,
+    J,
+    splits,
+    each,
+    limit,
+    tag,
+    rank,
+    C: tl.constexpr,
+    X: tl.constexpr,
+    R: tl.constexpr,
+    MASKED: tl.constexpr,
+    W: tl.constexpr,
+):
     """Merges a block's parts, then the replicas', and writes the moments."""
     c = block * X + tl.arange(0, X)
     if MASKED:

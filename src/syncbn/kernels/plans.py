@@ -106,11 +106,11 @@ def tile_for(kernel: str, f: Fold, itemsize: int, processors: int) -> Tile:
         kind = "last, narrow"
     # Few values a channel and enough channels for all processors, or a tensor so small that splits would cost more.
     most = FEW // 4 if kernel == "moments" and kind == "small planes" else FEW
-    if few in CHOICES[kernel] and J <= most and (J * f.C <= 1 << 20 or (f.B > 1 and f.C >= processors)):
+    if few in CHOICES[kernel] and most >= J and (J * f.C <= 1 << 20 or (f.B > 1 and processors <= f.C)):
         kind = few
     T, K, warps, waves, unroll = CHOICES[kernel][kind][itemsize == 4]
     channels = power_of_2(f.C)
-    if K > channels:
+    if channels < K:
         T, K = T * (K // channels), channels
     T = min(T, power_of_2(J))
     steps = max(1, -(-J // T))
@@ -124,8 +124,17 @@ def tile_for(kernel: str, f: Fold, itemsize: int, processors: int) -> Tile:
 class Reduction:
     """Moments or gradient sums of one fold: a launch, and the scratch that it needs."""
 
-    def __init__(self, kernel: Any, parts: int, f: Fold, types: tuple[Any, ...], flags: dict[str, Any], device: torch.device,
-                 replicas: int, tile: Tile):  # fmt: skip
+    def __init__(
+        self,
+        kernel: Any,
+        parts: int,
+        f: Fold,
+        types: tuple[Any, ...],
+        flags: dict[str, Any],
+        device: torch.device,
+        replicas: int,
+        tile: Tile,
+    ):
         J = f.A * f.B
         steps = -(-J // tile.T)
         self.share = tile.share
@@ -139,7 +148,20 @@ class Reduction:
         self.parts = self.splits * parts * f.C
         if alone:
             self.blocks = self.parts = 0
-        constants = {"C": f.C, "B": f.B, "T": tile.T, "K": tile.K, "X": X, "R": rows, **common(f, tile), "U": tile.unroll, **flags, "PDL": PDL, "ALONE": alone, "W": replicas}
+        constants = {
+            "C": f.C,
+            "B": f.B,
+            "T": tile.T,
+            "K": tile.K,
+            "X": X,
+            "R": rows,
+            **common(f, tile),
+            "U": tile.unroll,
+            **flags,
+            "PDL": PDL,
+            "ALONE": alone,
+            "W": replicas,
+        }
         programs = channel_tiles * self.splits
         self.launch = Launch(kernel, types, constants, programs, tile.warps, device)
 
@@ -157,9 +179,22 @@ class Plan:
     and offset's gradients; None where there are none (gradients: scale's).
     """
 
-    def __init__(self, f: Fold, dtype: torch.dtype, device: torch.device, *, masked: bool = False, scale: torch.dtype | None = None,
-                 activation: str | None = None, residual: torch.dtype | None = None, moving: torch.dtype | None = None,
-                 moves: int = 0, replicas: int = 1, gradients: torch.dtype | None = None, tiles: dict[str, Tile] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        f: Fold,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        masked: bool = False,
+        scale: torch.dtype | None = None,
+        activation: str | None = None,
+        residual: torch.dtype | None = None,
+        moving: torch.dtype | None = None,
+        moves: int = 0,
+        replicas: int = 1,
+        gradients: torch.dtype | None = None,
+        tiles: dict[str, Tile] | None = None,
+    ):
         self.fold, self.device = f, device
         processors = 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
         chosen = {k: (tiles or {}).get(k) or tile_for(k, f, dtype.itemsize, processors) for k in CHOICES}
@@ -170,29 +205,91 @@ class Plan:
         other = residual or dtype
         act = {"ACTIVATION": pointwise.ACTIVATIONS[activation], "RESIDUAL": residual is not None}
         self.moments = Reduction(
-            moments.moments_kernel, 4, f, (dtype, byte, f32, i32, f64, i64, 1, 1, 1, 1, 1, 1), {"MASKED": masked}, device, replicas,
+            moments.moments_kernel,
+            4,
+            f,
+            (dtype, byte, f32, i32, f64, i64, 1, 1, 1, 1, 1, 1),
+            {"MASKED": masked},
+            device,
+            replicas,
             of_moments,
-        )  # fmt: skip
+        )
         # Tensors that L2 holds: let it forget first what nobody reads again. Larger ones are the slower for it.
         drop = "evict_first" if f.A * f.C * f.B * dtype.itemsize < L2_BYTES else ""
         self.normalize_numbers = (f.A, forward.share, *order(f, forward, of_moments))
         self.normalize = Launch(
-            pointwise.normalize_kernel, (dtype, dtype, other, byte, f64, vector, vector, moving or f32, moving or f32, i64, 1, 1, 1, 1, 0.5, 0.5, 0.5),
-            {"C": f.C, "B": f.B, "T": forward.T, "K": forward.K, **even(f, forward, of_moments), "DROP": drop, "PDL": PDL, "MASKED": masked, "SCALE": scale is not None, **act, "MOVES": moves},
-            pointwise_programs(f, forward, of_moments), forward.warps, device,
-        )  # fmt: skip
+            pointwise.normalize_kernel,
+            (dtype, dtype, other, byte, f64, vector, vector, moving or f32, moving or f32, i64, 1, 1, 1, 1, 0.5, 0.5, 0.5),
+            {
+                "C": f.C,
+                "B": f.B,
+                "T": forward.T,
+                "K": forward.K,
+                **even(f, forward, of_moments),
+                "DROP": drop,
+                "PDL": PDL,
+                "MASKED": masked,
+                "SCALE": scale is not None,
+                **act,
+                "MOVES": moves,
+            },
+            pointwise_programs(f, forward, of_moments),
+            forward.warps,
+            device,
+        )
         # The activation's slope needs the output (x's dtype) or, for silu, the residual.
         saved = other if activation == "silu" else dtype
         self.sums = Reduction(
-            sums.sums_kernel, 2, f, (dtype, dtype, saved, byte, f64, vector, vector, f32, i32, gradients or vector, gradients or vector, f32, i64, 1, 1, 1, 1, 1, 1, 0.5, 0.5),
-            {"MASKED": masked, "SCALE": scale is not None, **act, "LOCAL": scale is not None or gradients is not None}, device, replicas, of_sums,
-        )  # fmt: skip
+            sums.sums_kernel,
+            2,
+            f,
+            (
+                dtype,
+                dtype,
+                saved,
+                byte,
+                f64,
+                vector,
+                vector,
+                f32,
+                i32,
+                gradients or vector,
+                gradients or vector,
+                f32,
+                i64,
+                1,
+                1,
+                1,
+                1,
+                1,
+                1,
+                0.5,
+                0.5,
+            ),
+            {"MASKED": masked, "SCALE": scale is not None, **act, "LOCAL": scale is not None or gradients is not None},
+            device,
+            replicas,
+            of_sums,
+        )
         self.gradient_numbers = (f.A, backward.share, *order(f, backward, of_sums))
         self.input_gradient = Launch(
-            pointwise.input_gradient_kernel, (dtype, dtype, dtype, saved, other, byte, f32, 1, 1, 1, 1, 0.5),
-            {"C": f.C, "B": f.B, "T": backward.T, "K": backward.K, **even(f, backward, of_sums), "DROP": drop, "PDL": PDL, "MASKED": masked, **act},
-            pointwise_programs(f, backward, of_sums), backward.warps, device,
-        )  # fmt: skip
+            pointwise.input_gradient_kernel,
+            (dtype, dtype, dtype, saved, other, byte, f32, 1, 1, 1, 1, 0.5),
+            {
+                "C": f.C,
+                "B": f.B,
+                "T": backward.T,
+                "K": backward.K,
+                **even(f, backward, of_sums),
+                "DROP": drop,
+                "PDL": PDL,
+                "MASKED": masked,
+                **act,
+            },
+            pointwise_programs(f, backward, of_sums),
+            backward.warps,
+            device,
+        )
 
 
 def order(f: Fold, tile: Tile, before: Tile) -> tuple[int, int]:

@@ -38,7 +38,10 @@ _slabs: dict[Any, Tensor] = {}
 
 
 def counters(device: torch.device, blocks: int) -> Tensor:
-    """Fresh counters, 0, that nobody else uses: cut off a slab that launches outside of captures replenish. Where the slab is spent, the graph zeroes some of its own, at each replay."""
+    """Fresh counters, 0, that nobody else uses: cut off a slab that launches outside of captures replenish.
+
+    Where the slab is spent, the graph zeroes some of its own, at each replay.
+    """
     slab = _slabs.get(device.index)
     if slab is None or slab.numel() < blocks:
         # A slab made here would be zeroed by the graph, and for the launches of this stream alone.

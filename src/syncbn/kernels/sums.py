@@ -13,13 +13,10 @@ import triton.language as tl
 
 from syncbn.kernels import exchange, pointwise, tiles
 
-
 VECTORS = ["stats", "scale", "offset", "dscale", "doffset", "coefficients"]
 
 
-@triton.jit(
-    do_not_specialize=["A", "splits", "share", "limit", "tag", "rank"], do_not_specialize_on_alignment=["keep", *VECTORS]
-)
+@triton.jit(do_not_specialize=["A", "splits", "share", "limit", "tag", "rank"], do_not_specialize_on_alignment=["keep", *VECTORS])
 def sums_kernel(
     x,  # [A, C, B], any float dtype
     dy,  # [A, C, B]
@@ -94,9 +91,27 @@ def sums_kernel(
     if ALONE:
         # The only program of its channels: what it found is all there is.
         finish(
-            tl.sum(sum_g, 0).to(tl.float64), tl.sum(sum_gx, 0).to(tl.float64), c, stats, scale, offset, dscale, doffset, coefficients,
-            lane, 0, limit, tag, rank, epsilon, C, K, SCALE, LOCAL, W,
-        )  # fmt: skip
+            tl.sum(sum_g, 0).to(tl.float64),
+            tl.sum(sum_gx, 0).to(tl.float64),
+            c,
+            stats,
+            scale,
+            offset,
+            dscale,
+            doffset,
+            coefficients,
+            lane,
+            0,
+            limit,
+            tag,
+            rank,
+            epsilon,
+            C,
+            K,
+            SCALE,
+            LOCAL,
+            W,
+        )
         return
     at = split * (2 * C) + c
     tl.store(parts + at, tl.sum(sum_g, 0), mask=inside)
@@ -106,8 +121,27 @@ def sums_kernel(
     tiles_here = tl.minimum(X // K, channel_tiles - block * (X // K))
     if exchange.last_to_arrive(arrivals + block, tiles_here * splits):
         finish_block(
-            parts, splits, stats, scale, offset, dscale, doffset, coefficients, lane, block, limit, tag, rank, epsilon, C, X, R, SCALE, LOCAL, W
-        )  # fmt: skip
+            parts,
+            splits,
+            stats,
+            scale,
+            offset,
+            dscale,
+            doffset,
+            coefficients,
+            lane,
+            block,
+            limit,
+            tag,
+            rank,
+            epsilon,
+            C,
+            X,
+            R,
+            SCALE,
+            LOCAL,
+            W,
+        )
 
 
 @triton.jit
@@ -127,20 +161,77 @@ def add_parts(parts, c, splits, C: tl.constexpr, R: tl.constexpr, X: tl.constexp
 
 @triton.jit
 def finish_block(
-    parts, splits, stats, scale, offset, dscale, doffset, coefficients, lane, block, limit, tag, rank, epsilon,
-    C: tl.constexpr, X: tl.constexpr, R: tl.constexpr, SCALE: tl.constexpr, LOCAL: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
+    parts,
+    splits,
+    stats,
+    scale,
+    offset,
+    dscale,
+    doffset,
+    coefficients,
+    lane,
+    block,
+    limit,
+    tag,
+    rank,
+    epsilon,
+    C: tl.constexpr,
+    X: tl.constexpr,
+    R: tl.constexpr,
+    SCALE: tl.constexpr,
+    LOCAL: tl.constexpr,
+    W: tl.constexpr,
+):
     """`finish`, from what the programs of a block left."""
     c = block * X + tl.arange(0, X)
     g, gx = add_parts(parts, c, splits, C, R, X)
-    finish(g, gx, c, stats, scale, offset, dscale, doffset, coefficients, lane, block, limit, tag, rank, epsilon, C, X, SCALE, LOCAL, W)
+    finish(
+        g,
+        gx,
+        c,
+        stats,
+        scale,
+        offset,
+        dscale,
+        doffset,
+        coefficients,
+        lane,
+        block,
+        limit,
+        tag,
+        rank,
+        epsilon,
+        C,
+        X,
+        SCALE,
+        LOCAL,
+        W,
+    )
 
 
 @triton.jit
 def finish(
-    g, gx, c, stats, scale, offset, dscale, doffset, coefficients, lane, block, limit, tag, rank, epsilon,
-    C: tl.constexpr, X: tl.constexpr, SCALE: tl.constexpr, LOCAL: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
+    g,
+    gx,
+    c,
+    stats,
+    scale,
+    offset,
+    dscale,
+    doffset,
+    coefficients,
+    lane,
+    block,
+    limit,
+    tag,
+    rank,
+    epsilon,
+    C: tl.constexpr,
+    X: tl.constexpr,
+    SCALE: tl.constexpr,
+    LOCAL: tl.constexpr,
+    W: tl.constexpr,
+):
     """From Σg and Σg·(x − hi) of this replica: its gradients, the message, the coefficients of the input gradient."""
     inside = c < C
     mean = tl.load(stats + c, mask=inside, other=0.0)

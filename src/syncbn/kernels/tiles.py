@@ -51,9 +51,7 @@ def addresses(j, c, C: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def load(
-    pointer, j, c, J, C: tl.constexpr, B: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr
-):  # fmt: skip
+def load(pointer, j, c, J, C: tl.constexpr, B: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr):
     """A tile of positions j [T] and channels c [K] in float32; 0 where nothing exists. EVEN: T divides J."""
     at = pointer + addresses(j, c, C, B)
     if EVEN and C % K == 0:
@@ -64,9 +62,7 @@ def load(
 
 
 @triton.jit
-def store(
-    pointer, value, j, c, J, C: tl.constexpr, B: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr
-):  # fmt: skip
+def store(pointer, value, j, c, J, C: tl.constexpr, B: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr):
     """Stores a tile, rounded once."""
     at = pointer + addresses(j, c, C, B)
     value = value.to(pointer.dtype.element_ty)

@@ -186,10 +186,11 @@ class SyncBatchNorm(_BatchNorm):
             return None
         if mask is not None:
             mask = _full_rank(mask, shape)
-        # Past nn.Module's __getattr__, which costs as much as a launch; a parametrized weight is not there.
+        # Past nn.Module's __getattr__, which costs as much as a launch. A parametrized weight is not there.
         parameters, buffers = self._parameters, self._buffers
-        weight = parameters["weight"] if "weight" in parameters else self.weight
-        bias = parameters["bias"] if "bias" in parameters else self.bias
+        plain = "weight" in parameters and "bias" in parameters
+        weight: Tensor | None = parameters["weight"] if plain else self.weight
+        bias: Tensor | None = parameters["bias"] if plain else self.bias
         if (weight is None) != (bias is None):
             weight, bias = self._scale_and_offset(x)
         moving = None
