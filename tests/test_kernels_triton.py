@@ -147,6 +147,12 @@ def test_turns_visit_every_tile_once():
         assert sorted(seen) == list(range(across * length))
 
 
+def test_an_empty_replica_has_a_program_that_moves_its_statistics():
+    for f in (plans.Fold(0, 3, 49), plans.Fold(0, 3, 1)):
+        tile, before = (plans.tile_for(kernel, f, 4, 132) for kernel in ("normalize", "moments"))
+        assert plans.pointwise_programs(f, tile, before) >= 1
+
+
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_plans_cover_every_value(layout):
     for shape in [(32, 64, 112, 112), (2, 8192, 1, 1), (1, 1, 333, 333), (7, 3, 7, 7), (1, 1, 1, 1), (300, 5, 1, 1)]:

@@ -82,7 +82,7 @@ def accumulate_masked(
         j = tiles.positions(tile, T, WIDE)
         kept = tiles.load_kept(keep, j, J, EVEN)
         v = tiles.load(x, j, c, J, C, B, K, EVEN, "")
-        pivot = tl.where((kept & (n == 0))[:, None], v, pivot)
+        pivot = tl.where((n == 0)[:, None], v, pivot)
         v = tl.where(kept[:, None], v - pivot, 0.0)
         n += kept.to(tl.float32)
         s += v

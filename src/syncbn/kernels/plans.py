@@ -297,7 +297,7 @@ def order(f: Fold, tile: Tile, before: Tile) -> tuple[int, int]:
     J = f.A * f.B
     steps = max(1, -(-J // tile.T))
     stretch = before.T * before.share
-    if stretch % tile.T == 0 and J % stretch == 0:
+    if J and stretch % tile.T == 0 and J % stretch == 0:
         return J // stretch, stretch // tile.T
     return 1, steps
 
