@@ -1,4 +1,4 @@
-"""`sync_batch_norm` on torch tensors."""
+"""`sync_batch_norm` on torch processes; what an `axis_name` of JAX does there."""
 
 from __future__ import annotations
 
@@ -11,39 +11,53 @@ from cases import RAGGED, Case
 from checks import arguments, close
 from test_engine_torch import numbers, tensor
 
+from syncbn import policy
+from syncbn.engines import torch as engine
 from syncbn.functional import sync_batch_norm
 
 
-def step(pairs, x, dy, scale, offset, mask):
-    """One replica; `pairs` makes process groups of two ranks."""
-    group = None
-    if pairs:
-        groups = [dist.new_group([i, i + 1]) for i in range(0, dist.get_world_size(), 2)]
-        group = groups[dist.get_rank() // 2]
+def step(axes, pair, x, dy, scale, offset, mask):
+    """Output, gradients and moments of one rank; with `pair` it meets only its neighbour."""
     x, scale, offset = (tensor(v).requires_grad_() for v in (x, scale, offset))
-    y, mean, variance, count = sync_batch_norm(x, scale, offset, axis=[1, 3], mask=tensor(mask[:, 0, :, 0]), process_group=group)
-    gradients = torch.autograd.grad(y, [x, scale, offset], tensor(dy))
-    return numbers(y), numbers(gradients), numbers((count, mean, variance))
+    group = dist.new_subgroups(2)[0] if pair else None
+    y, mean, variance, count = sync_batch_norm(x, scale, offset, axis=axes, mask=tensor(mask), process_group=group)
+    assert not any(v.requires_grad for v in (mean, variance, count))
+    return {"y": numbers(y), "gradients": numbers(torch.autograd.grad(y, [x, scale, offset], tensor(dy))),
+            "moments": numbers((count, mean, variance))}  # fmt: skip
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-def test_equals_the_concatenated_batch(torch_world, pairs):
+@pytest.mark.parametrize("pair", [False, True])
+def test_equals_the_concatenated_batch(torch_world, pair):
     case = Case("functional", RAGGED, (3, 4, 5), (1, 3), mask="rows")
-    xs, dys, scale, offset, masks = arguments(case, torch_world.replicas)
-    got = torch_world.run(step, xs, dys, scale, offset, masks, common=(pairs,))
-    truth = oracle.BatchNorm(xs, axes=case.axes, masks=masks, group_size=2 if pairs else None)
-    for r, (_, _, (count, got_mean, got_variance)) in enumerate(got):
+    xs, dys, scale, offset, masks = args = arguments(case, torch_world.replicas)
+    given = (*args[:4], [m[:, 0, :, 0] for m in masks])
+    got = torch_world.run(step, *given, common=([1, 3], pair))
+    truth = oracle.BatchNorm(xs, axes=case.axes, masks=masks, group_size=2 if pair else None)
+    for r, out in enumerate(got):
         n, mean, variance = truth.moments[r // truth.size]
-        assert count == n
-        assert got_mean.shape == (1, 3, 1, 5)
-        np.testing.assert_allclose(got_mean.ravel(), mean, atol=2e-6)
-        np.testing.assert_allclose(got_variance.ravel(), variance, rtol=1e-5)
-    close([y for y, _, _ in got], truth.forward(scale, offset), case, "output")
+        assert out["moments"][0] == n
+        assert out["moments"][1].shape == (1, 3, 1, 5)
+        np.testing.assert_allclose(out["moments"][1].ravel(), mean, atol=2e-6)
+        np.testing.assert_allclose(out["moments"][2].ravel(), variance, rtol=1e-5)
+    close([out["y"] for out in got], truth.forward(scale, offset), case, "output")
     for i, expected in enumerate(truth.backward(dys, scale)):
-        close([gradients[i] for _, gradients, _ in got], expected, case, "gradient")
+        close([out["gradients"][i] for out in got], expected, case, "gradient")
 
 
-@pytest.mark.parametrize(("name", "owner"), [("axis_name", "JAX"), ("axis_index_groups", "JAX")])
-def test_keywords_of_other_frameworks(name, owner):
-    with pytest.raises(TypeError, match=f"`{name}` is for {owner} arrays. Received: it with an array of PyTorch"):
+@pytest.mark.parametrize("name", ["axis_name", "axis_index_groups"])
+def test_keywords_of_other_frameworks(name):
+    with pytest.raises(TypeError, match=f"`{name}` is for JAX arrays. Received: it with an array of PyTorch"):
         sync_batch_norm(torch.ones(4, 3), torch.ones(3), torch.zeros(3), **{name: "it"})
+
+
+def with_an_axis_of_jax():
+    try:
+        engine.moments(torch.ones(4, 3), axes=(1,), group=policy.Axes(("data",)))
+    except ValueError as error:
+        return str(error)
+
+
+def test_an_axis_name_on_ranks(torch_world):
+    for text in torch_world.run(with_an_axis_of_jax):
+        assert "`axis_name` is for JAX: on PyTorch replicas are found without it." in text
+    assert with_an_axis_of_jax() is None

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "engines/jax": ({"engines", "policy"}, {"jax"}),
     "engines/jax_axes": ({"policy"}, {"jax", "numpy"}),
     "engines/jax_mapped": ({"engines", "maths"}, {"jax"}),
+    "engines/jax_xla": (set(), {"jax"}),
     "functional": ({"policy"}, set()),
     "kernels/__init__": ({"policy"}, set()),
     "kernels/tensorflow": ({"maths", "policy"}, {"tensorflow"}),
@@ -56,8 +57,8 @@ MAY_IMPORT = {
     "kernels/eager": ({"kernels", "maths", "policy"}, {"torch"}),
     "kernels/native": ({"kernels", "maths", "policy"}, {"torch"}),
     "layers/torch": ({"engines", "maths", "policy", "policy_torch"}, {"torch"}),
-    "cli": ({"demo"}, {"rich", "typer"}),
-    "demo": ({"", "demo"}, {"keras", "matplotlib", "numpy", "rich", "sklearn", "tensorflow", "torch"}),
+    "cli": ({"", "demo"}, {"rich", "typer"}),
+    "demo": ({"", "demo"}, {"jax", "keras", "matplotlib", "numpy", "rich", "sklearn", "tensorflow", "torch"}),
 }
 
 

@@ -67,13 +67,16 @@ class TensorFlowWorld:
 
 
 class TorchWorld:
-    """Processes on gloo that live as long as the world and run what they are sent: start-up is paid once.
+    """Processes that live as long as the world and run what they are sent: start-up is paid once.
+
+    They meet by gloo on the CPU; with SYNCBN_TEST_DEVICE=cuda on GPUs, one each by NCCL, or by gloo where those are too few.
 
     What they run must be importable by its name: a function of a test module, which finds its rank by torch.distributed.
     """
 
     def __init__(self, replicas: int, timeout: float = 60):
         self.replicas, self.timeout = replicas, timeout
+        device = os.environ.get("SYNCBN_TEST_DEVICE", "cpu")
         with contextlib.closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -84,7 +87,7 @@ class TorchWorld:
         self.workers, self.pipes = [], []
         for rank in range(replicas):
             mine, theirs = context.Pipe()
-            worker = context.Process(target=serve, args=(theirs, rank, replicas, port, timeout), daemon=True)
+            worker = context.Process(target=serve, args=(theirs, rank, replicas, port, timeout, device), daemon=True)
             worker.start()
             theirs.close()
             self.workers.append(worker)
@@ -127,7 +130,7 @@ class TorchWorld:
             worker.kill()
 
 
-def serve(pipe: Any, rank: int, replicas: int, port: int, timeout: float) -> None:
+def serve(pipe: Any, rank: int, replicas: int, port: int, timeout: float, device: str) -> None:
     """A process of a TorchWorld: runs what it is sent until its pipe closes."""
     import importlib
 
@@ -135,10 +138,17 @@ def serve(pipe: Any, rank: int, replicas: int, port: int, timeout: float) -> Non
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    backend = "gloo"
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        torch.cuda.set_device(rank % gpus)
+        torch.set_default_device("cuda")
+        # NCCL refuses two ranks on one GPU.
+        backend = "nccl" if gpus >= replicas else "gloo"
     if replicas > 1:
         where = f"tcp://127.0.0.1:{port}"
         patience = datetime.timedelta(seconds=timeout)
-        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=replicas, timeout=patience)
+        dist.init_process_group(backend, init_method=where, rank=rank, world_size=replicas, timeout=patience)
     pipe.send_bytes(pickle.dumps((True, "ready")))
     with contextlib.suppress(EOFError):
         while True:

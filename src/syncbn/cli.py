@@ -16,6 +16,7 @@ class Backend(StrEnum):
     """The frameworks that the demo runs on, each a module of `syncbn.demo`."""
 
     tensorflow = "tensorflow"
+    jax = "jax"
     torch = "torch"
 
 
@@ -45,6 +46,18 @@ def demo(
     report.table(runs, settings, backend)
     for path in report.plot(runs, settings, output):
         print(path)
+
+
+@app.command()
+def doctor() -> None:
+    """Says which path runs for torch here and why, and checks its numbers. Alone, or under torchrun on every replica."""
+    from syncbn import doctor as checks
+
+    lines, well = checks.report()
+    for name, found in lines:
+        print(f"{name:28} {found}")
+    if not well:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from syncbn import maths
 from syncbn.engines import Moments
 from syncbn.engines.jax_axes import Replicas, vary, varying
+from syncbn.engines.jax_xla import materialised, rounded
 
 # What `jax.checkpoint` policies call the moments: where they are saved, recomputation sends nothing.
 MOMENTS = "syncbn_moments"
@@ -48,7 +49,7 @@ class Layout(NamedTuple):
 
 def moments(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, replicas: Replicas) -> Moments:
     """Measures the batch of all replicas: one gather of (n, k, s/n, m2); above 64 replicas two sums."""
-    x = lax.optimization_barrier(lax.stop_gradient(vary(x, frozenset(replicas.names) if replicas.checked else frozenset())))
+    x = materialised(lax.stop_gradient(vary(x, frozenset(replicas.names) if replicas.checked else frozenset())))
     n, k, r, m2 = _local_moments(x, Layout(axes, x.shape), mask)
     measured = (_merge_gathered if replicas.gathered else _merge_by_two_sums)(replicas, n, k, r, m2)
     measured = checkpoint_name(measured, MOMENTS)
@@ -66,7 +67,7 @@ def _local_moments(x: jax.Array, layout: Layout, mask: jax.Array | None) -> tupl
     else:
         n = jnp.sum(jnp.broadcast_to(mask, [1 if i in layout.axes else size for i, size in enumerate(x.shape)]), dtype=int)
     at_least_one = jnp.maximum(n, 1).astype(wide)
-    k = _rounded(layout.sum(_where(mask, x)) / at_least_one)
+    k = rounded(layout.sum(_where(mask, x)) / at_least_one)
     rest = _where(mask, x - layout.spread(k))
     s, q = layout.sum(rest), layout.sum(rest * rest)
     return n, k, s / at_least_one, maths.local_m2(n.astype(wide), s, q, maximum=jnp.maximum)
@@ -95,7 +96,7 @@ def _merge_by_two_sums(replicas: Replicas, n: jax.Array, k: jax.Array, r: jax.Ar
     first = replicas.sum_by_group(jnp.concatenate([parts, count * (k + r)]))
     counts = first[:, :1].astype(n.dtype) * unit + first[:, 1:2].astype(n.dtype)
     totals = jnp.maximum(counts, 1).astype(k.dtype)
-    m = _rounded(first[:, 2:] / totals)
+    m = rounded(first[:, 2:] / totals)
     rest = (k - m[replicas.own_group()]) + r
     second = replicas.sum_by_group(jnp.concatenate([count * rest, m2 + count * rest * rest]))
     lo, around = jnp.split(second / totals, 2, axis=1)
@@ -173,8 +174,7 @@ def _normalized(
 def _forward(
     plan: Plan, x: jax.Array, mask: jax.Array | None, measured: Measured, scale: jax.Array, offset: jax.Array
 ) -> tuple[jax.Array, Any]:
-    # x is read three times forward and once backward: computed once, not by each of its readers.
-    x = lax.optimization_barrier(x)
+    x = materialised(x)
     y = _affine(plan, x, _attach(plan, x, mask, measured), scale, offset)
     return y, (x, mask, measured, scale)
 
@@ -182,6 +182,7 @@ def _forward(
 def _backward(plan: Plan, saved: Any, dy: jax.Array) -> tuple[Any, ...]:
     """The gradients; made of differentiable operators, with the moments, which came in as constants, hung on x again."""
     x, mask, measured, scale = saved
+    dy = materialised(dy)
     layout, replicas = plan.layout, plan.replicas
     n, hi, lo, variance = _attach(plan, x, mask, measured)
     rstd = lax.rsqrt(variance + plan.epsilon)
@@ -233,11 +234,6 @@ def _attach_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Measured, Meas
     own, _ = plan.replicas.sums(jnp.concatenate([layout.sum(dx), 2 * layout.sum(rest * dx)]))
     dmean, dvariance = (v / jnp.maximum(measured.n, 1) for v in jnp.split(own, 2))
     return attached, Measured(jnp.zeros_like(measured.n), jnp.zeros_like(measured.hi), dmean, dvariance)
-
-
-def _rounded(v: jax.Array) -> jax.Array:
-    """v, for a subtraction that needs the rounded value: compilers make x − total·(1/n) one operation that rounds once."""
-    return jnp.maximum(v, jnp.finfo(v.dtype).min)
 
 
 def _where(mask: jax.Array | None, v: jax.Array) -> jax.Array:

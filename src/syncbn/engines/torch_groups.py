@@ -53,9 +53,9 @@ def _make(group: Any) -> Link | None:
         size = world // policy.groups(world, group)
         return None if size == 1 else _link(_own_group(size, world))
     if isinstance(group, policy.Axes | policy.Sharded):
-        if dist.get_world_size() == 1:
-            return None
-        raise policy.axis_name_elsewhere(group, "torch", dist.get_world_size())
+        if dist.get_world_size() > 1:
+            raise policy.axis_name_elsewhere(group, "PyTorch", dist.get_world_size())
+        return None
     # What new_group returns on a rank that is not in the group is a negative number.
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
         raise policy_torch.not_in_group(group)
