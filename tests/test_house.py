@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "kernels/eager": ({"kernels", "maths", "policy"}, {"torch"}),
     "kernels/native": ({"kernels", "maths", "policy"}, {"torch"}),
     "layers/torch": ({"engines", "maths", "policy", "policy_torch"}, {"torch"}),
-    "cli": ({"", "demo"}, {"rich", "typer"}),
+    "cli": ({"demo", "doctor"}, {"rich", "typer"}),
     "demo": ({"", "demo"}, {"jax", "keras", "matplotlib", "numpy", "rich", "sklearn", "tensorflow", "torch"}),
 }
 

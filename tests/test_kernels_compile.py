@@ -44,3 +44,34 @@ def test_doctor_sees_what_is_wrong(monkeypatch):
     lines, well = doctor.report()
     assert not well
     assert "WRONG" in dict(lines)["error of output"]
+
+
+def test_what_users_are_told():
+    from syncbn import policy_torch
+
+    with pytest.raises(ValueError, match=r"must be one of \['auto', 'eager', 'triton'\].*Received: 'fast'\. Unset it"):
+        policy_torch.kernels("fast")
+    assert policy_torch.kernels("eager") == "eager"
+    assert "rank 3 did not come in time" in str(policy_torch.lost_replica("syncbn", 1, 3))
+    assert "rank 3 sent the message of another call" in str(policy_torch.lost_replica("syncbn", 2, 3))
+    assert "Run one step before the capture" in str(policy_torch.first_call_in_capture())
+    assert "Install triton" in str(policy_torch.no_triton())
+
+
+def test_the_reference_can_be_asked_for(monkeypatch):
+    import torch
+
+    from syncbn.kernels import choice, eager, native
+
+    x = torch.randn(4, 3, 5, 5)
+    assert choice.kernels_for(x, None) is native
+    monkeypatch.setenv("SYNCBN_KERNELS", "eager")
+    for cached in (choice.asked_for, choice.cuda_kernels):
+        cached.cache_clear()
+    try:
+        assert choice.kernels_for(x, None) is eager
+        assert choice.cuda_kernels() is None
+    finally:
+        monkeypatch.undo()
+        for cached in (choice.asked_for, choice.cuda_kernels):
+            cached.cache_clear()

@@ -102,7 +102,7 @@ def _errors(device: Any) -> list[tuple[str, float, float]]:
     xs = [torch.randn(2 + r, 8, 5, 5, generator=generator) * (1 + r) + 3 * r for r in range(world)]
     dys = [torch.randn(x.shape, generator=generator) for x in xs]
     layer = syncbn.SyncBatchNorm(8).to(device)
-    x = xs[rank].to(device).requires_grad_()
+    x = xs[rank].to(device, copy=True).requires_grad_()
     y = layer(x)
     y.backward(dys[rank].to(device))
     whole = torch.cat(xs).double().requires_grad_()

@@ -36,7 +36,7 @@ def main():
         dys = [draw(n) for n in batches]
         layer = syncbn.SyncBatchNorm(channels).to(device)
         layout = torch.channels_last if turn % 2 else torch.contiguous_format
-        x = xs[rank].to(dtype).contiguous(memory_format=layout).requires_grad_()
+        x = xs[rank].to(dtype, copy=True).contiguous(memory_format=layout).requires_grad_()
         y = layer(x)
         y.backward(dys[rank].to(dtype))
         whole = torch.cat(xs).requires_grad_()

@@ -21,7 +21,9 @@ _coefficients: dict[Any, Launch] = {}
 
 def serves(x: Tensor, mask: Tensor | None) -> bool:
     """Whether these kernels take x."""
-    return (x.is_cuda or INTERPRETED) and x.dtype in plans.DTYPES and x.dim() >= 2 and x.shape[1] > 0
+    # Subclasses (fake tensors, distributed ones) have no memory of their own to point to.
+    plain = type(x) is Tensor or type(x) is torch.nn.Parameter
+    return plain and (x.is_cuda or INTERPRETED) and x.dtype in plans.DTYPES and x.dim() >= 2 and x.shape[1] > 0
 
 
 def dense_or_copy(x: Tensor) -> Tensor:
