@@ -124,21 +124,22 @@ def _measure(rank: int, replicas: int, address: str, rounds: int, answers: Any) 
         def step(layer: Any, x: Any = x, dy: Any = dy) -> None:
             torch.autograd.grad(layer(x), [x, layer.weight, layer.bias], dy)
 
-        repeats = 2 if np.prod(shape) > 1_000_000 else 30
+        # Each step is timed by itself, so that what else the machine does spoils few of them.
+        repeats = 2 if np.prod(shape) > 1_000_000 else 40
         seconds: dict[str, list[float]] = {name: [] for name in layers}
         order = list(layers)
         for turn in range(rounds + 2):
             for name in order:
                 if replicas > 1:
                     dist.barrier()
-                start = time.perf_counter()
                 for _ in range(repeats):
+                    start = time.perf_counter()
                     step(layers[name])
-                if turn > 1:
-                    seconds[name].append((time.perf_counter() - start) / repeats)
+                    if turn > 1:
+                        seconds[name].append(time.perf_counter() - start)
             order = order[1:] + order[:1]
         common = {"quantity": "seconds per step", "dtype": "float32", "shape": shape, "replicas": replicas, "rounds": rounds}
-        rows += [{"peer": name, **common, **quantiles(taken)} for name, taken in seconds.items()]
+        rows += [{"peer": name, **common, "best": min(taken), **quantiles(taken)} for name, taken in seconds.items()]
     if rank == 0:
         answers.put(rows)
     if replicas > 1:
@@ -180,4 +181,4 @@ def host_microseconds(layers: int = 20, rounds: int = 200) -> list[dict[str, Any
             step()
             seconds[name].append((time.perf_counter() - start) / layers)
     common = {"quantity": "host seconds per layer", "dtype": "float32", "shape": (2, 4), "replicas": 1, "rounds": rounds}
-    return [{"peer": name, **common, **quantiles(taken)} for name, taken in seconds.items()]
+    return [{"peer": name, **common, "best": min(taken), **quantiles(taken)} for name, taken in seconds.items()]

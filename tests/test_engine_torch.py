@@ -13,7 +13,7 @@ from checks import EPSILON, arguments, close, equals_oracle
 from syncbn import policy, policy_torch
 from syncbn.engines import torch as engine
 from syncbn.engines import torch_groups
-from syncbn.kernels import choice, eager
+from syncbn.kernels import choice, eager, native
 
 # ------------------------------------------------------------------------------------------------- what a process runs
 
@@ -124,8 +124,11 @@ class Alone:
         return [function(*common, *(None if values is None else values[0] for values in per_replica))]
 
 
+@pytest.mark.parametrize("small", [2**16, 0])
 @pytest.mark.parametrize("case", [*CASES, *LARGE_MEAN], ids=lambda case: case.name)
-def test_one_process(case):
+def test_one_process(case, small, monkeypatch):
+    """Small inputs and large ones take different passes of the CPU kernels."""
+    monkeypatch.setattr(native, "SMALL", small)
     check(Alone, case)
 
 

@@ -129,7 +129,8 @@ def test_training_equals_one_process(torch_world, form):
     whole = trained(None, rows, *(np.concatenate(x) for x in xs))
     assert len(whole) == 2 + 7 + 2
     for name, value in whole.items():
-        np.testing.assert_allclose(got[0][name], value, rtol=1e-7, atol=1e-9, err_msg=name)
+        # Keras's maximum makes float32 of float64 on torch: r and d are rounded.
+        np.testing.assert_allclose(got[0][name], value, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,8 @@ class SyncBatchNorm(_BatchNorm):
                 return self.activation(y) if callable(self.activation) else y
         if not torch.jit.is_tracing():
             policy_torch.input_shape(input.shape, self.num_features)
-        policy.floating(str(input.dtype), input.is_floating_point())
+        if not input.is_floating_point():
+            policy.floating(str(input.dtype), False)
         if residual is not None:
             policy_torch.residual_shape(residual.shape, input.shape)
         if mask is not None:
@@ -158,18 +159,19 @@ class SyncBatchNorm(_BatchNorm):
         return self.activation(y) if callable(self.activation) else y
 
     def _normalize(self, x: Tensor, mask: Tensor | None, residual: Tensor | None, fused: policy.Activation | None) -> Tensor:
-        extra: dict[str, Any] = {"epsilon": self.eps, "mask": mask, "activation": fused, "residual": residual}
-        if not self.training and self.running_mean is not None:
-            scale, offset = self._scale_and_offset(x)
-            return engine.normalize(x, Moments(None, self.running_mean, self.running_var), scale, offset, **extra)
         # Statistics of this batch: in eval, of this replica's own.
         group = self._group() if self.training else policy.ALONE
-        debug.speak_as(self._name_in_model)
-        if mask is None and engine.replicas(group) == 1:
-            if engine.is_alone() and x.numel() == x.shape[1]:
+        uses_batch = self.training or self.running_mean is None
+        if uses_batch and mask is None and engine.replicas(group) == 1:
+            if x.numel() == x.shape[1] and engine.is_alone():
                 raise policy_torch.one_value_per_channel(x.shape)
             if residual is None and fused is None and self._suits_torchs_own(x):
                 return self._torchs_own(x)
+        extra: dict[str, Any] = {"epsilon": self.eps, "mask": mask, "activation": fused, "residual": residual}
+        if not uses_batch:
+            scale, offset = self._scale_and_offset(x)
+            return engine.normalize(x, Moments(None, self.running_mean, self.running_var), scale, offset, **extra)
+        debug.speak_as(self._name_in_model)
         moments = engine.moments(x, mask=mask, group=group)
         scale, offset = self._train(moments, *self._scale_and_offset(x)) if self.training else self._scale_and_offset(x)
         return engine.normalize(x, moments, scale, offset, group=group, **extra)
@@ -217,9 +219,13 @@ class SyncBatchNorm(_BatchNorm):
         """Whether torch's own operator does all that is asked for."""
         if self.renorm or x.numel() <= x.shape[1] or torch.compiler.is_compiling():
             return False
-        # Torch itself takes no other mixtures of dtypes.
-        dtypes = {v.dtype for v in (self.weight, self.bias, self.running_mean) if v is not None}
-        return dtypes <= {x.dtype}
+        # Torch itself takes no other mixtures of dtypes. (Past nn.Module's __getattr__, which is slow.)
+        dtype, parameters = x.dtype, self._parameters
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401 (parametrized, it is not there)
+        for v in (weight, parameters.get("bias"), self._buffers["running_mean"]):
+            if v is not None and v.dtype is not dtype:
+                return False
+        return True
 
     def _torchs_own(self, x: Tensor) -> Tensor:
         """Torch's operator, which moves the statistics itself."""
