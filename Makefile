@@ -7,9 +7,9 @@ PYTEST := $(BIN)/pytest
 
 # One framework, and one number of replicas, a process; two processes at a time.
 REPLICATED := tests/test_engine_tensorflow.py tests/test_layer_tensorflow.py
-TESTS := test-house test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-mutants
+TESTS := test-house test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-mutants
 
-.PHONY: demo test check lint benchmark clean $(TESTS)
+.PHONY: demo test check lint gpu benchmark clean $(TESTS)
 
 demo: $(SETUP)
 	$(BIN)/syncbn demo
@@ -45,10 +45,14 @@ test-jax:
 	JAX_ENABLE_X64=1 $(PYTEST) tests/test_engine_jax.py -k "float64 or large or second or groups"
 	$(PYTEST) tests/test_multi_process_jax.py
 
+test-kernels:
+	$(PYTEST) tests/test_kernels_triton.py tests/test_exchange.py tests/test_kernels_compile.py
+
 test-mutants:
 	$(PYTEST) tests/test_mutants.py
 	$(PYTEST) tests/test_mutants_torch.py
 	$(PYTEST) tests/test_mutants_jax.py
+	$(PYTEST) tests/test_mutants_kernels.py
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
@@ -56,6 +60,10 @@ lint: $(SETUP)
 	$(BIN)/mypy
 
 check: lint test
+
+# On a machine with a GPU, PyTorch and Triton.
+gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
 
 benchmark: $(SETUP)
 	$(BIN)/python benchmarks/run.py tensorflow-cpu

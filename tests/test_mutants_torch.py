@@ -14,7 +14,7 @@ ENGINE_TESTS, ALONE, RANKS, TRAINING = (
 )
 
 MESSAGE = "return torch.cat([n[None], *maths.raw_sums(n, k.to(wide), s.to(wide), q.to(wide))])"
-SUM = "sum_in_place(message, how.link)"
+SUM = "lanes.exchange_sums(message, how.link)"
 RAGGED = "concatenated and ragged-step]"
 MUTANTS = [
     Mutant("no collective", GROUPS, "    if link is not None:\n        dist.all_reduce", "    if False:\n        dist.all_reduce", ENGINE_TESTS, RAGGED),
@@ -26,7 +26,7 @@ MUTANTS = [
     Mutant("dropped term in the input gradient", NATIVE, "a / rstd, b)", "0 * a, b)", ENGINE_TESTS, "one_process and ragged"),
     Mutant("local count in the backward pass", AUTOGRAD, "input_gradient(dz, x, mask, norm, count, message) if needs_x",
            "input_gradient(dz, x, mask, norm, count / how.link.size, message) if needs_x", ENGINE_TESTS, RAGGED),
-    Mutant("message times a local scale", AUTOGRAD, SUM, "message = sum_in_place(sums.clone(), how.link) * scale.repeat(2)",
+    Mutant("message times a local scale", AUTOGRAD, SUM, "message = lanes.exchange_sums(sums.clone(), how.link) * scale.repeat(2)",
            ENGINE_TESTS, "concatenated and differ-step]"),
     Mutant("moments are constants of the second derivative", AUTOGRAD, "centred = x - mean_of(x)", "centred = x - mean_of(x).detach()",
            ENGINE_TESTS, "gradgradcheck"),

@@ -48,5 +48,17 @@ def demo(
         print(path)
 
 
+@app.command()
+def doctor() -> None:
+    """Says which path runs for torch here and why, and checks its numbers. Alone, or under torchrun on every replica."""
+    from syncbn import doctor as checks
+
+    lines, well = checks.report()
+    for name, found in lines:
+        print(f"{name:28} {found}")
+    if not well:
+        raise typer.Exit(1)
+
+
 if __name__ == "__main__":
     app()

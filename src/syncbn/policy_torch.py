@@ -120,3 +120,42 @@ def absent_ranks(said: dict[str, Any], absent: Sequence[int], seconds: float) ->
         f"{seconds:g} s, while this one came to the {_as_said(said)}. Look for what those ranks do instead, or raise the timeout "
         "of the process group."
     )
+
+
+KERNELS = ("auto", "eager", "triton")
+
+
+def kernels(value: str) -> str:
+    """`SYNCBN_KERNELS`."""
+    if value not in KERNELS:
+        raise ValueError(
+            f"SYNCBN_KERNELS must be one of {list(KERNELS)}: it chooses which kernels run on CUDA, for debugging. Received: "
+            f"{value!r}. Unset it for the fastest that are there."
+        )
+    return value
+
+
+def no_triton() -> RuntimeError:
+    """SYNCBN_KERNELS asks for what is not installed."""
+    return RuntimeError(
+        "SYNCBN_KERNELS=triton needs Triton. Received: an environment in which it cannot be imported. Install triton, or unset "
+        "SYNCBN_KERNELS."
+    )
+
+
+def lost_replica(group: str, code: int, rank: int) -> RuntimeError:
+    """A wait inside a kernel ended at its bound, or with a message of another call."""
+    what = "did not come in time" if code == 1 else "sent the message of another call"
+    return RuntimeError(
+        f"All replicas of a group must make the same synchronised calls in the same order. Received: in group {group!r} rank "
+        f"{rank} {what}; what depended on it is NaN. Look for that rank's own error, or for a branch that only some ranks take; "
+        "raise the process group's timeout if it is merely slow; then start again: the group's buffers are not used any more."
+    )
+
+
+def first_call_in_capture() -> RuntimeError:
+    """Setting up a group waits for the other ranks, which a capture may not."""
+    return RuntimeError(
+        "The first synchronised call of a group must not be captured: it sets up the memory in which the replicas meet. "
+        "Received: a call while a CUDA graph is captured. Run one step before the capture, on every rank."
+    )

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn import maths, policy
-from syncbn.engines import Moments
+from syncbn.engines import Moments, torch_fused
 from syncbn.engines import torch_context as context
 from syncbn.engines import torch_debug as debug
+from syncbn.engines import torch_lanes as lanes
 from syncbn.engines.torch_autograd import How, Normalized, NormalizedWhenCompiled
 from syncbn.engines.torch_fold import Fold
 from syncbn.engines.torch_groups import Link, gather, link_at_trace_time, link_of, sum_in_place, sum_when_compiled
@@ -29,9 +30,11 @@ __all__ = [
     "replicas",
     "speak_as",
     "supports_jit",
+    "whole",
 ]
 
 found_once, speak_as = context.found_once, debug.speak_as
+whole = torch_fused.whole
 
 
 def supports_jit() -> bool:
@@ -91,7 +94,11 @@ def _measure(x: Tensor, mask: Tensor | None, link: Link | None) -> Moments:
     if not eager.has_float64(x.device):
         return _moments_in_pairs(x, mask, link)
     kernels = kernels_for(x, mask)
-    count, mean, variance = kernels.moments_of_sums(sum_in_place(kernels.local_sums(x, mask), link))
+    lane = lanes.lane_of(link, x.device)
+    if lane is not None and x.shape[1] <= lanes.MOST_CHANNELS:
+        count, mean, variance = lanes.exchanged_moments(lane, *kernels.moments_of_sums(kernels.local_sums(x, mask)))
+    else:
+        count, mean, variance = kernels.moments_of_sums(sum_in_place(kernels.local_sums(x, mask), link))
     return Moments(count, mean, variance, 1 if link is None else link.size)
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from syncbn.engines import torch_debug as debug
-from syncbn.engines.torch_groups import DifferentiableSum, Link, sum_in_place, sum_when_compiled
+from syncbn.engines import torch_lanes as lanes
+from syncbn.engines.torch_groups import DifferentiableSum, Link, sum_when_compiled
 from syncbn.kernels import Normalization, eager, kept_for_backward
 from syncbn.policy import Activation
 
@@ -55,13 +56,13 @@ class Normalized(Function):
         how: How = ctx.how
         debug.announce(how.link, "backward", how.layer, x.shape[1])
         if torch.is_grad_enabled():
-            gradients = _differentiable(dy, x, scale, offset, ctx.residual_dtype, mask, kept, count, how)
+            gradients = differentiable(dy, x, scale, offset, ctx.residual_dtype, mask, kept, count, how)
             return *gradients, None, None, None, None, None
         norm = Normalization(hi if lo is None else (hi, lo), variance, scale, offset, how.epsilon, how.activation)
         needs_x, _, _, needs_residual = ctx.needs_input_grad[:4]
         dz, sums, message = how.kernels.gradient_sums(dy, x, norm, kept, needs_residual)
         # Sent whatever this replica needs: the others wait for it.
-        sum_in_place(message, how.link)
+        lanes.exchange_sums(message, how.link)
         dx = how.kernels.input_gradient(dz, x, mask, norm, count, message) if needs_x else None
         doffset, dscale = sums.to(scale.dtype).chunk(2)
         dresidual = dz.to(ctx.residual_dtype) if needs_residual else None
@@ -114,7 +115,7 @@ class NormalizedWhenCompiled(Function):
         return dx, dscale, doffset, dresidual, None, None, None, None, None, None, None, None
 
 
-def _differentiable(
+def differentiable(
     dy: Tensor,
     x: Tensor,
     scale: Tensor,

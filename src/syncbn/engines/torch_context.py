@@ -115,6 +115,11 @@ def found_once(find: Callable[[], Any]) -> Any:
     return found
 
 
+def is_taped() -> bool:
+    """Whether a checkpoint records or replays what the layers find out."""
+    return bool(_tapes.stack)
+
+
 def is_replayed() -> bool:
     """Whether this recomputation is given the record of its first pass."""
     return any(isinstance(tape, _Replay) for tape in _tapes.stack)

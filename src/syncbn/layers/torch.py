@@ -140,6 +140,10 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalises; see the class."""
+        if input.is_cuda and self.training and not torch.compiler.is_compiling():
+            y = self._in_whole(input, mask, residual)
+            if y is not None:
+                return self.activation(y) if callable(self.activation) else y
         if not torch.jit.is_tracing():
             policy_torch.input_shape(input.shape, self.num_features)
         if not input.is_floating_point():
@@ -171,6 +175,32 @@ class SyncBatchNorm(_BatchNorm):
         moments = engine.moments(x, mask=mask, group=group)
         scale, offset = self._train(moments, *self._scale_and_offset(x)) if self.training else self._scale_and_offset(x)
         return engine.normalize(x, moments, scale, offset, group=group, **extra)
+
+    def _in_whole(self, x: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor | None:
+        """A whole training step's forward pass in the fewest launches, with as little host work as there can be.
+
+        None where the engine has no such path, and where something is amiss, which the longer way says.
+        """
+        shape = x.shape
+        if self.renorm or len(shape) < 2 or shape[1] != self.num_features or x.numel() <= shape[1]:
+            return None
+        if (residual is not None and residual.shape != shape) or not x.is_floating_point():
+            return None
+        if mask is not None:
+            mask = _full_rank(mask, shape)
+        # Past nn.Module's __getattr__, which costs as much as a launch. A parametrized weight is not there.
+        parameters, buffers = self._parameters, self._buffers
+        plain = "weight" in parameters and "bias" in parameters
+        weight: Tensor | None = parameters["weight"] if plain else self.weight
+        bias: Tensor | None = parameters["bias"] if plain else self.bias
+        if (weight is None) != (bias is None):
+            weight, bias = self._scale_and_offset(x)
+        moving = None
+        if buffers["running_mean"] is not None and not context.is_local():
+            moving = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"], self.momentum
+        engine.speak_as(self._name_in_model)
+        fused = policy_torch.ACTIVATIONS[self.activation] if isinstance(self.activation, str) else None
+        return engine.whole(x, weight, bias, mask, residual, fused, self.eps, self._group(), moving)
 
     def _group(self) -> Any:
         if self.process_group is None:

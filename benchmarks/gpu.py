@@ -1,0 +1,264 @@
+"""Ours beside its peers on a GPU, the 28 cases: `python benchmarks/gpu.py [OUT]`; on several GPUs under torchrun.
+
+Rows: benchmark, what ("graph", "eager", "host", …), peer, case, µs of forward + backward (gradients of the input, gamma and beta).
+Each layer runs as a user runs it; "graph" is the same call captured once and replayed, so without host time.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_cases import CASES, Case, graph_time, tensors
+
+import syncbn
+
+ADD_RELU = "then add and ReLU"
+
+
+class Then(torch.nn.Module):
+    """A layer, then what a residual block has after it."""
+
+    def __init__(self, layer: torch.nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.layer(x) + r)
+
+
+class Fused(torch.nn.Module):
+    """Ours with both inside."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layer = syncbn.SyncBatchNorm(channels, activation="relu")
+
+    def forward(self, x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        return self.layer(x, residual=r)
+
+
+def layers(case: Case) -> dict[str, Callable[[], torch.nn.Module]]:
+    """Peers by name. float32 parameters, whatever the input's dtype."""
+    C = case.shape[1]
+    bn, ours = (lambda: torch.nn.BatchNorm2d(C)), (lambda: syncbn.SyncBatchNorm(C))
+    found = {
+        "syncbn": ours,
+        "BatchNorm2d": bn,
+        "BatchNorm2d, compiled": lambda: torch.compile(bn(), dynamic=False),
+        "syncbn, compiled": lambda: torch.compile(ours(), dynamic=False),
+        f"syncbn, {ADD_RELU}": lambda: Then(ours()),
+        f"syncbn, {ADD_RELU} inside": lambda: Fused(C),
+        f"BatchNorm2d, {ADD_RELU}, compiled": lambda: torch.compile(Then(bn()), dynamic=False),
+        f"syncbn, {ADD_RELU}, compiled": lambda: torch.compile(Then(ours()), dynamic=False),
+    }
+    if torch.distributed.is_initialized():
+        found["torch SyncBatchNorm"] = lambda: torch.nn.SyncBatchNorm(C)
+    return found
+
+
+def step_of(case: Case, peer: str) -> Callable[[], Any]:
+    """One forward and backward pass."""
+    t = tensors(case)
+    layer = layers(case)[peer]().cuda()
+    x = t.x.requires_grad_()
+    inputs = [x, *layer.parameters()]
+    if ADD_RELU in peer:
+        r = torch.randn_like(t.dy).requires_grad_()
+        return lambda: torch.autograd.grad(layer(x, r), [*inputs, r], t.dy)
+    return lambda: torch.autograd.grad(layer(x), inputs, t.dy)
+
+
+def measured(case: Case, peer: str) -> bool:
+    """Not all peers are timed everywhere: compiling them takes long."""
+    if ADD_RELU in peer and "compiled" not in peer:
+        return case.megabytes() >= 25
+    return case.dtype == "bfloat16" or peer in ("syncbn", "BatchNorm2d", "BatchNorm2d, compiled")
+
+
+def warm(job: tuple[int, str]) -> str | None:
+    """Compiles in a process of its own: what it finds lies in the compilers' caches then."""
+    try:
+        step_of(CASES[job[0]], job[1])()
+        torch.cuda.synchronize()
+    except Exception as error:
+        return repr(error)[:300]
+    return None
+
+
+def host_time(layer: torch.nn.Module, x: torch.Tensor, depth: int = 20, rounds: int = 30) -> float:
+    """µs of the host for one layer, forward + backward, in a chain of them; the GPU's part is far smaller."""
+    x = x.requires_grad_()
+    dy = torch.randn_like(x)
+    chain = torch.nn.Sequential(*[layer() for _ in range(depth)]).cuda()
+    for _ in range(5):
+        chain(x).backward(dy)
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        chain(x).backward(dy)
+        times.append((time.perf_counter() - start) * 1e6 / depth)
+        torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written."""
+    a, b = (torch.randn(2**30, device="cuda") for _ in range(2))
+    # Not in a graph, which may leave it to the copy engine.
+    return 2 * 2**32 / (eager_time(lambda: b.copy_(a), 5) * 1e-6)
+
+
+def kernels(case: Case) -> dict[str, float]:
+    """µs of each of our four launches alone, its input in L2 or not as the step leaves it."""
+    from gpu_tiles import calls, make
+
+    t = tensors(case)
+    moments, normalize, sums, input_gradient = calls(make(case, {}), t)
+    both, back = graph_time(lambda: (moments(), normalize())), graph_time(lambda: (sums(), input_gradient()))
+    first, third = graph_time(moments), graph_time(sums)
+    return {"moments": first, "normalize": both - first, "sums": third, "input_gradient": back - third}
+
+
+def exchange_cost(case: Case, size: int = 2) -> tuple[float, float]:
+    """µs of one graph with `size` virtual replicas, with and without the exchange: each replica's whole step."""
+    sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / "gpu")]
+    from virtual import Replicas, step
+
+    replicas, t = Replicas(size), [tensors(case, seed) for seed in range(size)]
+
+    def timed(plan: Any, steps: Callable[[int], Any]) -> float:
+        def all_() -> None:
+            replicas.each(steps)
+            replicas.join()
+
+        all_()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(10):
+                all_()
+        times = []
+        for _ in range(20):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 100)
+        return statistics.median(times)
+
+    from syncbn.kernels import fused, plans
+
+    def alone(plan: Any, rank: int) -> None:
+        own = t[rank]
+        stats = fused.measure(plan, own.x, None)
+        fused.normalize(plan, own.x, stats, own.weight, own.bias, 1e-5)
+        sums = fused.gradient_sums(plan, own.x, own.dy, stats, own.weight, own.bias, 1e-5)
+        fused.input_gradient(plan, own.x, own.dy, sums[2])
+
+    with_ = replicas.plan(t[0].x, scale=torch.float32)
+    without = plans.Plan(case.fold(), case.torch_dtype(), t[0].x.device, scale=torch.float32)
+    a = timed(with_, lambda r: step(replicas, with_, r, t[r].x, t[r].dy, t[r].weight, t[r].bias))
+    b = timed(without, lambda r: alone(without, r))
+    said = [int(s) for s in replicas.statuses]
+    assert not any(said), (said, case)
+    return a, b
+
+
+def main() -> None:
+    if "RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    only = os.environ.get("SYNCBN_BENCHMARK", "graph,compiled,fused,kernels,exchange,host,eager").split(",")
+    groups = {
+        "graph": ["syncbn", "BatchNorm2d"],
+        "compiled": ["BatchNorm2d, compiled"],
+        "compiled too": ["syncbn, compiled", f"BatchNorm2d, {ADD_RELU}, compiled", f"syncbn, {ADD_RELU}, compiled"],
+        "fused": [f"syncbn, {ADD_RELU}", f"syncbn, {ADD_RELU} inside"],
+    }
+    peers = [p for group in only for p in groups.get(group, [])]
+    if torch.distributed.is_initialized():
+        peers = [*peers, "torch SyncBatchNorm"]
+    start, rows = time.time(), []
+    jobs = [(i, p) for i, case in enumerate(CASES) for p in peers if measured(case, p) and not torch.distributed.is_initialized()]
+    with multiprocessing.get_context("spawn").Pool(14) as pool:
+        failed = [e for e in pool.imap_unordered(warm, jobs, chunksize=2) if e]
+    print("compiled in", round(time.time() - start), "s", failed[:2], flush=True)
+    bandwidth = copy_bandwidth()
+    print(f"copy {bandwidth / 1e12:.2f} TB/s on {torch.cuda.get_device_name()}", flush=True)
+
+    def row(what: str, peer: str, case: Case | None, us: float, **more: Any) -> None:
+        name = {} if case is None else {"case": case.name, "megabytes": case.megabytes(), "floor": case.floor(bandwidth)}
+        rows.append({"benchmark": "gpu", "what": what, "peer": peer, "us": us, **name, **more})
+
+    if "host" in only:
+        x = torch.randn(4, 64, 8, 8, device="cuda")
+        for _ in range(2):
+            for name, layer in {
+                "BatchNorm2d": lambda: torch.nn.BatchNorm2d(64),
+                "syncbn": lambda: syncbn.SyncBatchNorm(64),
+            }.items():
+                row("host", name, None, host_time(layer, x.clone()))
+                print("host", name, round(rows[-1]["us"], 1), flush=True)
+    for case in CASES:
+        line = []
+        for peer in peers:
+            if not measured(case, peer):
+                continue
+            torch._dynamo.reset()
+            row("graph", peer, case, graph_time(step_of(case, peer), 5 if case.megabytes() > 20 else 10, 9))
+            line.append(f"{peer} {rows[-1]['us']:.1f}")
+        if "kernels" in only:
+            for kernel, us in kernels(case).items():
+                row("kernel", kernel, case, us)
+        if "exchange" in only and case.shape[1] <= 256 and case.megabytes() < 60:
+            a, b = exchange_cost(case)
+            row("virtual replicas", "with the exchange", case, a)
+            row("virtual replicas", "without", case, b)
+            line.append(f"exchange {a - b:+.1f} of {b:.1f}")
+        print(case.name, f"floor {case.floor(bandwidth):.0f}:", "; ".join(line), flush=True)
+    if "eager" in only:
+        for case in CASES[::3]:
+            for peer in ("syncbn", "BatchNorm2d"):
+                step = step_of(case, peer)
+                row("eager", peer, case, eager_time(step))
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        versions = {
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "device": torch.cuda.get_device_name(),
+            "bandwidth": bandwidth,
+        }
+        out = sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).parent / "results" / "gpu.jsonl")
+        Path(out).write_text("".join(json.dumps({**r, **versions}) + "\n" for r in rows))
+    print("done at", round(time.time() - start))
+
+
+def eager_time(step: Callable[[], Any], rounds: int = 30) -> float:
+    """Median µs by CUDA events, called from Python."""
+    for _ in range(5):
+        step()
+    times = []
+    for _ in range(5):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(rounds):
+            step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / rounds)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""A whole torch normalization in two launches each way, on CUDA: moments, moving statistics, output; their gradients.
+
+Used where a layer asks for nothing between the moments and the output, and there is one replica or the replicas meet inside the
+kernels (torch_lanes.py). Everything else takes the two verbs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from syncbn.engines import torch_context as context
+from syncbn.engines import torch_debug as debug
+from syncbn.engines import torch_lanes as lanes
+from syncbn.engines.torch_autograd import How, differentiable
+from syncbn.engines.torch_groups import link_of
+from syncbn.kernels.choice import cuda_kernels
+from syncbn.policy import Activation
+
+
+def whole(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation | None,
+    epsilon: float,
+    group: Any,
+    moving: Any,
+) -> Tensor | None:
+    """The output, moving statistics moved; None where this path does not serve the call, the same on every replica.
+
+    moving: (mean, variance, batches, weight of the new value or None for 1/batches), or None.
+    """
+    if context.is_taped():
+        return None
+    link = None if context.is_local() else link_of(group)
+    lane = None
+    if link is not None:
+        lane = lanes.lane_of(link, x.device)
+        if lane is None:
+            return None
+    kernels = cuda_kernels()
+    if kernels is None or not kernels.serves(x, mask) or (lane is not None and x.shape[1] > lanes.MOST_CHANNELS):
+        return None
+    speaker = debug.speaker()
+    debug.announce(link, "forward", speaker, x.shape[1])
+    if moving is not None:
+        mean, variance, batches, weight_of_new = moving
+        moving = (mean, variance, batches, -1.0 if weight_of_new is None else weight_of_new) if context.is_first_pass() else None
+    # A plain tuple: a named one costs the host as much as an allocation.
+    return Whole.apply(x, weight, bias, residual, mask, (epsilon, activation, link, lane, moving, kernels, speaker))
+
+
+class Whole(Function):
+    """Two launches each way, and nothing saved but x and what is O(channels), besides one tensor with a residual and an
+    activation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mask: Tensor | None, call: Any
+    ) -> Tensor:
+        """y. call: (epsilon, activation, link, lane, moving, kernels, speaker)."""
+        epsilon, activation, link, lane, moving, kernels, _ = call
+        dense = kernels.dense_or_copy(x)
+        name, slope = (None, 0.0) if activation is None else activation
+        plan = kernels.plan_for(
+            dense,
+            mask is not None,
+            None if weight is None else weight.dtype,
+            name,
+            None if residual is None else residual.dtype,
+            None if moving is None else moving[0].dtype,
+            0 if moving is None else 1 if link is None else 2,
+            1 if link is None else link.size,
+        )
+        keep = None if mask is None else kernels.keep_of(mask, x)
+        y, stats = kernels.fused.forward(
+            plan,
+            dense,
+            weight,
+            bias,
+            epsilon,
+            keep=keep,
+            residual=None if residual is None else kernels.fused.in_layout_of(dense, residual),
+            slope=slope,
+            moving=moving,
+            lane=None if lane is None else lane.take(x.shape[1], False),
+        )
+        ctx.call, ctx.plan, ctx.residual_dtype = call, plan, None if residual is None else residual.dtype
+        kept = None
+        if residual is not None and activation is not None:
+            kept = residual if name == "silu" else y
+        ctx.save_for_backward(x, weight, bias, stats, mask, kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        """(dx, dweight, dbias, dresidual): the parameters' gradients are this replica's own sums."""
+        x, weight, bias, stats, mask, kept = ctx.saved_tensors
+        epsilon, activation, link, lane, _, kernels, speaker = ctx.call
+        debug.announce(link, "backward", speaker, x.shape[1])
+        if torch.is_grad_enabled():
+            return _differentiable(ctx, dy)
+        fused, plan = kernels.fused, ctx.plan
+        dense, keep = kernels.dense_or_copy(x), None if mask is None else kernels.keep_of(mask, x)
+        slope = 0.0 if activation is None else activation.slope
+        given = fused.in_layout_of(dense, dy if dy.dtype == dense.dtype else dy.to(dense.dtype))
+        saved = None if kept is None else fused.in_layout_of(dense, kept)
+        # Sent whatever this replica needs: the others wait for it.
+        dweight, dbias, coefficients = fused.gradient_sums(
+            plan,
+            dense,
+            given,
+            stats,
+            weight,
+            bias,
+            epsilon,
+            keep=keep,
+            saved=saved,
+            slope=slope,
+            lane=None if lane is None else lane.take(x.shape[1], True),
+        )
+        needs_x, _, _, needs_residual, _, _ = ctx.needs_input_grad
+        dx = dresidual = None
+        if saved is not None:
+            dresidual = torch.empty_like(dense, dtype=ctx.residual_dtype)
+        elif needs_residual:
+            # Without an activation it is dy itself.
+            dresidual = dy.to(ctx.residual_dtype)
+        if needs_x or saved is not None:
+            dx = fused.input_gradient(plan, dense, given, coefficients, keep=keep, saved=saved, slope=slope, dresidual=dresidual)
+        return dx, dweight, dbias, dresidual if needs_residual else None, None, None
+
+
+def _differentiable(ctx: Any, dy: Tensor) -> Any:
+    """The gradients, differentiable again, by plain operators."""
+    x, weight, bias, stats, mask, kept = ctx.saved_tensors
+    epsilon, activation, link, _, _, kernels, speaker = ctx.call
+    if mask is not None:
+        x = torch.where(mask | x.isfinite(), x, 0)
+    one_and_zero = [x.new_full((x.shape[1],), value, dtype=torch.float32) for value in (1, 0)] if weight is None else []
+    scale, offset = one_and_zero or (weight, bias)
+    how = How(epsilon, activation, link, kernels, speaker)
+    gradients = differentiable(dy, x, scale, offset, ctx.residual_dtype, mask, kept, stats[-1], how)
+    if weight is None:
+        gradients[1] = gradients[2] = None
+    return *gradients, None, None

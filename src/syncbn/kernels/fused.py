@@ -1,0 +1,245 @@
+"""Batch norm of one replica's CUDA tensor in two launches each way; the replicas meet inside them, or not at all.
+
+    measure(…)            moments, and over replicas where the plan says so
+    normalize(…)          the output, and the moving statistics
+    gradient_sums(…)      dscale, doffset and the coefficients of
+    input_gradient(…)     dx
+
+No autograd and no group in here: `lane` is a table of addresses that the engine made.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from syncbn.kernels import exchange
+from syncbn.kernels.launch import INTERPRETED, Launch, address
+from syncbn.kernels.plans import Plan
+from syncbn.kernels.scratch import scratch_for
+
+
+class Lane(NamedTuple):
+    """Where replicas exchange: the table of exchange.py, this replica's place in it, the bound of a wait, the call's tag."""
+
+    table: Tensor
+    rank: int
+    limit: int
+    tag: int
+
+
+class Moving(NamedTuple):
+    """Moving statistics that the forward pass moves: buffers, and the weight of the new value (below 0: 1/batches)."""
+
+    mean: Tensor
+    variance: Tensor
+    tracked: Tensor
+    weight: float
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream's handle."""
+    return 0 if INTERPRETED else torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def measure(plan: Plan, x: Tensor, keep: Tensor | None, lane: Lane | None = None) -> Tensor:
+    """float64 [2C + 1]: mean, variance and count, of x or of all replicas'."""
+    return _measure(plan, stream_of(x.device), address(x), address(keep), x.device, lane)
+
+
+def _measure(plan: Plan, stream: int, x: Any, keep: Any, device: torch.device, lane: Lane | None) -> Tensor:
+    r, f = plan.moments, plan.fold
+    stats = torch.empty(2 * f.C + 1, dtype=torch.float64, device=device)
+    parts, arrivals = scratch_for(device, stream, r.parts, r.blocks)
+    table, rank, limit, tag = NO_LANE if lane is None else lane
+    r.launch(stream, x, keep, parts, arrivals, address(stats), address(table), f.A, r.splits, r.share, limit, tag, rank)
+    return stats
+
+
+NO_LANE = (None, 0, 0, 0)
+NOT_MOVING = (None, None, None, 0.0)
+
+
+def normalize(
+    plan: Plan,
+    x: Tensor,
+    stats: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    epsilon: float,
+    *,
+    keep: Tensor | None = None,
+    residual: Tensor | None = None,
+    slope: float = 0.0,
+    moving: Any = None,
+) -> Tensor:
+    """activation(scale·(x − mean)·rstd + offset + residual), in x's dtype and layout. moving: a `Moving`."""
+    y = torch.empty_like(x)
+    mean, variance, tracked, weight = moving or NOT_MOVING
+    plan.normalize(
+        stream_of(x.device),
+        address(x),
+        address(y),
+        address(residual),
+        address(keep),
+        address(stats),
+        address(scale),
+        address(offset),
+        address(mean),
+        address(variance),
+        address(tracked),
+        *plan.normalize_numbers,
+        epsilon,
+        weight,
+        slope,
+    )
+    return y
+
+
+def forward(
+    plan: Plan,
+    x: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    epsilon: float,
+    *,
+    keep: Tensor | None,
+    residual: Tensor | None,
+    slope: float,
+    moving: Any,
+    lane: Lane | None,
+) -> tuple[Tensor, Tensor]:
+    """(y, stats): `measure` and `normalize`, with as little host work as there can be."""
+    device = x.device
+    stream, at_x, at_keep = stream_of(device), address(x), address(keep)
+    stats = _measure(plan, stream, at_x, at_keep, device, lane)
+    y = torch.empty_like(x)
+    mean, variance, tracked, weight = moving or NOT_MOVING
+    plan.normalize(
+        stream,
+        at_x,
+        address(y),
+        address(residual),
+        at_keep,
+        address(stats),
+        address(scale),
+        address(offset),
+        address(mean),
+        address(variance),
+        address(tracked),
+        *plan.normalize_numbers,
+        epsilon,
+        weight,
+        slope,
+    )
+    return y, stats
+
+
+def gradient_sums(
+    plan: Plan,
+    x: Tensor,
+    dy: Tensor,
+    stats: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    epsilon: float,
+    *,
+    keep: Tensor | None = None,
+    saved: Tensor | None = None,
+    slope: float = 0.0,
+    lane: Lane | None = None,
+    wide: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(dscale, doffset, coefficients of the input gradient); the first two in scale's dtype, or, `wide`, in float64."""
+    r, f, device = plan.sums, plan.fold, x.device
+    dscale = doffset = None
+    if wide:
+        dscale = torch.empty(f.C, dtype=torch.float64, device=device)
+        doffset = torch.empty_like(dscale)
+    elif scale is not None:
+        dscale, doffset = torch.empty_like(scale), torch.empty_like(scale)
+    coefficients = torch.empty(5 * f.C, dtype=torch.float32, device=device)
+    stream = stream_of(device)
+    parts, arrivals = scratch_for(device, stream, r.parts, r.blocks)
+    table, rank, limit, tag = NO_LANE if lane is None else lane
+    r.launch(
+        stream,
+        address(x),
+        address(dy),
+        address(saved),
+        address(keep),
+        address(stats),
+        address(scale),
+        address(offset),
+        parts,
+        arrivals,
+        address(dscale),
+        address(doffset),
+        address(coefficients),
+        address(table),
+        f.A,
+        r.splits,
+        r.share,
+        limit,
+        tag,
+        rank,
+        epsilon,
+        slope,
+    )
+    return dscale, doffset, coefficients
+
+
+def input_gradient(
+    plan: Plan,
+    x: Tensor,
+    dy: Tensor,
+    coefficients: Tensor,
+    *,
+    keep: Tensor | None = None,
+    saved: Tensor | None = None,
+    slope: float = 0.0,
+    dresidual: Tensor | None = None,
+) -> Tensor:
+    """dx; with a residual and an activation also the residual's gradient, into `dresidual`."""
+    dx = torch.empty_like(x)
+    plan.input_gradient(
+        stream_of(x.device),
+        address(x),
+        address(dy),
+        address(dx),
+        address(saved),
+        address(dresidual),
+        address(keep),
+        address(coefficients),
+        *plan.gradient_numbers,
+        slope,
+    )
+    return dx
+
+
+def in_layout_of(x: Tensor, other: Any) -> Tensor:
+    """`other`, of x's shape, with x's strides: itself, or a copy."""
+    if other.stride() == x.stride() and other.data_ptr() % 16 == 0:
+        return other
+    return torch.empty_like(x, dtype=other.dtype).copy_(other)
+
+
+_exchanges: dict[Any, Launch] = {}
+
+
+def exchange_alone(kind: str, values: Tensor, lane: Lane, replicas: int) -> Tensor:
+    """`values` of all replicas, in place: "moments", float64 [2C + 1] as `measure` returns them, or "sums", float64 [2C]."""
+    C = values.numel() // 2
+    key = (kind, C, replicas, values.device)
+    found = _exchanges.get(key)
+    if found is None:
+        X = exchange.block_channels(C)
+        kernel = exchange.exchange_moments_kernel if kind == "moments" else exchange.exchange_sums_kernel
+        programs = 1 if kind == "moments" else -(-C // X)
+        types = (torch.float64, torch.int64, 1, 1, 1)
+        found = _exchanges[key] = Launch(kernel, types, {"C": C, "X": X, "W": replicas}, programs, 4, values.device)
+    table, rank, limit, tag = lane
+    found(stream_of(values.device), address(values), address(table), limit, tag, rank)
+    return values

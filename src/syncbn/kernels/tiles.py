@@ -1,0 +1,97 @@
+"""How every kernel walks over a tensor: tiles of [positions, channels] over an input folded to [A, C, B].
+
+Channels first (N, C, H, W) is A = N, B = H·W; channels last is A = N·H·W, B = 1. A channel has J = A·B positions; position j
+lies at (j // B)·C·B + c·B + j % B. C and B are compile-time constants, so that the division is a multiplication and Triton
+can see which addresses are neighbours: where B is divisible by the vector width, loads are 16 bytes wide.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def follow(W: tl.constexpr):
+    """Programmatic dependent launch: this kernel's programs may be on the GPU before the kernel ahead has ended.
+
+    Waits for its end; all programs of this kernel being there by then, the next one's may come. Not behind a kernel that waits
+    for a peer (W > 1): its successor would fill the GPU and wait too.
+    """
+    gdc_wait()
+    if W == 1:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def positions(tile, T: tl.constexpr, WIDE: tl.constexpr):
+    """The positions of one tile, [T]: int64 where the tensor needs it."""
+    if WIDE:
+        first = tile.to(tl.int64) * T
+    else:
+        first = tile * T
+    return first + tl.arange(0, T)
+
+
+@triton.jit
+def positions_of(A, B: tl.constexpr, WIDE: tl.constexpr):
+    """J = A·B."""
+    if WIDE:
+        J = A.to(tl.int64) * B
+    else:
+        J = A * B
+    return J
+
+
+@triton.jit
+def addresses(j, c, C: tl.constexpr, B: tl.constexpr):
+    """Offsets of positions j [T] of channels c [K] in a folded tensor, [T, K]."""
+    if B == 1:
+        return j[:, None] * C + c[None, :]
+    return ((j // B) * (C * B) + j % B)[:, None] + c[None, :] * B
+
+
+@triton.jit
+def load(pointer, j, c, J, C: tl.constexpr, B: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr):
+    """A tile of positions j [T] and channels c [K] in float32; 0 where nothing exists. EVEN: T divides J."""
+    at = pointer + addresses(j, c, C, B)
+    if EVEN and C % K == 0:
+        return tl.load(at, eviction_policy=EVICT).to(tl.float32)
+    if EVEN:
+        return tl.load(at, mask=(c < C)[None, :], other=0.0, eviction_policy=EVICT).to(tl.float32)
+    return tl.load(at, mask=(j < J)[:, None] & (c < C)[None, :], other=0.0, eviction_policy=EVICT).to(tl.float32)
+
+
+@triton.jit
+def store(pointer, value, j, c, J, C: tl.constexpr, B: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr):
+    """Stores a tile, rounded once."""
+    at = pointer + addresses(j, c, C, B)
+    value = value.to(pointer.dtype.element_ty)
+    if EVEN and C % K == 0:
+        tl.store(at, value, eviction_policy=EVICT)
+    elif EVEN:
+        tl.store(at, value, mask=(c < C)[None, :], eviction_policy=EVICT)
+    else:
+        tl.store(at, value, mask=(j < J)[:, None] & (c < C)[None, :], eviction_policy=EVICT)
+
+
+@triton.jit
+def narrowed(value, pointer):
+    """A float64 value in a pointer's dtype."""
+    if pointer.dtype.element_ty == tl.float64:
+        return value
+    return value.to(tl.float32).to(pointer.dtype.element_ty)
+
+
+@triton.jit
+def load_kept(pointer, j, J, EVEN: tl.constexpr):
+    """The mask of a tile's positions, [T] of 0 and 1: what counts. pointer: uint8 [A, B]."""
+    if EVEN:
+        return tl.load(pointer + j) != 0
+    return tl.load(pointer + j, mask=j < J, other=0) != 0
+
+
+@triton.jit
+def without_stray(x, kept):
+    """x, with 0 for what does not count and is not finite: nothing may spread from it."""
+    finite = tl.abs(x) < float("inf")
+    return tl.where(kept[:, None] | finite, x, 0.0)

@@ -1,0 +1,153 @@
+"""The Triton kernels and the module on a GPU."""
+
+import pytest
+import torch
+from kernel_checks import MATRIX, KernelCase, check
+
+import syncbn
+from syncbn.kernels import fused, plans
+
+LARGE = [
+    KernelCase((8, 64, 56, 56)),
+    KernelCase((8, 64, 56, 56), last=True),
+    KernelCase((8, 64, 56, 56), dtype="bfloat16", last=True),
+    KernelCase((8, 256, 14, 14), dtype="bfloat16"),
+    KernelCase((8, 512, 7, 7), dtype="float16"),
+    KernelCase((1, 1, 333, 333)),
+    KernelCase((2, 3, 333, 333), last=True),
+    KernelCase((64, 8192)),
+    KernelCase((5, 8192, 2), mean=1e4),
+    KernelCase((2000, 7), mask=True, mean=1e4),
+    KernelCase((8, 64, 31, 29), mask=True, last=True, mean=1e4),
+    KernelCase((8, 64, 31, 29), activation="silu", residual=True, mask=True),
+    KernelCase((8, 64, 28, 28), dtype="bfloat16", activation="relu", residual=True, last=True),
+]
+
+
+@pytest.mark.parametrize("case", [*MATRIX, *LARGE], ids=lambda c: c.name)
+def test_equals_oracle(case):
+    first = check(case, "cuda")
+    second = check(case, "cuda")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "bits differ between runs"
+
+
+def test_more_than_2_to_the_31_elements():
+    x = torch.randn(1, 2, 33_000, 33_000, device="cuda", dtype=torch.bfloat16)
+    plan = plans.Plan(plans.fold(x), x.dtype, x.device)
+    stats = fused.measure(plan, x, None)
+    y = fused.normalize(plan, x, stats, None, None, 1e-5)
+    for c in range(2):
+        assert abs(stats[c].item()) < 1e-3
+        assert abs(stats[2 + c].item() - 1) < 1e-3
+        assert torch.equal(
+            y[0, c, -1, -1], ((x[0, c, -1, -1].float() - stats[c].float()) / (stats[2 + c].float() + 1e-5).sqrt()).bfloat16()
+        )
+    assert abs(y[0, 1].float().mean().item()) < 1e-3
+
+
+def pair(C=32, dtype=torch.float32, **how):
+    ours, theirs = syncbn.SyncBatchNorm(C, **how).cuda(), torch.nn.BatchNorm2d(C, **how).cuda()
+    if how.get("affine", True):
+        with torch.no_grad():
+            ours.weight.copy_(torch.randn(C))
+            ours.bias.copy_(torch.randn(C))
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("how", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
+def test_module_is_batch_norm_on_one_replica(how, layout):
+    ours, theirs = pair(**how)
+    for _ in range(3):
+        x = torch.randn(4, 32, 9, 9, device="cuda").contiguous(memory_format=layout).requires_grad_()
+        x2 = x.detach().clone().requires_grad_()
+        dy = torch.randn_like(x)
+        y, y2 = ours(x), theirs(x2)
+        y.backward(dy)
+        y2.backward(dy)
+        torch.testing.assert_close(y, y2, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(x.grad, x2.grad, rtol=1e-4, atol=1e-5)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+    ours.eval(), theirs.eval()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_module_under_autocast_and_strided_gradients():
+    ours, theirs = pair()
+    conv = torch.nn.Conv2d(3, 32, 3).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        a, b = ours(conv(torch.ones(2, 3, 8, 8, device="cuda"))), theirs(conv(torch.ones(2, 3, 8, 8, device="cuda")))
+    assert a.dtype == torch.bfloat16
+    torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+    x = torch.randn(2, 32, 6, 6, device="cuda", requires_grad=True)
+    (ours(x) * torch.randn(2, 32, 1, 1, device="cuda")).mean().backward()
+    x2 = torch.randn(2, 32, 6, 12, device="cuda")[..., ::2].requires_grad_()
+    ours(x2).backward(torch.randn(2, 32, 1, 1, device="cuda").expand(2, 32, 6, 6))
+    assert torch.isfinite(x.grad).all()
+    assert torch.isfinite(x2.grad).all()
+
+
+def test_second_order_through_the_reference():
+    ours, _ = pair(4)
+    x = torch.randn(3, 4, 2, 2, device="cuda", requires_grad=True)
+    (dx,) = torch.autograd.grad(ours(x), x, torch.randn(3, 4, 2, 2, device="cuda"), create_graph=True)
+    dx.square().mean().backward()
+    assert torch.isfinite(x.grad).all()
+    assert x.grad.abs().max() > 0
+
+
+def test_module_in_a_graph_follows_its_input():
+    ours, _ = pair()
+    x = torch.randn(4, 32, 9, 9, device="cuda", requires_grad=True)
+    dy = torch.randn_like(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ours(x).backward(dy)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    x.grad = None
+    with torch.cuda.graph(graph):
+        y = ours(x)
+        y.backward(dy)
+    before = int(ours.num_batches_tracked)
+    for turn in range(1000):
+        with torch.no_grad():
+            x.normal_(turn % 7, 1 + turn % 3)
+        graph.replay()
+        if turn % 100 == 0:
+            want = torch.nn.functional.batch_norm(
+                x.double(), None, None, ours.weight.double(), ours.bias.double(), True, 0.0, ours.eps
+            )
+            torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-4)
+    assert int(ours.num_batches_tracked) == before + 1000
+
+
+@pytest.mark.parametrize(("activation", "residual"), [("relu", True), ("silu", True), ("leaky_relu", False)])
+def test_module_fused(activation, residual):
+    layer = syncbn.SyncBatchNorm(16, activation=activation).cuda()
+    x, r = (torch.randn(3, 16, 8, 8, device="cuda", requires_grad=True) for _ in range(2))
+    dy = torch.randn_like(x)
+    y = layer(x, residual=r if residual else None)
+    got = torch.autograd.grad(y, [x, r] if residual else [x], dy)
+    X, R = x.detach().double().requires_grad_(), r.detach().double().requires_grad_()
+    z = torch.nn.functional.batch_norm(X, None, None, None, None, True, 0.0, layer.eps) + (R if residual else 0)
+    want = {
+        "relu": torch.relu,
+        "silu": torch.nn.functional.silu,
+        "leaky_relu": lambda z: torch.nn.functional.leaky_relu(z, 0.01),
+    }[activation](z)
+    torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-5)
+    for a, b in zip(got, torch.autograd.grad(want, [X, R] if residual else [X], dy.double()), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_module():
+    ours, theirs = pair()
+    x = torch.randn(4, 32, 9, 9, device="cuda", requires_grad=True)
+    y = torch.compile(ours, fullgraph=True)(x)
+    torch.testing.assert_close(y, theirs(x), rtol=1e-4, atol=1e-5)

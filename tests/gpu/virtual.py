@@ -1,0 +1,68 @@
+"""W virtual replicas on one GPU: each on a stream of its own, their lanes naming W buffers of the same device."""
+
+from __future__ import annotations
+
+import torch
+
+from syncbn.kernels import exchange, fused, plans
+
+
+class Replicas:
+    """Lanes of W replicas in one process. A first launch must not wait: `load` it with the exchange already answered."""
+
+    def __init__(self, size, limit=10_000_000):
+        self.size, self.limit = size, limit
+        self.streams = [torch.cuda.Stream() for _ in range(size)]
+        self.buffers = [torch.zeros(exchange.words(size), dtype=torch.int64, device="cuda") for _ in range(size)]
+        self.statuses = [torch.zeros(1, dtype=torch.int64, pin_memory=True) for _ in range(size)]
+        addresses = [b.data_ptr() for b in self.buffers]
+        self.tables = [torch.tensor([*addresses, s.data_ptr()], dtype=torch.int64, device="cuda") for s in self.statuses]
+        torch.cuda._sleep(1)
+        torch.cuda.synchronize()
+
+    def lane(self, rank, tag=1):
+        return fused.Lane(self.tables[rank], rank, self.limit, tag)
+
+    def reset(self):
+        """As new."""
+        torch.cuda.synchronize()
+        for buffer in self.buffers:
+            buffer.zero_()
+        for status in self.statuses:
+            status.zero_()
+        torch.cuda.synchronize()
+
+    def plan(self, x, **flags):
+        """A plan, its kernels loaded."""
+        return plans.Plan(plans.fold(x), x.dtype, x.device, replicas=self.size, **flags)
+
+    def each(self, step):
+        """step(rank) on every replica's stream; not awaited."""
+        now = torch.cuda.current_stream()
+        for rank, stream in enumerate(self.streams):
+            stream.wait_stream(now)
+            with torch.cuda.stream(stream):
+                step(rank)
+
+    def join(self):
+        for stream in self.streams:
+            torch.cuda.current_stream().wait_stream(stream)
+
+
+def step(replicas, plan, rank, x, dy, scale, offset, epsilon=1e-5):
+    """One replica's whole step."""
+    stats = fused.measure(plan, x, None, replicas.lane(rank, 2))
+    y = fused.normalize(plan, x, stats, scale, offset, epsilon)
+    dscale, doffset, coefficients = fused.gradient_sums(plan, x, dy, stats, scale, offset, epsilon, lane=replicas.lane(rank, 3))
+    dx = fused.input_gradient(plan, x, dy, coefficients)
+    return {"stats": stats, "y": y, "dx": dx, "dscale": dscale, "doffset": doffset}
+
+
+def reference(xs, dys, scale, offset, epsilon=1e-5):
+    """(mean, variance, ys, dxs) of plain batch norm on the concatenated batch, in float64 on the GPU."""
+    sizes = [len(x) for x in xs]
+    x = torch.cat([x.double() for x in xs]).requires_grad_()
+    y = torch.nn.functional.batch_norm(x, None, None, scale.double(), offset.double(), True, 0.0, epsilon)
+    (dx,) = torch.autograd.grad(y, x, torch.cat([d.double() for d in dys]))
+    dims = [0, *range(2, x.dim())]
+    return x.detach().mean(dims), x.detach().var(dims, unbiased=False), y.detach().split(sizes), dx.split(sizes)

@@ -1,0 +1,166 @@
+"""The Triton kernels on the CPU, under Triton's interpreter, and compiled for a GPU that need not be there."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from kernel_checks import EPSILON, MATRIX, KernelCase, check
+
+pytest.importorskip("triton", reason="the kernels are written in Triton")
+
+from syncbn.kernels import Normalization, cuda, eager, fused, plans
+from syncbn.kernels.plans import Tile
+from syncbn.policy import Activation
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned():
+    """Memory that nobody wrote is NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.mark.parametrize("case", MATRIX, ids=lambda c: c.name)
+def test_equals_oracle(case):
+    check(case)
+
+
+# Many splits, cut tiles, several turns a program, the order of turns: what small inputs would not make.
+SMALL = {"moments": Tile(4, 2, 1, 3), "sums": Tile(8, 2, 1, 2), "normalize": Tile(4, 4, 1, 2), "input_gradient": Tile(2, 2, 1, 3)}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        KernelCase((3, 7, 5, 5)),
+        KernelCase((3, 7, 5, 5), last=True),
+        KernelCase((6, 4, 4, 4), mean=1e4),
+        KernelCase((5, 3, 3, 3), last=True, mask=True, mean=1e4),
+        KernelCase((4, 4, 6), activation="silu", residual=True),
+    ],
+    ids=lambda c: c.name,
+)
+def test_equals_oracle_in_small_tiles(case):
+    check(case, tiles=SMALL)
+
+
+def test_the_same_input_gives_the_same_bits():
+    first, second = (check(MATRIX[0], tiles=SMALL) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def statistics(x, mask=None, moves=1):
+    x = x.contiguous()
+    moving = [torch.full((x.shape[1],), 3.0), torch.full((x.shape[1],), 5.0), torch.zeros(1, dtype=torch.int64)]
+    keep = None if mask is None else mask.to(torch.uint8)
+    plan = plans.Plan(plans.fold(x), x.dtype, x.device, masked=mask is not None, moving=torch.float32, moves=moves)
+    stats = fused.measure(plan, x, keep)
+    y = fused.normalize(plan, x, stats, None, None, EPSILON, keep=keep, moving=fused.Moving(*moving, 0.5))
+    return stats, y, moving
+
+
+def test_an_empty_batch_says_nothing():
+    stats, y, (mean, variance, batches) = statistics(torch.empty(0, 3, 4))
+    assert stats.tolist() == [0, 0, 0, 1, 1, 1, 0]
+    assert y.shape == (0, 3, 4)
+    assert (mean.tolist(), variance.tolist(), batches.item()) == ([3.0] * 3, [5.0] * 3, 0)
+
+
+def test_a_batch_masked_everywhere_says_nothing():
+    stats, y, (mean, _, batches) = statistics(torch.full((2, 3, 4), 7.0), torch.zeros(2, 1, 4, dtype=torch.bool))
+    assert stats.tolist() == [0, 0, 0, 1, 1, 1, 0]
+    assert torch.isfinite(y).all()
+    assert (mean.tolist(), batches.item()) == ([3.0] * 3, 0)
+
+
+@pytest.mark.parametrize(("moves", "moved"), [(1, True), (2, False)])
+def test_statistics_that_are_not_finite(moves, moved):
+    x = torch.randn(4, 700, 2)
+    x[0, 699, 0] = float("inf")
+    _, _, (mean, _, batches) = statistics(x, moves=moves)
+    assert batches.item() == moved
+    assert (mean[0].item() != 3.0) == moved
+
+
+def test_a_stray_value_under_the_mask_does_not_spread():
+    x, mask = torch.randn(3, 2, 4), torch.ones(3, 1, 4, dtype=torch.bool)
+    x[1, :, 2], mask[1, :, 2] = float("nan"), False
+    _, y, _ = statistics(x, mask)
+    assert torch.isfinite(y).all()
+
+
+def test_cumulative_average():
+    x = torch.randn(8, 3, 2)
+    moving = fused.Moving(torch.zeros(3), torch.ones(3), torch.tensor([3]), -1.0)
+    plan = plans.Plan(plans.fold(x), x.dtype, x.device, moving=torch.float32, moves=1)
+    fused.normalize(plan, x, fused.measure(plan, x, None), None, None, EPSILON, moving=moving)
+    np.testing.assert_allclose(moving.mean, x.mean((0, 2)) / 4, rtol=1e-5)
+    assert moving.tracked.item() == 4
+
+
+@pytest.mark.parametrize("layout", ["first", "last", "strided"])
+@pytest.mark.parametrize(
+    ("activation", "residual", "whole"),
+    [(None, False, False), (None, True, True), ("relu", False, False), ("silu", True, True), ("relu", True, False)],
+)
+def test_interface_agrees_with_the_reference(layout, activation, residual, whole):
+    rng = np.random.default_rng(1)
+    draw = lambda *size: torch.tensor(rng.normal(size=size), dtype=torch.float32)  # noqa: E731
+    x = draw(4, 3, 5, 6)
+    if layout == "last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    if layout == "strided":
+        x = draw(4, 3, 5, 12)[..., ::2]
+    mask = torch.tensor(rng.random((4, 1, 5, 1)) < 0.7)
+    dy, r = draw(4, 3, 5, 1).expand(4, 3, 5, 6), draw(4, 3, 5, 6) if residual else None
+    chosen = activation and Activation(activation, 0.0)
+    message = eager.local_sums(x, mask)
+    torch.testing.assert_close(cuda.local_sums(x, mask), message, rtol=1e-6, atol=1e-6)
+    count, mean, variance = eager.moments_of_sums(message)
+    norm = Normalization(mean, variance, draw(3), draw(3), EPSILON, chosen)
+    y = eager.normalize(x, norm, r)
+    torch.testing.assert_close(cuda.normalize(x, norm, r), y, rtol=1e-5, atol=1e-5)
+    kept = None if not residual or chosen is None else (r if activation == "silu" else y)
+    dz, sums, sent = eager.gradient_sums(dy, x, norm, kept, whole)
+    got_dz, got_sums, got_sent = cuda.gradient_sums(dy, x, norm, kept, whole)
+    torch.testing.assert_close(got_sums, sums, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got_sent, sent, rtol=1e-5, atol=1e-5)
+    if whole:
+        torch.testing.assert_close(got_dz, dz, rtol=1e-5, atol=1e-5)
+    # As of two replicas.
+    dx = eager.input_gradient(dz, x, mask, norm, 2 * count, 3 * sent)
+    torch.testing.assert_close(cuda.input_gradient(got_dz, x, mask, norm, 2 * count, 3 * sent), dx, rtol=1e-5, atol=1e-5)
+
+
+def test_turns_visit_every_tile_once():
+    for across, length in itertools.product(range(1, 5), range(1, 6)):
+        seen = [turn % across * length + (length - 1 - turn // across) for turn in range(across * length)]
+        assert sorted(seen) == list(range(across * length))
+
+
+def test_an_empty_replica_has_a_program_that_moves_its_statistics():
+    for f in (plans.Fold(0, 3, 49), plans.Fold(0, 3, 1)):
+        tile, before = (plans.tile_for(kernel, f, 4, 132) for kernel in ("normalize", "moments"))
+        assert plans.pointwise_programs(f, tile, before) >= 1
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_plans_cover_every_value(layout):
+    for shape in [(32, 64, 112, 112), (2, 8192, 1, 1), (1, 1, 333, 333), (7, 3, 7, 7), (1, 1, 1, 1), (300, 5, 1, 1)]:
+        n, c, h, w = shape
+        f = plans.Fold(n * h * w, c, 1) if layout == "NHWC" else plans.Fold(n, c, h * w)
+        for kernel, size in itertools.product(plans.CHOICES, (2, 4)):
+            tile = plans.tile_for(kernel, f, size, 132)
+            steps = -(-f.A * f.B // tile.T)
+            assert tile.T & (tile.T - 1) == tile.K & (tile.K - 1) == 0
+            assert tile.share * -(-steps // tile.share) >= steps
+            assert tile.share * tile.T <= 2 * plans.MOST_VALUES

@@ -1,0 +1,47 @@
+"""Deliberate faults in the Triton kernels, each of which the suite must catch."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from test_mutants import Mutant, run
+
+pytest.importorskip("triton", reason="the kernels are written in Triton")
+
+MOMENTS, SUMS, POINTWISE, EXCHANGE = (f"kernels/{name}.py" for name in ("moments", "sums", "pointwise", "exchange"))
+KERNELS, PEERS = "test_kernels_triton.py", "test_exchange.py"
+
+MUTANTS = [
+    Mutant("pivots of lanes taken for one", MOMENTS, "d = tl.where(there[:, None], pivot - k[None, :], 0.0)",
+           "d = tl.where(there[:, None], 0 * pivot, 0.0)", KERNELS, "bits or (small_tiles and 7)"),
+    Mutant("pivots of programs taken for one", MOMENTS, "d = tl.where(there, k - pivot[None, :], 0.0)", "d = tl.where(there, 0 * k, 0.0)",
+           KERNELS, "small_tiles and 7"),
+    Mutant("masked values as pivots", MOMENTS, "tl.where((n == 0)[:, None], v, pivot)", "tl.where(tile == first, v, pivot)", KERNELS, "small_tiles and mask"),
+    Mutant("mask forgotten in the count", MOMENTS, "n += kept.to(tl.float32)", "n += 1.0", KERNELS, "small_tiles and mask"),
+    Mutant("arrivals not reset", EXCHANGE, "tl.store(counter, 0)", "tl.store(counter, before + 1)", KERNELS, "bits"),
+    Mutant("lo dropped from normalize", POINTWISE, "tl.load(offset + c, mask=inside, other=0.0).to(tl.float32) - lo * a",
+           "tl.load(offset + c, mask=inside, other=0.0).to(tl.float32)", KERNELS, "small_tiles and large"),
+    Mutant("a turn left out", POINTWISE, "last = length - 1 - turn // across", "last = length - 2 - turn // across", KERNELS, "small_tiles and 7"),
+    Mutant("statistics move at count 0", POINTWISE, "moves = (n != 0).to(tl.int32)", "moves = (n == n).to(tl.int32)", KERNELS, "masked_everywhere"),
+    Mutant("dropped term in the input gradient", SUMS, "through = -rstd * rstd * gx_hat / n", "through = 0 * gx_hat / n", KERNELS, "small_tiles and 7"),
+    Mutant("means of replicas taken for one", EXCHANGE, "its_m2 + d * d * n * part", "its_m2", PEERS, "agree_with"),
+    Mutant("absent replicas not noticed", EXCHANGE, "bad = tl.where(sound, 0.0, nothing)\n    return n + bad", "bad = 0.0\n    return n + bad",
+           PEERS, "killed"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory):
+    """What pytest says of each mutant; two run at a time."""
+    pool = ThreadPoolExecutor(2)
+    yield {m.name: pool.submit(run, m, tmp_path_factory.mktemp("mutant")) for m in MUTANTS}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_mutant_is_caught(mutant, verdicts):
+    verdict = verdicts[mutant.name].result()
+    assert verdict.returncode == 1, verdict.stdout[-3000:] + verdict.stderr[-1000:]
+    assert "1 failed" in verdict.stdout
+    assert "SyntaxError" not in verdict.stdout
