@@ -179,6 +179,10 @@ def main() -> None:
     if "RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+        from syncbn.engines import torch_lanes
+
+        # Every case is captured anew, and a captured graph keeps its lane.
+        torch_lanes.LANES = 4 * len(CASES)
     only = os.environ.get("SYNCBN_BENCHMARK", "graph,compiled,fused,kernels,exchange,host,eager").split(",")
     groups = {
         "graph": ["syncbn", "BatchNorm2d"],

@@ -50,7 +50,7 @@ class Lanes:
 
     def __init__(self, buffers: list[int], words: int, rank: int, limit: int, name: str, device: torch.device, memory: Any):
         self.memory = memory  # keeps the allocation alive
-        self.status = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.status = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         self.free = []
         for lane in range(LANES):
             addresses = [address + lane * words * 8 for address in buffers] + [self.status.data_ptr()]
@@ -178,7 +178,7 @@ def calibrated_limit(device: torch.device, seconds: float) -> int:
 
     words = exchange.words(2)
     buffers = torch.zeros(2, words, dtype=torch.int64, device=device)
-    status = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+    status = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=True)
     table = torch.tensor([buffers[0].data_ptr(), buffers[1].data_ptr(), status.data_ptr()], dtype=torch.int64, device=device)
     message = torch.zeros(2, dtype=torch.float64, device=device)
     exchange_alone("sums", message, Taken(table, 0, 1, 1), 2)

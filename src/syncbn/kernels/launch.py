@@ -70,7 +70,7 @@ def power_of_2(n: int) -> int:
     return triton.next_power_of_2(max(n, 1))
 
 
-NOTHING = torch.zeros(16, dtype=torch.uint8)
+NOTHING = torch.zeros(16, dtype=torch.uint8, device="cpu")
 
 if INTERPRETED:
 

@@ -147,7 +147,7 @@ def _one(x: Tensor) -> Tensor:
     """Ones [C], made once."""
     key = x.shape[1], arithmetic_dtype(x)
     if key not in _ones:
-        _ones[key] = torch.ones(key[0], dtype=key[1])
+        _ones[key] = torch.ones(key[0], dtype=key[1], device="cpu")
     return _ones[key]
 
 
