@@ -27,6 +27,16 @@ def world(request):
     return TensorFlowWorld(request.config.getoption("--replicas"))
 
 
+@pytest.fixture(scope="session")
+def torch_world(request):
+    """The same for torch: processes, made when the first test asks for them."""
+    from worlds import TorchWorld
+
+    world = TorchWorld(request.config.getoption("--replicas"))
+    yield world
+    world.close()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _replicas_first(request):
     """Logical devices can only be made before anything else runs on TensorFlow."""

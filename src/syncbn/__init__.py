@@ -6,14 +6,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from syncbn.engines.torch_context import checkpoint_contexts, local_statistics
+    from syncbn.engines.torch_debug import debug
+    from syncbn.engines.torch_join import EmptySteps
     from syncbn.layers.keras import SyncBatchNormalization
+    from syncbn.layers.torch import SyncBatchNorm
 
 __version__ = "0.1.0"
 
 # Where each public name lives: its module, and with it a framework, is imported when the name is first asked for.
-_HOMES = {"SyncBatchNormalization": "syncbn.layers.keras"}
+_HOMES = {
+    "EmptySteps": "syncbn.engines.torch_join",
+    "SyncBatchNorm": "syncbn.layers.torch",
+    "SyncBatchNormalization": "syncbn.layers.keras",
+    "checkpoint_contexts": "syncbn.engines.torch_context",
+    "debug": "syncbn.engines.torch_debug",
+    "local_statistics": "syncbn.engines.torch_context",
+}
 
-__all__ = ["SyncBatchNormalization", "__version__"]
+__all__ = [
+    "EmptySteps",
+    "SyncBatchNorm",
+    "SyncBatchNormalization",
+    "__version__",
+    "checkpoint_contexts",
+    "debug",
+    "local_statistics",
+]
 
 
 def __getattr__(name: str) -> Any:

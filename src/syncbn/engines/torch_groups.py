@@ -1,0 +1,119 @@
+"""Which torch processes meet, and the sums that they form together."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from syncbn import policy
+
+
+class Link(NamedTuple):
+    """The replicas that a layer's messages reach, two at least, by a process group and by its name."""
+
+    size: int
+    name: str
+    process_group: Any
+
+
+# Links are made once, by all ranks in the same order, and forgotten when the default group is another one.
+_links: dict[Any, Link | None] = {}
+_made_in: Any = None
+
+
+def link_of(group: Any) -> Link | None:
+    """The link of a `policy.Group` or of a process group; None where there is nobody to talk to."""
+    if isinstance(group, policy.Alone) or not (dist.is_available() and dist.is_initialized()):
+        return None
+    global _made_in
+    if _made_in is not dist.group.WORLD:
+        _links.clear()
+        _made_in = dist.group.WORLD
+    if group not in _links:
+        _links[group] = _make(group)
+    return _links[group]
+
+
+@torch.compiler.assume_constant_result
+def link_at_trace_time(group: Any) -> tuple[int, str]:
+    """(size, name), or (1, ""): constants of the graph that is being compiled. A process group comes in by its name."""
+    if isinstance(group, str):
+        group = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+    link = link_of(group)
+    return (1, "") if link is None else (link.size, link.name)
+
+
+def _make(group: Any) -> Link | None:
+    if group is None or isinstance(group, int):
+        world = dist.get_world_size()
+        size = world // policy.groups(world, group)
+        return None if size == 1 else _link(_own_group(size, world))
+    # What new_group returns on a rank that is not in the group is not a process group.
+    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+        raise policy.not_in_group(group)
+    return None if group.size() == 1 else _link(group)
+
+
+def _own_group(size: int, world: int) -> Any:
+    """A group of our own, of consecutive ranks.
+
+    The trainer launches its gradients' messages on the default group at moments that depend on the rank: ours between them would
+    be taken for theirs.
+    """
+    timeout = timeout_of(dist.group.WORLD)
+    if size == world:
+        return dist.new_group(list(range(world)), timeout=timeout, group_desc="syncbn")
+    own, _ = dist.new_subgroups(size, timeout=timeout, group_desc="syncbn")
+    return own
+
+
+def timeout_of(process_group: Any) -> Any:
+    """How long its members wait for each other, a timedelta."""
+    return process_group._get_backend(process_group._device_types[0]).options._timeout
+
+
+def _link(process_group: Any) -> Link:
+    return Link(process_group.size(), process_group.group_name, process_group)
+
+
+def sum_in_place(v: Tensor, link: Link | None) -> Tensor:
+    """v, now the sum of every replica's."""
+    if link is not None:
+        dist.all_reduce(v, group=link.process_group)
+    return v
+
+
+def sum_when_compiled(v: Tensor, name: str) -> Tensor:
+    """The sum of every replica's v: functional collectives, which the compiler can trace and, waited for, does not drop."""
+    if not name:
+        return v
+    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(v, "sum", name))
+
+
+def gather(v: Tensor, link: Link) -> Tensor:
+    """[size, …]: every replica's v in the order of ranks."""
+    if torch.compiler.is_compiling():
+        flat = torch.ops._c10d_functional.all_gather_into_tensor(v, link.size, link.name)
+        return torch.ops._c10d_functional.wait_tensor(flat).view(link.size, -1)
+    rows = [torch.empty_like(v) for _ in range(link.size)]
+    dist.all_gather(rows, v, group=link.process_group)
+    return torch.stack(rows)
+
+
+class DifferentiableSum(Function):
+    """The sum of every replica's v; its gradient is the sum of every replica's cotangent."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, link: Link | None) -> Tensor:
+        """A new tensor."""
+        ctx.link = link
+        return sum_in_place(v.clone(), link)
+
+    @staticmethod
+    def backward(ctx: Any, dv: Tensor) -> Any:
+        """The same again."""
+        return DifferentiableSum.apply(dv, ctx.link), None
