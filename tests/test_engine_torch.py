@@ -25,7 +25,7 @@ def tensor(a, dtype=None):
 def numbers(v):
     """Tensors as numpy arrays."""
     if isinstance(v, torch.Tensor):
-        return v.detach().to(torch.float64 if v.is_floating_point() else v.dtype).numpy()
+        return v.detach().clone().to(torch.float64 if v.is_floating_point() else v.dtype).numpy()
     return type(v)(map(numbers, v)) if isinstance(v, (list, tuple)) else v
 
 

@@ -290,6 +290,37 @@ def test_variance_where_keras_own_is_wrong(world):
     assert errors["keras", 1e3] > 0.01
 
 
+@pytest.mark.parametrize("mean", [1.0, 100.0])
+def test_errors_are_at_most_twice_those_of_the_plain_layer(world, mean):
+    """Of output and gradients in float32, from float64; the plain layer sees the whole batch at once."""
+    case = Case("accuracy", (16, 4, 9, 3), (8, 8, 6), mean=mean)
+    layer = make(world, case)
+    gamma, beta, *_ = layer.get_weights()
+    xs, dys = case.inputs(world.replicas), case.cotangents(world.replicas)
+    plain = keras.layers.BatchNormalization()
+    plain.build((None, *case.rest))
+    plain.set_weights(layer.get_weights())
+    whole = tf.constant(np.concatenate(xs))
+    with tf.GradientTape() as tape:
+        tape.watch(whole)
+        y = plain(whole, training=True)
+    theirs = [y, *tape.gradient(y, [whole, plain.gamma.value, plain.beta.value], tf.constant(np.concatenate(dys)))]
+    got = world.run(step(layer), xs, dys, graph=True)
+    ours = [
+        np.concatenate([y for y, _ in got]),
+        np.concatenate([g[0] for _, g in got]),
+        sum(g[1] for _, g in got),
+        sum(g[2] for _, g in got),
+    ]
+    truth = oracle.BatchNorm(xs)
+    dxs, dgammas, dbetas = truth.backward(dys, gamma)
+    exact = [np.concatenate(truth.forward(gamma, beta)), np.concatenate(dxs), sum(dgammas), sum(dbetas)]
+    for name, our, their, value in zip(("y", "dx", "dgamma", "dbeta"), ours, theirs, exact, strict=True):
+        our_error, their_error = (np.abs(np.asarray(v) - value).max() for v in (our, their))
+        # Half a unit in the last place is what rounding the exact value to float32 costs.
+        assert our_error <= 2 * their_error + np.spacing(np.float32(np.abs(value).max())) / 2, name
+
+
 # ------------------------------------------------------------------------------------------------- how people train
 
 

@@ -92,6 +92,7 @@ class TorchWorld:
             self.workers.append(worker)
             self.pipes.append((listener, worker))
         self.pipes = [listener.accept() for listener, _ in self.pipes]
+        assert all(self.receive(rank)[0] for rank in range(replicas))
 
     def run(self, function: Callable[..., Any], *per_replica: list[Any] | None, common: tuple[Any, ...] = ()) -> list[Any]:
         """function(*common, *arguments) on every replica, each with its own arguments; one result a replica.
@@ -144,6 +145,7 @@ def serve(rank: int, replicas: int, port: int, timeout: float, answer: int, key:
         where = f"tcp://127.0.0.1:{port}"
         patience = datetime.timedelta(seconds=timeout)
         dist.init_process_group("gloo", init_method=where, rank=rank, world_size=replicas, timeout=patience)
+    pipe.send_bytes(pickle.dumps((True, "ready")))
     with contextlib.suppress(EOFError):
         while True:
             module, name, arguments = pickle.loads(pipe.recv_bytes())

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from syncbn import SyncBatchNormalization
+import syncbn
 from syncbn.demo.data import CLASSES
 
 # Short runs: the default momentum of 0.99 would still remember the initial statistics.
@@ -15,8 +15,10 @@ MOMENTUM = 0.9
 
 NORMS: dict[str, Callable[[], Any]] = {
     "keras BatchNormalization": lambda: keras.layers.BatchNormalization(momentum=MOMENTUM),
-    "SyncBatchNormalization": lambda: SyncBatchNormalization(momentum=MOMENTUM),
-    "SyncBatchNormalization, renorm": lambda: SyncBatchNormalization(momentum=MOMENTUM, renorm=True, renorm_momentum=MOMENTUM),
+    "SyncBatchNormalization": lambda: syncbn.SyncBatchNormalization(momentum=MOMENTUM),
+    "SyncBatchNormalization, renorm": lambda: syncbn.SyncBatchNormalization(
+        momentum=MOMENTUM, renorm=True, renorm_momentum=MOMENTUM
+    ),
 }
 
 

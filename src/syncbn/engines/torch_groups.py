@@ -48,11 +48,11 @@ def link_at_trace_time(group: Any) -> tuple[int, str]:
 
 
 def _make(group: Any) -> Link | None:
-    if group is None or isinstance(group, int):
+    if group is None or (isinstance(group, int) and group > 0):
         world = dist.get_world_size()
         size = world // policy.groups(world, group)
         return None if size == 1 else _link(_own_group(size, world))
-    # What new_group returns on a rank that is not in the group is not a process group.
+    # What new_group returns on a rank that is not in the group is a negative number.
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
         raise policy.not_in_group(group)
     return None if group.size() == 1 else _link(group)

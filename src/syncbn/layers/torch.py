@@ -173,6 +173,7 @@ class SyncBatchNorm(_BatchNorm):
     def _group(self) -> Any:
         if self.process_group is None:
             return self.group_size
+        # The compiler's constants are simple: a name.
         return self.process_group.group_name if torch.compiler.is_compiling() else self.process_group
 
     def _scale_and_offset(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +185,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _suits_torchs_own(self, x: Tensor) -> bool:
         """Whether torch's own operator does all that is asked for."""
-        if self.renorm or x.numel() == 0 or torch.compiler.is_compiling():
+        if self.renorm or x.numel() <= x.shape[1] or torch.compiler.is_compiling():
             return False
         # Torch itself takes no other mixtures of dtypes.
         dtypes = {v.dtype for v in (self.weight, self.bias, self.running_mean) if v is not None}
@@ -192,19 +193,19 @@ class SyncBatchNorm(_BatchNorm):
 
     def _torchs_own(self, x: Tensor) -> Tensor:
         """Torch's operator, which moves the statistics itself."""
-        moves = self.training and self.running_mean is not None and self._is_first_pass()
+        keeps = self.training and self.running_mean is not None and not context.is_local()
+        moves = keeps and context.is_first_pass()
         weight = 0.0 if self.momentum is None else self.momentum
         if moves:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 weight = 1.0 / float(self.num_batches_tracked)
-        mean, variance = (self.running_mean, self.running_var) if moves else (None, None)
+        mean, variance = (self.running_mean, self.running_var) if keeps else (None, None)
+        if keeps and not moves:
+            # A recomputation must save as many tensors as the first pass.
+            mean, variance = self.running_mean.clone(), self.running_var.clone()
         return torch.nn.functional.batch_norm(x, mean, variance, self.weight, self.bias, True, weight, self.eps)
-
-    @staticmethod
-    def _is_first_pass() -> bool:
-        return not context.is_local() and context.is_first_pass()
 
     def _train(self, moments: Moments, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """The scale and offset of this step; moves the statistics."""
