@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "__init__": (set(), set()),
     "maths": (set(), set()),
     "policy": (set(), set()),
+    "policy_migration": (set(), set()),
     "engines/__init__": ({"policy"}, {"keras"}),
     "engines/tensorflow": ({"engines", "kernels", "maths", "policy"}, {"tensorflow"}),
     "engines/torch": ({"engines", "kernels", "maths", "policy"}, {"torch"}),
@@ -36,6 +37,10 @@ MAY_IMPORT = {
     "layers/__init__": (set(), set()),
     "layers/keras": ({"engines", "maths", "policy"}, {"keras"}),
     "layers/torch": ({"engines", "maths", "policy"}, {"torch"}),
+    "layers/torch_lazy": ({"layers"}, {"torch"}),
+    "conversion/__init__": ({"conversion", "policy_migration"}, set()),
+    "conversion/exchange": (set(), set()),
+    "conversion/torch": ({"conversion", "layers", "policy", "policy_migration"}, {"torch"}),
     "cli": ({"demo"}, {"rich", "typer"}),
     "demo": ({"", "demo"}, {"keras", "matplotlib", "numpy", "rich", "sklearn", "tensorflow"}),
 }
