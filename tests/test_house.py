@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "layers/torch_lazy": ({"layers"}, {"torch"}),
     "conversion/__init__": ({"conversion", "policy_migration"}, set()),
     "conversion/exchange": (set(), set()),
+    "conversion/keras": ({"conversion", "layers", "policy", "policy_migration"}, {"keras"}),
     "conversion/torch": ({"conversion", "layers", "policy", "policy_migration"}, {"torch"}),
     "cli": ({"demo"}, {"rich", "typer"}),
     "demo": ({"", "demo"}, {"keras", "matplotlib", "numpy", "rich", "sklearn", "tensorflow"}),

@@ -47,6 +47,22 @@ def not_a_model(verb: str, model: Any) -> TypeError:
     )
 
 
+def torch_only(process_group: Any) -> ValueError:
+    """An argument that Keras has no use for."""
+    return ValueError(
+        f"`process_group` is for torch modules. Received: process_group={process_group!r} with a Keras model. Use `group_size`; "
+        "all replicas of the strategy meet otherwise."
+    )
+
+
+def keras_changed(name: str) -> RuntimeError:
+    """Keras wraps `build` in another way than the versions that this was made for."""
+    return RuntimeError(
+        f"A layer that is not built changes its class only where Keras wraps its `build` as versions 3.14 and 3.15 do. Received: "
+        f"{name}, wrapped in another way. Build the model first, for example by calling it on some data."
+    )
+
+
 # What a torch model may be wrapped in, and what to do first.
 TORCH_STATES = {
     "compiled": "Take the model that was given to torch.compile, and compile the result",

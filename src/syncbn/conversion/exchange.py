@@ -40,8 +40,8 @@ def qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def why_unknown(layer: Any, known: Iterable[type]) -> str:
-    """Why an object's class cannot be exchanged."""
+def why_unknown(layer: Any, known: Iterable[type], method: str) -> str:
+    """Why an object cannot change its class: its class, or a `forward` (`call`) that was set on the object."""
     cls, known = type(layer), set(known)
     ancestor = next((c for c in cls.__mro__ if c in known), None)
     if ancestor is None:
@@ -49,4 +49,4 @@ def why_unknown(layer: Any, known: Iterable[type]) -> str:
     names = overridden(cls, ancestor)
     if names:
         return f"a {qualified(cls)}, which overrides {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
-    return f"a {qualified(cls)} with a `forward` of its own"
+    return f"a {qualified(cls)} with a `{method}` of its own"

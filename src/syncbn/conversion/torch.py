@@ -71,8 +71,8 @@ def convert(model: nn.Module, arguments: dict[str, Any], filter: Filter, on_unkn
     chosen, unknown = [], []
     for name, module in found:
         ancestor = known_ancestor(type(module), known)
-        if "forward" in vars(module) or (ancestor is None and type(module) not in OURS):
-            unknown.append((name, why_unknown(module, [*known, *OURS])))
+        if "forward" in vars(module) or (ancestor is None and not isinstance(module, SyncBatchNorm)):
+            unknown.append((name, why_unknown(module, [*known, *OURS], "forward")))
         else:
             chosen.append((name, module, known[ancestor] if ancestor else type(module)))
     if unknown and on_unknown == "error":
@@ -99,10 +99,11 @@ def convert(model: nn.Module, arguments: dict[str, Any], filter: Filter, on_unkn
 def revert(model: nn.Module, filter: Filter, example: Any) -> nn.Module:
     """See `syncbn.revert`."""
     _refuse_wrong_state("syncbn.revert", model)
-    found = [(name, module) for name, module in _batch_norms(model, filter) if type(module) in OURS]
+    found = [(name, module) for name, module in _batch_norms(model, filter) if isinstance(module, SyncBatchNorm)]
     if not found:
         warnings.warn(texts.no_batch_norm("syncbn.revert", "batch norms of ours", filter is not None), stacklevel=3)
-    beyond = [(name, f"activation={m.activation!r}") for name, m in found if m.activation is not None]
+    beyond = [(name, f"a {qualified(type(m))}") for name, m in found if type(m) not in OURS]
+    beyond += [(name, f"activation={m.activation!r}") for name, m in found if m.activation is not None]
     if beyond:
         raise texts.no_place(beyond, "torch's batch norm")
     for module, target in _targets(model, found, example).items():
