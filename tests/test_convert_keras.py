@@ -81,7 +81,7 @@ def test_round_trip_is_bit_identical(name):
         if isinstance(layer, layers.Dropout):
             layer.rate = 0.0
     x = data(2, 32, 32, 3)
-    kept, state = [v for v in model.variables], values(model)
+    kept, state = list(model.variables), values(model)
     kinds = [type(layer) for layer in model._flatten_layers()]
     attributes = [set(vars(layer)) for layer in model._flatten_layers()]
     expected = outputs(model, x)
@@ -91,7 +91,7 @@ def test_round_trip_is_bit_identical(name):
     assert sum(isinstance(layer, SyncBatchNormalization) for layer in model._flatten_layers()) == count
     assert all(a is b for a, b in zip(model.variables, kept, strict=True))
     # In training only the first layers: 50 layers on, two samples a channel make noise of the last bit.
-    trained, inferred, *moved = outputs(model, x)
+    _, inferred, *moved = outputs(model, x)
     near([inferred], [expected[1]], 2e-4)
     first = [i for i, v in enumerate(model.variables) if "moving" in v.name][:4]
     near([moved[i] for i in first], [expected[2 + i] for i in first], 1e-4)
