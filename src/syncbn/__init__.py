@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from syncbn.conversion import convert, fold, revert
+    from syncbn.conversion.legacy import load_legacy
+    from syncbn.conversion.weights import load_weights
     from syncbn.engines.torch_context import checkpoint_contexts, local_statistics
     from syncbn.engines.torch_debug import debug
     from syncbn.engines.torch_join import EmptySteps
@@ -24,6 +26,8 @@ _HOMES = {
     "convert": "syncbn.conversion",
     "debug": "syncbn.engines.torch_debug",
     "fold": "syncbn.conversion",
+    "load_legacy": "syncbn.conversion.legacy",
+    "load_weights": "syncbn.conversion.weights",
     "local_statistics": "syncbn.engines.torch_context",
     "revert": "syncbn.conversion",
 }
@@ -37,6 +41,8 @@ __all__ = [
     "convert",
     "debug",
     "fold",
+    "load_legacy",
+    "load_weights",
     "local_statistics",
     "revert",
 ]

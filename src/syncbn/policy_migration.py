@@ -101,3 +101,104 @@ def renorm_without_statistics(found: Iterable[tuple[str, str]]) -> ValueError:
         "renorm=True starts from the moving statistics, so they must be kept. Received: "
         f"{_listed(found)}. Leave these layers out with `filter`, or convert with renorm=False."
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def not_weights(path: Any, received: str) -> ValueError:
+    """A file that is no `.weights.h5`."""
+    return ValueError(
+        "syncbn.load_weights reads `.weights.h5` files, as model.save_weights of Keras 3 (or of tf_keras ≥ 2.12) writes them. "
+        f"Received: {path}, {received}. A whole model loads with keras.models.load_model or syncbn.load_legacy, an old `.h5` of "
+        "weights alone with model.load_weights."
+    )
+
+
+def not_built(name: str) -> ValueError:
+    """A model without weights yet."""
+    return ValueError(
+        f"A model must be built before weights are loaded into it. Received: {name}, which is not. Call it on some data, or give "
+        "it an Input."
+    )
+
+
+def weights_do_not_fit(path: Any, missing: Iterable[str], unused: Iterable[str], other: Iterable[str]) -> ValueError:
+    """What is on one side alone, or of another shape."""
+    parts = [
+        f"{what}: {', '.join(names)}"
+        for what, names in (
+            ("in the model, not in the file", list(missing)),
+            ("in the file, not in the model", list(unused)),
+            ("of other shapes", list(other)),
+        )
+        if names
+    ]
+    return ValueError(
+        f"The file must hold the weights of this model. Received: {path}, where these do not fit: {'; '.join(parts)}. Build the "
+        "model that wrote the file, with the same layers and the same `renorm`. No weight was changed."
+    )
+
+
+LEGACY = (
+    "syncbn.load_legacy reads whole models that Keras 2 wrote as `.h5` or as a SavedModel, of the Sequential or functional kind."
+)
+
+
+def not_legacy(path: Any, received: str, mend: str) -> ValueError:
+    """A file of another kind."""
+    return ValueError(f"{LEGACY} Received: {path}, {received}. {mend}")
+
+
+KERAS_2_MENDS = {
+    "keras": "A file of Keras 3 loads with keras.models.load_model; one of tf_keras must be written again, by tf_keras, as `.h5`",
+    "subclassed": "For inference alone use keras.layers.TFSMLayer(path); to train, build the model in code and give it the "
+    "weights of a `.h5` file by model.load_weights",
+    "no config": "For inference alone use keras.layers.TFSMLayer(path); to train, write the model again, by the version that "
+    "made it, as `.h5`",
+    "weights": "Build the model in code and call model.load_weights, or syncbn.load_weights for a `.weights.h5`",
+    "other": "Give the path of such a file",
+}
+
+
+def several_axes(name: str, axis: Sequence[int]) -> ValueError:
+    """What Keras 3's own layer cannot."""
+    return ValueError(
+        f"keras.layers.BatchNormalization of Keras 3 takes one axis. Received: the layer {name!r} with axis={list(axis)}. Load "
+        "with convert=True, which makes every batch norm ours."
+    )
+
+
+def variables_do_not_fit(path: Any, names: Iterable[str]) -> ValueError:
+    """A SavedModel whose variables are not those of its configuration."""
+    return ValueError(
+        f"A SavedModel must hold a value for each variable that its configuration makes. Received: {path}, where these have "
+        f"none, or one of another shape: {', '.join(names)}. Write the model again, by tf_keras, as `.h5`."
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- fold
+
+
+def fold_in_training() -> ValueError:
+    """Statistics that would still move."""
+    return ValueError(
+        "syncbn.fold takes a model in eval mode, because in training statistics are the batch's. Received: a model in training "
+        "mode. Call model.eval() first."
+    )
+
+
+def folded_rank(rank: int, shape: Sequence[int]) -> ValueError:
+    """An input whose dim 1 is not what the layer before the batch norm has as channels."""
+    return ValueError(
+        f"A batch norm that was folded into the layer before it takes that layer's output with the channels on dim 1, so of rank "
+        f"{rank}. Received: shape {tuple(shape)}. Reshape the input of that layer, or run the model that was not folded."
+    )
+
+
+def fold_subclassed(name: str, cls: str) -> ValueError:
+    """A model whose graph is not known."""
+    return ValueError(
+        f"syncbn.fold takes a Sequential or functional Keras model, whose graph it reads. Received: {name}, a {cls}. Fold the "
+        "Sequential or functional models in it."
+    )
