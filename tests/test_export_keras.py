@@ -154,7 +154,8 @@ def test_saved_model(tmp_path):
 
     model, x = small()
     model.export(tmp_path / "model", verbose=False)
-    close(tf.saved_model.load(str(tmp_path / "model")).serve(x).numpy(), numpy(model(x)))
+    loaded = tf.saved_model.load(str(tmp_path / "model"))
+    close(loaded.serve(x).numpy(), numpy(model(x)))
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TFLite takes models of TensorFlow")
@@ -176,6 +177,7 @@ def test_onnx(tmp_path):
     if BACKEND != "torch":
         pytest.importorskip("tf2onnx")
     model, x = small()
+    model(x)
     model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (y,) = session.run(None, {session.get_inputs()[0].name: x})

@@ -40,7 +40,14 @@ def fold(model: Any) -> Any:
             return layers.Activation(activation, name=layer.name, dtype=layer.dtype_policy)
         return type(layer).from_config({**config, "use_bias": True} if id(layer) in folded else config)
 
-    new = keras.models.clone_model(model, clone_function=copy)
+    names = {norm.name for norm in folded.values()}
+
+    def call(layer: Any, *args: Any, **named: Any) -> Any:
+        # A batch norm takes a mask; what stands in its place does not.
+        return layer(args[0]) if layer.name in names else layer(*args, **named)
+
+    graph = {} if isinstance(model, keras.Sequential) else {"call_function": call}
+    new = keras.models.clone_model(model, clone_function=copy, **graph)
     _give_weights(model, new, folded, gone)
     return new
 
@@ -54,7 +61,7 @@ def _give_weights(model: Any, new: Any, folded: dict[int, Any], gone: dict[int, 
     for layer in model.layers:
         if id(layer) in folded:
             new.get_layer(layer.name).set_weights(_folded_weights(layer, folded[id(layer)]))
-        elif id(layer) not in gone and not isinstance(layer, keras.Sequential) and not _is_functional(layer):
+        elif layer.weights and id(layer) not in gone and not isinstance(layer, keras.Sequential) and not _is_functional(layer):
             new.get_layer(layer.name).set_weights(layer.get_weights())
 
 

@@ -55,13 +55,9 @@ def fold(model: nn.Module) -> nn.Module:
         names.setdefault(module, []).append(name)
     uses = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
     for layer, norm in list(_pairs(model)):
-        alone = len(names[layer]) == len(names[norm]) == 1 and names[norm][0]
-        if (
-            alone
-            and _is_plain(layer)
-            and _is_plain(norm)
-            and all(uses[id(p)] == 1 for p in layer._parameters.values() if p is not None)
-        ):
+        once = len(names[layer]) == len(names[norm]) == 1 and names[norm][0] != ""
+        shared = any(uses[id(p)] > 1 for p in layer._parameters.values() if p is not None)
+        if once and not shared and _is_plain(layer) and _is_plain(norm):
             _fold_into(layer, norm)
             parent, _, name = names[norm][0].rpartition(".")
             setattr(modules[parent], name, _what_follows(norm, BEFORE[type(layer)][0]))
