@@ -3,20 +3,57 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.made
+PYTEST := $(BIN)/pytest
 
-# Tests on replicas: one framework, and one number of replicas, a process.
+# One framework, and one number of replicas, a process; two processes at a time.
 REPLICATED := tests/test_engine_tensorflow.py tests/test_layer_tensorflow.py
+TESTS := test-house test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-conversion test-mutants
 
-.PHONY: demo test check lint benchmark clean
+.PHONY: demo test check lint benchmark clean $(TESTS)
 
 demo: $(SETUP)
 	$(BIN)/syncbn demo
 
 test: $(SETUP)
-	$(BIN)/pytest tests/test_house.py tests/test_maths.py tests/test_demo.py
-	$(BIN)/pytest tests/test_layer_keras.py $(REPLICATED) --replicas 4
-	$(BIN)/pytest $(REPLICATED) --replicas 2
-	$(BIN)/pytest tests/test_multi_worker.py tests/test_mutants.py
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(TESTS)
+
+test-house:
+	$(PYTEST) tests/test_house.py tests/test_maths.py
+
+test-demos:
+	$(PYTEST) tests/test_demo.py
+	$(PYTEST) tests/test_demo_torch.py tests/test_demo_jax.py
+
+test-tensorflow:
+	$(PYTEST) tests/test_layer_keras.py tests/test_functional_tensorflow.py $(REPLICATED) --replicas 4
+
+test-tensorflow-2:
+	$(PYTEST) $(REPLICATED) --replicas 2
+	$(PYTEST) tests/test_multi_worker.py
+
+test-torch:
+	$(PYTEST) tests/test_layer_torch.py tests/test_engine_torch.py tests/test_layer_torch_ranks.py tests/test_functional_torch.py --replicas 4
+	$(PYTEST) tests/test_layer_keras_torch.py --replicas 4
+
+test-torch-2:
+	$(PYTEST) tests/test_engine_torch.py tests/test_torch_training.py --replicas 2
+
+test-jax:
+	$(PYTEST) tests/test_engine_jax.py tests/test_layer_jax.py tests/test_functional_jax.py
+	$(PYTEST) tests/test_engine_jax.py -k "concatenated or groups" --replicas 2
+	$(PYTEST) tests/test_engine_jax.py -k "concatenated or groups" --replicas 8
+	JAX_ENABLE_X64=1 $(PYTEST) tests/test_engine_jax.py -k "float64 or large or second or groups"
+	$(PYTEST) tests/test_multi_process_jax.py
+
+test-conversion:
+	$(PYTEST) tests/test_convert_torch.py tests/test_export_torch.py
+	$(PYTEST) tests/test_convert_keras.py tests/test_export_keras.py tests/test_legacy.py
+
+test-mutants:
+	$(PYTEST) tests/test_mutants.py
+	$(PYTEST) tests/test_mutants_torch.py
+	$(PYTEST) tests/test_mutants_jax.py
+	$(PYTEST) tests/test_mutants_convert.py
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
@@ -27,6 +64,8 @@ check: lint test
 
 benchmark: $(SETUP)
 	$(BIN)/python benchmarks/run.py tensorflow-cpu
+	$(BIN)/python benchmarks/run.py torch-cpu
+	$(BIN)/python benchmarks/run.py jax-cpu
 
 clean:
 	rm -rf $(VENV) demo-results .pytest_cache .mypy_cache .ruff_cache
@@ -34,4 +73,6 @@ clean:
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
+	# By itself: what it asks for is the other build of TensorFlow.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps tf_keras
 	touch $@

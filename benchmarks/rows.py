@@ -52,3 +52,9 @@ def write(name: str, rows: list[dict[str, Any]]) -> Path:
     path = RESULTS / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """The rows that are there."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from rows import provenance, write
+from rows import provenance, read, write
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 app = typer.Typer(add_completion=False)
@@ -34,6 +34,58 @@ def tensorflow_cpu(
     where = provenance("tensorflow-cpu", "keras", "numpy")
     path = write("tensorflow-cpu", [{"benchmark": "tensorflow-cpu", **row, **where} for row in rows])
     show(rows, "syncbn", sys.stdout.isatty())
+    print(f"{len(rows)} rows in {path}")
+
+
+@app.command()
+def jax_cpu(
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds per shape; the peers take turns in each.")] = 9,
+    program: Annotated[str, typer.Option(help="scan, convolutions or bare: only these rows are measured again.")] = "",
+) -> None:
+    """JAX, 4 host devices, forward + backward of 10 and 20 layers in one jit."""
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    import jax_cpu as cpu
+
+    chosen = [name for name in cpu.PROGRAMS if program in name]
+    where = provenance("jax", "flax", "numpy")
+    rows = [{"benchmark": "jax-cpu", **row, **where} for row in cpu.times(rounds, chosen)]
+    for quantity in dict.fromkeys(row["quantity"] for row in rows):
+        print(quantity)
+        show([row for row in rows if row["quantity"] == quantity], "syncbn", sys.stdout.isatty())
+    measured = {row["quantity"] for row in rows}
+    kept = [row for row in read("jax-cpu") if row["quantity"] not in measured]
+    path = write("jax-cpu", kept + rows)
+    print(f"{len(rows)} rows in {path}")
+
+
+@app.command()
+def jax_gpu(rounds: Annotated[int, typer.Option(min=3, help="Rounds per shape; the peers take turns in each.")] = 9) -> None:
+    """JAX on one GPU, unsynchronised: beside Flax, and beside what the memory's speed allows."""
+    import jax_gpu as gpu
+
+    rows = gpu.times(rounds)
+    where = provenance("jax", "flax", "numpy")
+    path = write("jax-gpu", [{"benchmark": "jax-gpu", **row, **where} for row in rows])
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        print(dtype)
+        show([row for row in rows if row["dtype"] == dtype], "syncbn", sys.stdout.isatty())
+    print(f"{len(rows)} rows in {path}")
+
+
+@app.command()
+def torch_cpu(
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds per shape; the peers take turns in each.")] = 15,
+) -> None:
+    """PyTorch, one process and two over gloo, forward + backward; and host time a layer."""
+    import torch_cpu as cpu
+
+    rows = cpu.times(rounds) + cpu.host_microseconds()
+    where = provenance("torch", "numpy")
+    path = write("torch-cpu", [{"benchmark": "torch-cpu", **row, **where} for row in rows])
+    for quantity, replicas in dict.fromkeys((row["quantity"], row["replicas"]) for row in rows):
+        print(f"{replicas} processes, {quantity}")
+        table = [row for row in rows if (row["quantity"], row["replicas"]) == (quantity, replicas)]
+        show([{**row, "quantity": "seconds"} for row in table], "syncbn", sys.stdout.isatty())
     print(f"{len(rows)} rows in {path}")
 
 

@@ -14,6 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+# JAX has as many host devices as it is told before it starts; Keras reads its backend when it is imported.
+if any("jax" in Path(argument).name for argument in sys.argv):
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    os.environ["KERAS_BACKEND"] = "jax"
+
 
 def pytest_addoption(parser):
     parser.addoption("--replicas", type=int, default=4, help="how many replicas the tests run on")

@@ -11,6 +11,7 @@ from checks import EPSILON, arguments, close, equals_oracle
 
 from syncbn import policy
 from syncbn.engines import tensorflow as engine
+from syncbn.engines import tensorflow_replicas as replicas
 
 
 def step(case, group=None, activation=None):
@@ -202,9 +203,9 @@ def test_one_message_each_way(world, monkeypatch, group):
 @pytest.mark.parametrize("case", [*CASES[:5], *LARGE_MEAN[:2]], ids=lambda case: case.name)
 def test_without_float64(world, monkeypatch, case, group, gathered):
     """The form for TPUs, forced on CPU replicas."""
-    monkeypatch.setattr(engine, "_has_float64", lambda strategy: False)
+    monkeypatch.setattr(replicas, "has_float64", lambda strategy: False)
     if not gathered:
-        monkeypatch.setattr(engine, "GATHERED_REPLICAS", 0)
+        monkeypatch.setattr(replicas, "GATHERED_REPLICAS", 0)
     xs, dys, scale, offset, _ = arguments(case, world.replicas)
 
     def replica(x, dy, scale, offset):

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from cases import CASES, LARGE_MEAN, RAGGED, Case
 from checks import EPSILON, arguments, close, equals_oracle
 
-from syncbn import policy
+from syncbn import policy, policy_torch
 from syncbn.engines import torch as engine
 from syncbn.engines import torch_groups
-from syncbn.kernels import choice, eager
+from syncbn.kernels import choice, eager, native
 
 # ------------------------------------------------------------------------------------------------- what a process runs
 
@@ -25,7 +25,7 @@ def tensor(a, dtype=None):
 def numbers(v):
     """Tensors as numpy arrays."""
     if isinstance(v, torch.Tensor):
-        return v.detach().clone().to(torch.float64 if v.is_floating_point() else v.dtype).numpy()
+        return v.detach().clone().to(torch.float64 if v.is_floating_point() else v.dtype).cpu().numpy()
     return type(v)(map(numbers, v)) if isinstance(v, (list, tuple)) else v
 
 
@@ -124,8 +124,11 @@ class Alone:
         return [function(*common, *(None if values is None else values[0] for values in per_replica))]
 
 
+@pytest.mark.parametrize("small", [2**16, 0])
 @pytest.mark.parametrize("case", [*CASES, *LARGE_MEAN], ids=lambda case: case.name)
-def test_one_process(case):
+def test_one_process(case, small, monkeypatch):
+    """Small inputs and large ones take different passes of the CPU kernels."""
+    monkeypatch.setattr(native, "SMALL", small)
     check(Alone, case)
 
 
@@ -179,7 +182,7 @@ def test_all_masked_normalises_with_0_and_1(torch_world):
 
 @pytest.mark.parametrize("function", [step, step_by_eager])
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("activation", [*policy.TORCH_ACTIVATIONS.values(), policy.Activation("leaky_relu", 0.2)], ids=str)
+@pytest.mark.parametrize("activation", [*policy_torch.ACTIVATIONS.values(), policy.Activation("leaky_relu", 0.2)], ids=str)
 def test_activation_and_residual(torch_world, activation, residual, function):
     case = Case("fused", RAGGED, (4, 5), dtype="float64")
     xs, dys, scale, offset, _ = arguments(case, torch_world.replicas)
@@ -221,7 +224,7 @@ def test_gradgradcheck(activation, masked):
     x, residual = torch.randn(4, 3, 2, dtype=torch.float64), torch.randn(4, 3, 2, dtype=torch.float64)
     scale, offset = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     mask = torch.rand(4, 1, 2) < 0.7 if masked else None
-    chosen = activation and policy.TORCH_ACTIVATIONS[activation]
+    chosen = activation and policy_torch.ACTIVATIONS[activation]
 
     def normalized(x, scale, offset, residual):
         moments = engine.moments(x, mask=mask)

@@ -49,7 +49,11 @@ def test_constructor_is_tensorflow_2_2s():
         ("beta_constraint", None), ("gamma_constraint", None), ("renorm", False), ("renorm_clipping", None),
         ("renorm_momentum", 0.99), ("trainable", True), ("adjustment", None), ("name", None),
     ]  # fmt: skip
-    assert [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY] == [("group_size", None), ("activation", None)]
+    assert [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY] == [
+        ("group_size", None),
+        ("axis_name", None),
+        ("activation", None),
+    ]
 
 
 CLIPPING = {"rmin": 0.8, "rmax": 1.1, "dmax": 0.2}
@@ -543,10 +547,10 @@ def test_parameter_server_strategy():
         def __init__(self):
             pass
 
-    from syncbn.engines import tensorflow as engine
+    from syncbn.engines import tensorflow_replicas as replicas
 
     with pytest.raises(RuntimeError, match="Received: ParameterServerStrategy"):
-        engine._refuse_parameter_server(Fake())
+        replicas.refuse_parameter_server(Fake())
 
 
 def test_other_keras_backends_are_named(monkeypatch):

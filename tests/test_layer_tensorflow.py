@@ -14,7 +14,7 @@ from checks import close
 from test_engine_tensorflow import count_all_reduces
 
 from syncbn import SyncBatchNormalization
-from syncbn.engines import tensorflow as engine
+from syncbn.engines import tensorflow_replicas as replicas
 
 RNG = np.random.default_rng(11)
 BY_NAME = [
@@ -525,5 +525,16 @@ def test_tpus_take_the_form_without_float64():
         def __init__(self):
             pass
 
-    assert not engine._has_float64(Strategy())
-    assert engine._has_float64(tf.distribute.get_strategy())
+    assert not replicas.has_float64(Strategy())
+    assert replicas.has_float64(tf.distribute.get_strategy())
+
+
+def test_an_axis_name_of_jax(world, monkeypatch):
+    """Kept; an error where it would be needed, not in inference nor on one replica."""
+    layer = make(world, Case("axis", RAGGED, (4, 3)), axis_name="data")
+    text = "`axis_name` is for JAX: on TensorFlow replicas are found without it."
+    refused_before_any_message(world, monkeypatch, ValueError, text, layer, Case("axis", RAGGED, (4, 3)).inputs(world.replicas))
+    assert np.isfinite(layer(np.ones((2, 4, 3), "float32"))).all()
+    alone = SyncBatchNormalization.from_config(layer.get_config())
+    assert alone.axis_name == "data"
+    assert np.isfinite(alone(np.ones((2, 4, 3), "float32"), training=True)).all()

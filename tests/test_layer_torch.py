@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import oracle
@@ -14,7 +17,7 @@ import torch
 import torch.nn as nn
 
 import syncbn
-from syncbn import SyncBatchNorm, policy
+from syncbn import SyncBatchNorm, policy_torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6, torch.float64: 1e-12}
@@ -182,7 +185,14 @@ def test_meta_and_other_dtypes_at_construction():
 
 @pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize(
-    "clipping", [None, {"rmin": 0.7, "rmax": 1.2, "dmax": 0.4}, {"rmax": torch.tensor(1.1)}, {"dmax": lambda: 0.2}], ids=str
+    "clipping",
+    [
+        None,
+        {"rmin": 0.7, "rmax": 1.2, "dmax": 0.4},
+        {"rmax": torch.tensor(1.1, dtype=torch.float64), "rmin": 0.8},
+        {"dmax": lambda: 0.2},
+    ],
+    ids=str,
 )
 def test_renorm_by_formula(clipping, momentum):
     eps, weight = 1e-3, 1.0 if momentum is None else momentum
@@ -501,6 +511,14 @@ def test_integer_input():
         SyncBatchNorm(3)(torch.ones(4, 3, dtype=torch.int64))
 
 
+def test_the_environment_turns_the_handshake_on():
+    code = "from syncbn.engines import torch_debug; print(torch_debug.enabled())"
+    for value, said in (("1", "True"), ("0", "False")):
+        environment = {**os.environ, "SYNCBN_DEBUG": value, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.stdout.strip() == said, done.stderr
+
+
 def test_group_size_has_no_effect_alone():
     assert SyncBatchNorm(3, group_size=8)(data(4, 3)).isfinite().all()
 
@@ -513,5 +531,5 @@ def test_docstring_examples():
         found = doctest.testmod(importlib.import_module(f"syncbn.{name}"))
         assert found.failed == 0
         assert found.attempted > 1
-    assert policy.TORCH_ACTIVATIONS["leaky_relu"].slope == 0.01
+    assert policy_torch.ACTIVATIONS["leaky_relu"].slope == 0.01
     assert {"SyncBatchNorm", "local_statistics", "checkpoint_contexts", "debug", "EmptySteps"} <= set(syncbn.__all__)

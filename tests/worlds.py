@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import multiprocessing
 import os
 import pickle
 import socket
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Client, Listener
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,28 +67,31 @@ class TensorFlowWorld:
 
 
 class TorchWorld:
-    """Processes on gloo that live as long as the world and run what they are sent: start-up is paid once.
+    """Processes that live as long as the world and run what they are sent: start-up is paid once.
+
+    They meet by gloo on the CPU; with SYNCBN_TEST_DEVICE=cuda on GPUs, one each by NCCL, or by gloo where those are too few.
 
     What they run must be importable by its name: a function of a test module, which finds its rank by torch.distributed.
     """
 
-    def __init__(self, replicas: int, timeout: float = 60, environment: dict[str, str] | None = None):
+    def __init__(self, replicas: int, timeout: float = 60):
         self.replicas, self.timeout = replicas, timeout
+        device = os.environ.get("SYNCBN_TEST_DEVICE", "cpu")
         with contextlib.closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+        os.environ["OMP_NUM_THREADS"] = "1"
+        # Torch is imported once, and the processes are forked from where it is.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
         self.workers, self.pipes = [], []
         for rank in range(replicas):
-            key = os.urandom(16)
-            listener = Listener(("127.0.0.1", 0), authkey=key)
-            words = [rank, replicas, port, timeout, listener.address[1], key.hex()]
-            worker = subprocess.Popen(
-                [sys.executable, str(Path(__file__)), *map(str, words)], env={**os.environ, **threads, **(environment or {})}
-            )
+            mine, theirs = context.Pipe()
+            worker = context.Process(target=serve, args=(theirs, rank, replicas, port, timeout, device), daemon=True)
+            worker.start()
+            theirs.close()
             self.workers.append(worker)
-            self.pipes.append((listener, worker))
-        self.pipes = [listener.accept() for listener, _ in self.pipes]
+            self.pipes.append(mine)
         assert all(self.receive(rank)[0] for rank in range(replicas))
 
     def run(self, function: Callable[..., Any], *per_replica: list[Any] | None, common: tuple[Any, ...] = ()) -> list[Any]:
@@ -118,33 +118,37 @@ class TorchWorld:
                 return False, "no answer"
             return pickle.loads(self.pipes[rank].recv_bytes())
         except (EOFError, ConnectionResetError):
-            return False, f"died with {self.workers[rank].wait(10)}"
+            self.workers[rank].join(10)
+            return False, f"died with {self.workers[rank].exitcode}"
 
     def close(self) -> None:
         for pipe in self.pipes:
             with contextlib.suppress(OSError):
                 pipe.close()
         for worker in self.workers:
-            try:
-                worker.wait(5)
-            except subprocess.TimeoutExpired:
-                worker.kill()
-                worker.wait(5)
+            worker.join(5)
+            worker.kill()
 
 
-def serve(rank: int, replicas: int, port: int, timeout: float, answer: int, key: str) -> None:
+def serve(pipe: Any, rank: int, replicas: int, port: int, timeout: float, device: str) -> None:
     """A process of a TorchWorld: runs what it is sent until its pipe closes."""
     import importlib
 
-    pipe = Client(("127.0.0.1", answer), authkey=bytes.fromhex(key))
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    backend = "gloo"
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        torch.cuda.set_device(rank % gpus)
+        torch.set_default_device("cuda")
+        # NCCL refuses two ranks on one GPU.
+        backend = "nccl" if gpus >= replicas else "gloo"
     if replicas > 1:
         where = f"tcp://127.0.0.1:{port}"
         patience = datetime.timedelta(seconds=timeout)
-        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=replicas, timeout=patience)
+        dist.init_process_group(backend, init_method=where, rank=rank, world_size=replicas, timeout=patience)
     pipe.send_bytes(pickle.dumps((True, "ready")))
     with contextlib.suppress(EOFError):
         while True:
@@ -156,5 +160,53 @@ def serve(rank: int, replicas: int, port: int, timeout: float, answer: int, key:
             pipe.send_bytes(pickle.dumps(answer_))
 
 
-if __name__ == "__main__":
-    serve(*map(int, sys.argv[1:4]), float(sys.argv[4]), int(sys.argv[5]), sys.argv[6])
+class JaxWorld:
+    """Replicas of a JAX program: the first devices of the host under `shard_map` or `pmap`, or the lanes of a `vmap`.
+
+    how: "checked" and "unchecked" are shard_map with and without check_vma, "pmap", "vmap".
+    """
+
+    axis = "replica"
+
+    def __init__(self, replicas: int, how: str = "checked"):
+        import jax
+
+        self.jax, self.replicas, self.how = jax, replicas, how
+
+    def run(self, function: Callable[..., Any], *per_replica: list[Any] | None) -> list[Any]:
+        """function(*arguments) on every replica, each with its own arguments; one nest of arrays a replica."""
+        tree = self.jax.tree_util
+        stacked = [None if values is None else np.stack(values) for values in per_replica]
+        out = self.mapped(function)(*stacked)
+        return [tree.tree_map(lambda v, r=r: _numpy(v[r]), out) for r in range(self.replicas)]
+
+    def mapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The program of all replicas, on arrays with a leading axis of replicas."""
+        jax, tree = self.jax, self.jax.tree_util
+        if self.how == "vmap":
+            return jax.jit(jax.vmap(function, axis_name=self.axis))
+        if self.how == "pmap":
+            return jax.pmap(function, axis_name=self.axis, devices=jax.devices()[: self.replicas])
+
+        def shard(*arguments: Any) -> Any:
+            return tree.tree_map(lambda v: v[None], function(*tree.tree_map(lambda v: v[0], arguments)))
+
+        spec = jax.sharding.PartitionSpec(self.axis)
+        checked = self.how == "checked"
+        return jax.jit(jax.shard_map(shard, mesh=self.mesh(), in_specs=spec, out_specs=spec, check_vma=checked))
+
+    def mesh(self) -> Any:
+        """The first devices, one a replica."""
+        jax = self.jax
+        return jax.sharding.Mesh(np.array(jax.devices()[: self.replicas]), (self.axis,))
+
+
+def _numpy(v: Any) -> np.ndarray:
+    return np.asarray(v.astype("float32") if v.dtype == "bfloat16" else v)
+
+
+def padded(arrays: list[np.ndarray] | None, size: int, value: float = 0) -> list[np.ndarray] | None:
+    """Every replica's array with the same batch size: JAX cuts a global array into equal shards."""
+    if arrays is None:
+        return None
+    return [np.concatenate([a, np.full((size - len(a), *a.shape[1:]), value, a.dtype)]) for a in arrays]

@@ -16,6 +16,8 @@ class Backend(StrEnum):
     """The frameworks that the demo runs on, each a module of `syncbn.demo`."""
 
     tensorflow = "tensorflow"
+    jax = "jax"
+    torch = "torch"
 
 
 @app.callback()
@@ -27,7 +29,7 @@ def main() -> None:
 def demo(
     backend: Annotated[Backend, typer.Option(help="The framework that trains.")] = Backend.tensorflow,
     replicas: Annotated[
-        int, typer.Option(min=1, max=64, help="Replicas: GPUs where there are any, else logical CPU devices.")
+        int, typer.Option(min=1, max=64, help="Replicas: GPUs where there are any, else logical CPU devices or processes.")
     ] = 4,
     batch: Annotated[int, typer.Option(min=1, max=64, help="Images per replica and step.")] = 2,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 5,
@@ -44,3 +46,7 @@ def demo(
     report.table(runs, settings, backend)
     for path in report.plot(runs, settings, output):
         print(path)
+
+
+if __name__ == "__main__":
+    app()

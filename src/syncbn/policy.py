@@ -24,8 +24,25 @@ class Alone:
 
 ALONE = Alone()
 
-# A group as the layer knows it: every replica (None), consecutive replicas (how many), or this one alone.
-Group = int | Alone | None
+
+class Axes(NamedTuple):
+    """The replicas along named axes of a JAX program, in their order, in groups: consecutive ones of a size, or a partition."""
+
+    names: tuple[str, ...]
+    groups: int | tuple[tuple[int, ...], ...] | None = None
+
+
+class Sharded(NamedTuple):
+    """The replicas among which a JAX mesh shards a global array: its mesh axes for the batch and for the channels, if any."""
+
+    mesh: Any
+    batch: str
+    channels: str | None = None
+    size: int | None = None
+
+
+# A group as the layer knows it: every replica (None), consecutive replicas (how many), this one alone, or JAX's ways to say.
+Group = int | Alone | Axes | Sharded | None
 
 
 class Activation(NamedTuple):
@@ -243,8 +260,8 @@ def parameter_server() -> RuntimeError:
 def unknown_backend(backend: str) -> NotImplementedError:
     """A Keras backend without an engine."""
     return NotImplementedError(
-        f"SyncBatchNormalization must run on a Keras backend that has an engine: tensorflow. Received: {backend!r}. Set "
-        "KERAS_BACKEND=tensorflow before Keras is imported."
+        f"SyncBatchNormalization must run on a Keras backend that has an engine: jax, tensorflow, torch. Received: {backend!r}. "
+        "Set KERAS_BACKEND to one of them before Keras is imported."
     )
 
 
@@ -261,117 +278,107 @@ def recomputed_renorm(received: str = REMAT_SCOPE, mend: str = OUTSIDE_REMAT) ->
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- torch
-
-TORCH_ACTIVATIONS = {
-    "relu": Activation("relu"),
-    "silu": Activation("silu"),
-    "leaky_relu": Activation("leaky_relu", 0.01),
-}
-
-
-def torch_activation(value: Any) -> Activation | None:
-    """What the engine applies itself; None for a callable, which runs after it."""
-    if value is None or callable(value):
-        return None
-    if not isinstance(value, str) or value not in TORCH_ACTIVATIONS:
+def axis_name(value: Any) -> str | tuple[str, ...] | None:
+    """The named axes of a JAX program over which replicas meet, as None, a name or a tuple of names."""
+    if value is None or (isinstance(value, str) and value):
+        return value
+    names = tuple(value) if isinstance(value, (list, tuple)) else ()
+    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
         raise ValueError(
-            f"`activation` must be None, a callable or one of {sorted(TORCH_ACTIVATIONS)}. Received: activation={value!r}. Give "
-            "another activation as a callable, for example torch.nn.GELU()."
+            "`axis_name` must be None, the name of a mapped axis of a JAX program, or a tuple of different names. Received: "
+            f"axis_name={value!r}. Give the name that jax.shard_map, pmap or vmap has for it."
         )
-    return TORCH_ACTIVATIONS[value]
+    return names
 
 
-def new_value_weight(name: str, value: Any) -> float:
-    """A momentum in torch's convention."""
-    if not isinstance(value, Real) or not 0 <= float(value) <= 1:
+def axes_of(name: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """`axis_name` as a tuple."""
+    return (name,) if isinstance(name, str) else tuple(name or ())
+
+
+def group(name: str | tuple[str, ...] | None, size: int | None) -> int | Axes | None:
+    """What a layer's `axis_name` and `group_size` mean."""
+    return size if name is None else Axes(axes_of(name), size)
+
+
+def partition(groups: Any, replicas: int) -> tuple[tuple[int, ...], ...]:
+    """`axis_index_groups`: every replica in one group; they may differ in size."""
+    found = tuple(tuple(int(i) for i in group) for group in groups)
+    if sorted(i for group in found for i in group) != list(range(replicas)) or not all(found):
         raise ValueError(
-            f"`{name}` must lie in [0, 1]: it is the weight of the new value. Received: {name}={value!r}. Give for example 0.01."
+            f"`axis_index_groups` must be a partition of the indices 0 to {replicas - 1}: each in one group, no group empty. "
+            f"Received: {[list(group) for group in found]}. Add what is missing, drop what stands twice."
         )
-    return float(value)
+    return found
 
 
-def one_way_to_group(process_group: Any, group_size: int | None) -> None:
-    """Raises where two arguments say who meets."""
-    if process_group is not None and group_size is not None:
-        raise ValueError(
-            f"Only one of `process_group` and `group_size` may be given: each says which replicas meet. Received: both, with "
-            f"group_size={group_size}. Drop one of them."
-        )
-
-
-def not_in_group(group: Any) -> ValueError:
-    """A process group of other ranks."""
+def unbound_axis(name: str, bound: Sequence[str]) -> ValueError:
+    """An axis that the program does not map here."""
     return ValueError(
-        f"`process_group` must be a torch.distributed process group that this rank is in. Received: {group!r}. Give each rank "
-        "its own group, or use `group_size`."
+        f"`axis_name` must name an axis that is mapped where the layer trains. Received: {name!r}, where the mapped axes of a "
+        f"mesh are {sorted(bound)}. Call inside jax.shard_map, pmap or vmap(axis_name={name!r}), or leave `axis_name` out."
     )
 
 
-def renorm_needs_statistics() -> ValueError:
-    """Nothing to correct towards."""
+def mixed_axes(names: Sequence[str], mesh: Sequence[str]) -> ValueError:
+    """Mesh axes and vmap's together."""
     return ValueError(
-        "renorm=True corrects towards the moving statistics, so they must be kept. Received: track_running_stats=False. Set it "
-        "to True, or renorm=False."
+        "`axis_name` must name axes of a mesh, or axes of vmap, not both: JAX cannot reduce over them together. Received: "
+        f"{tuple(names)}, of which {sorted(mesh)} are a mesh's. Name one kind, or reshape the batch."
     )
 
 
-def torch_input(shape: Sequence[int], channels: int) -> None:
-    """Raises where an input is not [N, channels, …]."""
-    # The first two in the words of torch's own layer, which programs may look for.
-    if len(shape) < 2:
-        raise ValueError(f"expected at least 2D input (got {len(shape)}D input)")
-    if shape[1] == 0:
-        raise ValueError("SyncBatchNorm number of input channels should be non-zero")
-    if shape[1] != channels:
-        raise ValueError(
-            f"The input must have the layer's number of channels on dim 1. Received: shape {tuple(shape)} for num_features="
-            f"{channels}. Make a layer with num_features={shape[1]}."
-        )
-
-
-def residual_shape(residual: Sequence[int], shape: Sequence[int]) -> None:
-    """Raises where a residual is not of the input's shape."""
-    if tuple(residual) != tuple(shape):
-        raise ValueError(
-            f"`residual` must have the input's shape. Received: residual of shape {tuple(residual)} for an input of shape "
-            f"{tuple(shape)}. Expand or reshape it."
-        )
-
-
-def one_value_per_channel(shape: Sequence[int]) -> ValueError:
-    """Torch's own sentence: a variance needs two values."""
-    return ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
-
-
-def replayed_too_often() -> RuntimeError:
-    """A recomputation that is not the first pass over again."""
-    return RuntimeError(
-        "A checkpointed block must call the same layers in its recomputation as in its first pass. Received: more calls than "
-        "were recorded. Make the block depend on its arguments alone."
+def axis_name_elsewhere(group: Axes | Sharded, backend: str, replicas: int) -> ValueError:
+    """A JAX axis on several replicas of another framework."""
+    return ValueError(
+        f"`axis_name` is for JAX: on {backend} replicas are found without it. Received: {group} on {replicas} "
+        "replicas that train. Leave `axis_name` out there; inference runs as it is."
     )
 
 
-def _as_said(said: dict[str, Any]) -> str:
-    return (
-        f"{said['direction']} of {said['layer']} (message {said['call']}, {said['channels']} channels, "
-        f"training={said['training']})"
+def groups_of_unknown_replicas(size: int) -> ValueError:
+    """`group_size` where a JAX program does not say which replicas there are."""
+    return ValueError(
+        "`group_size` must come with a way to tell the replicas that train: `axis_name`, or a keras.distribution with a batch "
+        f"axis that is not a channel axis. Received: group_size={size} without. Give `axis_name`, set a distribution, or leave "
+        "`group_size` None."
     )
 
 
-def ranks_differ(said_by_rank: dict[int, dict[str, Any]]) -> RuntimeError:
-    """Ranks that are about to send different messages."""
-    heard = "; ".join(f"rank {rank}: {_as_said(said)}" for rank, said in said_by_rank.items())
-    return RuntimeError(
-        f"All ranks must run the same synchronised layers in the same order. Received: {heard}. Let every rank take the same "
-        "path (an empty batch is fine), or run what one rank does alone in syncbn.local_statistics()."
+def indivisible_batch(batch: int, replicas: int) -> ValueError:
+    """A global array that a mesh cannot cut into equal shards."""
+    return ValueError(
+        f"The batch must be divisible by the number of replicas that the distribution has. Received: a batch of {batch} for "
+        f"{replicas} replicas. Drop the remainder, or pad the batch and mask the padding."
     )
 
 
-def absent_ranks(said: dict[str, Any], absent: Sequence[int], seconds: float) -> RuntimeError:
-    """Ranks that did not come to the meeting."""
-    return RuntimeError(
-        f"All ranks must run the same synchronised layers in the same order. Received: nothing from ranks {list(absent)} within "
-        f"{seconds:g} s, while this one came to the {_as_said(said)}. Look for what those ranks do instead, or raise the timeout "
-        "of the process group."
+def groups_without_axis() -> ValueError:
+    """`axis_index_groups` alone."""
+    return ValueError(
+        "`axis_index_groups` must come with `axis_name`: they number the devices along it. Received: axis_name=None. Give "
+        "`axis_name`, or drop `axis_index_groups`."
+    )
+
+
+def keyword_of_another_framework(name: str, owner: str, received: str) -> TypeError:
+    """A keyword of `sync_batch_norm` that this framework's arrays do not take."""
+    return TypeError(
+        f"`{name}` is for {owner} arrays. Received: it with an array of {received}. Drop it, or give the array that it is for."
+    )
+
+
+def unknown_array(kind: str) -> TypeError:
+    """An array of no framework that has an engine."""
+    return TypeError(
+        f"`x` must be an array of JAX, TensorFlow or PyTorch. Received: {kind}. Convert it first, for example with "
+        "jax.numpy.asarray."
+    )
+
+
+def parameter_shape(name: str, shape: Sequence[int | None], expected: Sequence[int]) -> ValueError:
+    """A scale or offset of another length than the channels."""
+    return ValueError(
+        f"`{name}` must have one value a channel: shape [{math.prod(expected)}] or {list(expected)}. Received: shape "
+        f"{tuple(shape)}. Reshape it."
     )

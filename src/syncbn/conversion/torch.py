@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer
 
-from syncbn import policy
+from syncbn import policy, policy_torch
 from syncbn import policy_migration as texts
 from syncbn.conversion.exchange import known_ancestor, qualified, why_unknown
 from syncbn.layers.torch import RENORM_BUFFERS, SyncBatchNorm
@@ -64,7 +64,7 @@ OWN_ATTRIBUTES = ("renorm", "renorm_clipping", "renorm_momentum", "activation", 
 def convert(model: nn.Module, arguments: dict[str, Any], filter: Filter, on_unknown: str) -> nn.Module:
     """See `syncbn.convert`."""
     arguments = {**arguments, "group_size": policy.group_size(arguments["group_size"])}
-    policy.one_way_to_group(arguments["process_group"], arguments["group_size"])
+    policy_torch.one_way_to_group(arguments["process_group"], arguments["group_size"])
     _refuse_wrong_state("syncbn.convert", model)
     known = _known()
     found = list(_batch_norms(model, filter))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import policy
 from syncbn import policy_migration as texts
+from syncbn import policy_torch
 from syncbn.conversion.exchange import known_ancestor
 from syncbn.conversion.torch import SyncBatchNormAct, _known
 from syncbn.layers.torch import SyncBatchNorm
@@ -133,7 +133,7 @@ def _what_follows(norm: Any, rank: int) -> nn.Module:
     after: list[nn.Module] = [norm._modules[name] for name in ("drop", "act") if name in norm._modules]
     activation = getattr(norm, "activation", None)
     if isinstance(activation, str):
-        after.append(ACTIVATIONS[policy.torch_activation(activation).name]())  # type: ignore[union-attr]
+        after.append(ACTIVATIONS[policy_torch.activation(activation).name]())  # type: ignore[union-attr]
     elif activation is not None:
         after.insert(0, activation if isinstance(activation, nn.Module) else _Applied(activation))
     return nn.Sequential(Folded(rank), *after) if after else Folded(rank)

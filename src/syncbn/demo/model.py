@@ -13,11 +13,12 @@ from syncbn.demo.data import CLASSES
 # Short runs: the default momentum of 0.99 would still remember the initial statistics.
 MOMENTUM = 0.9
 
-NORMS: dict[str, Callable[[], Any]] = {
+# On JAX the layer is told which axis the replicas are along.
+NORMS: dict[str, Callable[..., Any]] = {
     "keras BatchNormalization": lambda: keras.layers.BatchNormalization(momentum=MOMENTUM),
-    "SyncBatchNormalization": lambda: syncbn.SyncBatchNormalization(momentum=MOMENTUM),
-    "SyncBatchNormalization, renorm": lambda: syncbn.SyncBatchNormalization(
-        momentum=MOMENTUM, renorm=True, renorm_momentum=MOMENTUM
+    "SyncBatchNormalization": lambda **along: syncbn.SyncBatchNormalization(momentum=MOMENTUM, **along),
+    "SyncBatchNormalization, renorm": lambda **along: syncbn.SyncBatchNormalization(
+        momentum=MOMENTUM, renorm=True, renorm_momentum=MOMENTUM, **along
     ),
 }
 

@@ -6,7 +6,7 @@
 `moments` measures the global batch: one value per channel, the same bits on every replica, without gradient, by one collective.
 `normalize` is y = activation(scale·(x − mean)/√(variance + epsilon) + offset + residual). Its gradient for x includes the path
 through the moments, by one collective; its gradients for scale and offset are this replica's own sums, which the trainer reduces
-as it does every other gradient.
+as it does every other gradient (where JAX types a parameter as replicated they are the totals, from the same message).
 
 x         any rank ≥ 2, any float dtype; `axes` are its channel axes, sorted, C channels in all
 mask      bool, of x's rank, 1 on the channel axes, each other axis full or 1; True marks what counts
@@ -14,12 +14,14 @@ scale     [C], of `arithmetic_dtype(x)`, and so is offset; both may differ betwe
 group     which replicas meet: see `syncbn.policy.Group`
 y         x's shape and dtype
 
-A layer may also ask `supports_jit()`: whether what is made now can be compiled as a whole.
+A layer may also ask `supports_jit()`: whether what is made now can be compiled as a whole; and `may_move`, `found_once` and
+`speak_as`, which are here for the engines that have nothing to add to them.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from syncbn import policy
@@ -28,8 +30,8 @@ from syncbn import policy
 class Moments(NamedTuple):
     """What the global batch measures.
 
-    count: how many values a channel has in the group (a scalar), or None where the moments are constants: in inference
-        nothing is sent in either pass.
+    count: how many values a channel has in the group (a scalar; [C] where JAX shards the channels), or None where the moments
+        are constants: in inference nothing is sent in either pass.
     mean, variance: [C], biased, float64 where framework and device have it; elsewhere the mean is a pair (hi, lo) of
         float32. 0 and 1 where the count is 0.
     replicas: how many replicas met.
@@ -44,11 +46,25 @@ class Moments(NamedTuple):
     average: tuple[Any, Any, Any] | None = None
 
 
+def may_move(count: Any, renorm: bool) -> Any:
+    """Whether moving statistics may move in this pass, a bool or a tensor: not where it is a recomputation."""
+    return True
+
+
+def found_once(find: Callable[[], Any]) -> Any:
+    """find(), or what it found in the pass that is recomputed."""
+    return find()
+
+
+def speak_as(name: str) -> None:
+    """Says whose messages come next."""
+
+
 def for_keras() -> Any:
     """The engine of the Keras backend in use."""
     import keras
 
     backend = keras.backend.backend()
-    if backend != "tensorflow":
+    if backend not in ("jax", "tensorflow", "torch"):
         raise policy.unknown_backend(backend)
     return importlib.import_module(f"syncbn.engines.{backend}")

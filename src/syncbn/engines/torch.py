@@ -19,7 +19,19 @@ from syncbn.kernels import eager
 from syncbn.kernels.choice import kernels_for
 from syncbn.kernels.eager import arithmetic_dtype
 
-__all__ = ["arithmetic_dtype", "is_alone", "moments", "normalize", "replicas", "supports_jit"]
+__all__ = [
+    "arithmetic_dtype",
+    "found_once",
+    "is_alone",
+    "may_move",
+    "moments",
+    "normalize",
+    "replicas",
+    "speak_as",
+    "supports_jit",
+]
+
+found_once, speak_as = context.found_once, debug.speak_as
 
 
 def supports_jit() -> bool:
@@ -40,6 +52,21 @@ def replicas(group: Any = None) -> int:
 def is_alone() -> bool:
     """Whether there is no other replica at all, in whatever group."""
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+
+
+def may_move(like: Tensor, renorm: bool) -> Any:
+    """Whether moving statistics may move in this pass; compiled, a bool tensor.
+
+    Not in `local_statistics`, nor in the recomputation of a checkpointed block, where renorm needs the record of the first pass.
+    """
+    if context.is_local():
+        return False
+    if torch.compiler.is_compiling():
+        return context.first_pass_when_compiled(like, renorm)
+    first = context.is_first_pass()
+    if renorm and not first and not context.is_replayed():
+        raise policy.recomputed_renorm("a layer in a checkpoint that keeps no record", policy.RECORD_MOMENTS)
+    return first
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn import policy
+from syncbn import policy, policy_torch
 
 # A plain module variable: the compiler guards on it, and recompiles inside `local_statistics`.
 _local_depth = 0
@@ -63,7 +63,7 @@ class _Replay:
         try:
             return next(self._rest)
         except StopIteration:
-            raise policy.replayed_too_often() from None
+            raise policy_torch.replayed_too_often() from None
 
 
 class _Tapes(threading.local):

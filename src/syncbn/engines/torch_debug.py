@@ -8,7 +8,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from syncbn import policy
+from syncbn import policy_torch
 from syncbn.engines.torch_groups import Link, timeout_of
 
 _enabled = os.environ.get("SYNCBN_DEBUG", "0") not in ("", "0")
@@ -76,10 +76,10 @@ def announce(link: Link | None, direction: str, layer: str, channels: int, train
         store.wait(keys, timeout)
     except Exception as error:
         absent = [dist.get_global_rank(group, other) for other, key in enumerate(keys) if not store.check([key])]
-        raise policy.absent_ranks(said, absent, timeout.total_seconds()) from error
+        raise policy_torch.absent_ranks(said, absent, timeout.total_seconds()) from error
     heard = [json.loads(value) for value in store.multi_get(keys)]
     if any(other != said for other in heard):
-        raise policy.ranks_differ({dist.get_global_rank(group, i): other for i, other in enumerate(heard)})
+        raise policy_torch.ranks_differ({dist.get_global_rank(group, i): other for i, other in enumerate(heard)})
     if number:
         # Every rank has read the last one: all of them have come here.
         store.delete_key(f"{number - 1}/{rank}")

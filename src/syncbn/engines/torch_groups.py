@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from syncbn import policy
+from syncbn import policy, policy_torch
 
 
 class Link(NamedTuple):
@@ -52,9 +52,13 @@ def _make(group: Any) -> Link | None:
         world = dist.get_world_size()
         size = world // policy.groups(world, group)
         return None if size == 1 else _link(_own_group(size, world))
+    if isinstance(group, policy.Axes | policy.Sharded):
+        if dist.get_world_size() > 1:
+            raise policy.axis_name_elsewhere(group, "PyTorch", dist.get_world_size())
+        return None
     # What new_group returns on a rank that is not in the group is a negative number.
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
-        raise policy.not_in_group(group)
+        raise policy_torch.not_in_group(group)
     return None if group.size() == 1 else _link(group)
 
 

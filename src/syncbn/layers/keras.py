@@ -12,6 +12,7 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope  # not pub
 
 from syncbn import engines, maths, policy
 from syncbn.engines import Moments
+from syncbn.layers import distribution
 
 # Those that engines apply themselves, with Keras's slope; any other runs after them.
 FUSED_ACTIVATIONS = {
@@ -61,6 +62,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         name: the layer's name.
         group_size: synchronise among consecutive groups of that many replicas; must divide their number. The moving
             statistics are then the average over groups, weighted by count.
+        axis_name: on JAX, the mapped axis, or a tuple of them, over which the replicas meet: the name that `jax.shard_map`,
+            `pmap` or `vmap` has for it. It wins over a `keras.distribution`; without either the layer is local there.
         activation: anything that `keras.activations.get` takes, applied last.
         **kwargs: `dtype`, `autocast`, `activity_regularizer`, `input_shape`, `input_dim`, as in every Keras layer;
             `synchronized=True` is accepted and dropped.
@@ -107,6 +110,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         name: str | None = None,
         *,
         group_size: int | None = None,
+        axis_name: str | tuple[str, ...] | None = None,
         activation: Any = None,
         **kwargs: Any,
     ):
@@ -134,6 +138,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         self._clipping = _Untracked(policy.clipping(renorm_clipping))
         self.adjustment = adjustment
         self.group_size = policy.group_size(group_size)
+        self.axis_name = policy.axis_name(axis_name)
         self.activation = activations.get(activation)
         self._engine = engines.for_keras()
         self.supports_jit = self._engine.supports_jit()
@@ -184,16 +189,15 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         if mask is not None:
             # Else a NaN in the padding would spread: NaN · 0 is NaN.
             inputs = ops.where(ops.logical_or(mask, ops.isfinite(inputs)), inputs, ops.zeros([], inputs.dtype))
-        gamma, beta = self._parameters(keras.backend.result_type(inputs.dtype, "float32"))
-        # While Keras infers shapes no replica runs, so none may be waited for.
-        group = policy.ALONE if in_symbolic_scope() else self.group_size
-        where = {"axes": self._channel_axes, "mask": mask, "group": group}
+        gamma, beta = self._gamma_and_beta(_float32_or_wider(inputs.dtype))
+        where = {"axes": self._channel_axes, "mask": mask, "group": self._group()}
         if training:
             self._refuse_recomputed_renorm()
+            self._engine.speak_as(self.name)
             scale, offset = self._adjusted(inputs, gamma, beta)
             moments = self._engine.moments(inputs, **where)
             if self.renorm:
-                r, d = self._renorm_correction(moments, gamma.dtype)
+                r, d = self._engine.found_once(lambda: self._renorm_correction(moments, gamma.dtype))
                 scale, offset = r * scale, d * scale + offset
             self._move(moments)
         else:
@@ -204,6 +208,15 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         if self.activation not in FUSED_ACTIVATIONS:
             y = self.activation(y)
         return ops.cast(y, self.compute_dtype)
+
+    def _group(self) -> policy.Group:
+        """Which replicas this layer meets."""
+        if in_symbolic_scope():
+            # While Keras infers shapes no replica runs, so none may be waited for.
+            return policy.ALONE
+        if self.axis_name is None and keras.backend.backend() == "jax":
+            return distribution.group_of(self.group_size, self.weights[0])
+        return policy.group(self.axis_name, self.group_size)
 
     def _renorm_correction(self, moments: Moments, result_dtype: Any) -> tuple[Any, Any]:
         """r and d, clipped, from the statistics before this step moves them."""
@@ -230,9 +243,14 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         """Moves the statistics towards this batch's, where it has any."""
         count, mean, variance = moments.average or (moments.count, _rounded(moments.mean), moments.variance)
         sound = count > 0
+        may_move = self._engine.may_move(count, self.renorm)
+        if may_move is not True:
+            sound = ops.logical_and(sound, may_move)
         if moments.replicas > 1:
             # Every replica sees the same statistics, so all skip the same steps. One replica does as its framework does.
-            sound = ops.logical_and(sound, ops.all(ops.isfinite(mean + variance)))
+            finite = ops.isfinite(mean + variance)
+            # A count a channel says that JAX shards the channels: asking all of them would cost a message.
+            sound = ops.logical_and(sound, finite if len(ops.shape(count)) else ops.all(finite))
 
         def move(statistic: Any, batch: Any, momentum: float) -> Any:
             old = self._vector(statistic, statistic.dtype)
@@ -280,7 +298,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         if self.renorm and whole:
             raise policy.recomputed_renorm()
 
-    def _parameters(self, dtype: Any) -> tuple[Any, Any]:
+    def _gamma_and_beta(self, dtype: Any) -> tuple[Any, Any]:
         """gamma and beta, flat, or what stands for them."""
         channels = math.prod(self.moving_mean.shape)
         gamma = ops.ones([channels], dtype) if self.gamma is None else self._vector(self.gamma, dtype)
@@ -305,7 +323,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             shape=shape if isinstance(self.axis, tuple) else [shape[self._channel_axes[0]]],
             name=name,
             # Half precision would lose the small steps of moving averages.
-            dtype=keras.backend.result_type(self.variable_dtype, "float32"),
+            dtype=_float32_or_wider(self.variable_dtype),
             initializer=initializer,
             regularizer=regularizer,
             constraint=constraint,
@@ -330,6 +348,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             "renorm_clipping": clipping and {key: _serialized_bound(key, v) for key, v in clipping.items()},
             "adjustment": self.adjustment and _serialized("adjustment", self.adjustment),
             "group_size": self.group_size,
+            "axis_name": list(self.axis_name) if isinstance(self.axis_name, tuple) else self.axis_name,
             "activation": activations.serialize(self.activation),
         }
 
@@ -353,6 +372,12 @@ class _Untracked:
 def _again(initializer: Any) -> Any:
     """The same initializer for another weight: a seeded one must not be called twice."""
     return initializer.clone() if isinstance(initializer, keras.initializers.Initializer) else initializer
+
+
+def _float32_or_wider(dtype: Any) -> str:
+    if keras.backend.backend() == "torch" and keras.backend.standardize_dtype(dtype) == "float64":
+        return "float64"  # result_type has float32 for it there
+    return keras.backend.result_type(dtype, "float32")
 
 
 def _rounded(mean: Any) -> Any:

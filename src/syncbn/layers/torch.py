@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import maths, policy
+from syncbn import maths, policy, policy_torch
 from syncbn.engines import Moments
 from syncbn.engines import torch as engine
 from syncbn.engines import torch_context as context
@@ -108,15 +108,15 @@ class SyncBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if affine and not bias:
             self.bias = None
-        policy.one_way_to_group(process_group, policy.group_size(group_size))
-        policy.torch_activation(activation)
+        policy_torch.one_way_to_group(process_group, policy.group_size(group_size))
+        policy_torch.activation(activation)
         self.process_group, self.group_size = process_group, policy.group_size(group_size)
         self.renorm, self.renorm_clipping = bool(renorm), policy.clipping(renorm_clipping)
-        self.renorm_momentum = policy.new_value_weight("renorm_momentum", renorm_momentum)
+        self.renorm_momentum = policy_torch.new_value_weight("renorm_momentum", renorm_momentum)
         self.activation = activation
         if self.renorm:
             if not track_running_stats:
-                raise policy.renorm_needs_statistics()
+                raise policy_torch.renorm_needs_statistics()
             for name in RENORM_BUFFERS:
                 self.register_buffer(name, torch.empty_like(self.running_mean))
             self.reset_running_stats()
@@ -141,31 +141,33 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalises; see the class."""
         if not torch.jit.is_tracing():
-            policy.torch_input(input.shape, self.num_features)
-        policy.floating(str(input.dtype), input.is_floating_point())
+            policy_torch.input_shape(input.shape, self.num_features)
+        if not input.is_floating_point():
+            policy.floating(str(input.dtype), False)
         if residual is not None:
-            policy.residual_shape(residual.shape, input.shape)
+            policy_torch.residual_shape(residual.shape, input.shape)
         if mask is not None:
             mask = _full_rank(mask, input.shape)
             # Else a NaN in the padding would spread: NaN · 0 is NaN.
             input = torch.where(mask | input.isfinite(), input, 0)
-        fused = policy.torch_activation(self.activation)
+        fused = policy_torch.activation(self.activation)
         y = self._normalize(input, mask, residual, fused)
         return self.activation(y) if callable(self.activation) else y
 
     def _normalize(self, x: Tensor, mask: Tensor | None, residual: Tensor | None, fused: policy.Activation | None) -> Tensor:
-        extra: dict[str, Any] = {"epsilon": self.eps, "mask": mask, "activation": fused, "residual": residual}
-        if not self.training and self.running_mean is not None:
-            scale, offset = self._scale_and_offset(x)
-            return engine.normalize(x, Moments(None, self.running_mean, self.running_var), scale, offset, **extra)
         # Statistics of this batch: in eval, of this replica's own.
         group = self._group() if self.training else policy.ALONE
-        debug.speak_as(self._name_in_model)
-        if mask is None and engine.replicas(group) == 1:
-            if engine.is_alone() and x.numel() == x.shape[1]:
-                raise policy.one_value_per_channel(x.shape)
+        uses_batch = self.training or self.running_mean is None
+        if uses_batch and mask is None and engine.replicas(group) == 1:
+            if x.numel() == x.shape[1] and engine.is_alone():
+                raise policy_torch.one_value_per_channel(x.shape)
             if residual is None and fused is None and self._suits_torchs_own(x):
                 return self._torchs_own(x)
+        extra: dict[str, Any] = {"epsilon": self.eps, "mask": mask, "activation": fused, "residual": residual}
+        if not uses_batch:
+            scale, offset = self._scale_and_offset(x)
+            return engine.normalize(x, Moments(None, self.running_mean, self.running_var), scale, offset, **extra)
+        debug.speak_as(self._name_in_model)
         moments = engine.moments(x, mask=mask, group=group)
         scale, offset = self._train(moments, *self._scale_and_offset(x)) if self.training else self._scale_and_offset(x)
         return engine.normalize(x, moments, scale, offset, group=group, **extra)
@@ -187,9 +189,13 @@ class SyncBatchNorm(_BatchNorm):
         """Whether torch's own operator does all that is asked for."""
         if self.renorm or x.numel() <= x.shape[1] or torch.compiler.is_compiling():
             return False
-        # Torch itself takes no other mixtures of dtypes.
-        dtypes = {v.dtype for v in (self.weight, self.bias, self.running_mean) if v is not None}
-        return dtypes <= {x.dtype}
+        # Torch itself takes no other mixtures of dtypes. (Past nn.Module's __getattr__, which is slow.)
+        dtype, parameters = x.dtype, self._parameters
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401 (parametrized, it is not there)
+        for v in (weight, parameters.get("bias"), self._buffers["running_mean"]):
+            if v is not None and v.dtype is not dtype:
+                return False
+        return True
 
     def _torchs_own(self, x: Tensor) -> Tensor:
         """Torch's operator, which moves the statistics itself."""
@@ -212,8 +218,6 @@ class SyncBatchNorm(_BatchNorm):
         if not self.renorm:
             self._move(moments)
             return weight, bias
-        if not torch.compiler.is_compiling() and not context.is_first_pass() and not context.is_replayed():
-            raise policy.recomputed_renorm("a layer in a checkpoint that keeps no record", policy.RECORD_MOMENTS)
         r, d = context.found_once(lambda: self._renorm_correction(moments, weight.dtype))
         self._move(moments)
         return r * weight, d * weight + bias
@@ -231,28 +235,31 @@ class SyncBatchNorm(_BatchNorm):
             maximum=torch.clamp_min,
         )
         given = {key: v() if callable(v) else v for key, v in (self.renorm_clipping or {}).items()}
-        rmin, rmax, dmax = (given.get(key) for key in policy.CLIPPING_KEYS)
-        if rmin is not None or rmax is not None:
-            r = r.clamp(rmin, rmax)
-        if dmax is not None:
-            d = d.clamp(-dmax, dmax)
+        bounds = {key: torch.as_tensor(v, dtype=wide, device=r.device) for key, v in given.items() if v is not None}
+        if "rmin" in bounds:
+            r = torch.maximum(r, bounds["rmin"])
+        if "rmax" in bounds:
+            r = torch.minimum(r, bounds["rmax"])
+        if "dmax" in bounds:
+            d = torch.maximum(torch.minimum(d, bounds["dmax"]), -bounds["dmax"])
         return r.to(dtype), d.to(dtype)
 
     @torch.no_grad()
     def _move(self, moments: Moments) -> None:
         """Moves the statistics towards this batch's, where it has any."""
         # track_running_stats may be switched off later: torch's own layers read it at every call.
-        if self.running_mean is None or not self.track_running_stats or context.is_local():
+        if self.running_mean is None or not self.track_running_stats:
+            return
+        may_move = engine.may_move(moments.count, self.renorm)
+        if may_move is False:
             return
         count, mean, variance = moments.count, _rounded(moments.mean), moments.variance
         sound = count > 0
         if moments.replicas > 1:
             # Every replica sees the same statistics, so all skip the same steps. One replica does as torch does.
             sound = sound & (mean + variance).isfinite().all()
-        if torch.compiler.is_compiling():
-            sound = sound & context.first_pass_when_compiled(count, self.renorm)
-        elif not context.is_first_pass():
-            return
+        if may_move is not True:
+            sound = sound & may_move
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(sound)
         weight: Any = self.momentum

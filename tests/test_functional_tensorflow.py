@@ -1,0 +1,48 @@
+"""`sync_batch_norm` on TensorFlow's replicas."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+import tensorflow as tf
+from cases import RAGGED, Case
+from checks import arguments, close
+
+from syncbn.functional import sync_batch_norm
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_equals_the_concatenated_batch(world, graph):
+    case = Case("functional", RAGGED, (3, 4, 5), (1, 3), mask="rows")
+    xs, dys, scale, offset, masks = arguments(case, world.replicas)
+
+    def replica(x, dy, scale, offset, mask):
+        with tf.GradientTape() as tape:
+            tape.watch([x, scale, offset])
+            y, mean, variance, count = sync_batch_norm(x, scale, offset, axis=[1, 3], mask=mask[:, 0, :, 0])
+        return {"y": y, "gradients": tape.gradient(y, [x, scale, offset], dy), "moments": (count, mean, variance)}
+
+    got = world.run(replica, xs, dys, scale, offset, masks, graph=graph)
+    truth = oracle.BatchNorm(xs, axes=case.axes, masks=masks)
+    n, mean, variance = truth.moments[0]
+    for out in got:
+        count, got_mean, got_variance = out["moments"]
+        assert count == n
+        assert got_mean.shape == (1, 3, 1, 5)
+        np.testing.assert_allclose(got_mean.ravel(), mean, atol=2e-6)
+        np.testing.assert_allclose(got_variance.ravel(), variance, rtol=1e-5)
+    close([out["y"] for out in got], truth.forward(scale, offset), case, "output")
+    for i, expected in enumerate(truth.backward(dys, scale)):
+        close([out["gradients"][i] for out in got], expected, case, "gradient")
+
+
+@pytest.mark.parametrize(("name", "owner"), [("axis_name", "JAX"), ("axis_index_groups", "JAX"), ("process_group", "PyTorch")])
+def test_keywords_of_other_frameworks(name, owner):
+    with pytest.raises(TypeError, match=f"`{name}` is for {owner} arrays. Received: it with an array of TensorFlow"):
+        sync_batch_norm(tf.ones([4, 3]), tf.ones(3), tf.zeros(3), **{name: "it"})
+
+
+def test_bad_scale():
+    with pytest.raises(ValueError, match=r"`scale` must have one value a channel: shape \[3\] or \[3\]. Received: shape \(4,\)."):
+        sync_batch_norm(tf.ones([4, 3]), tf.ones(4), tf.zeros(3))

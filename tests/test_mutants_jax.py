@@ -1,0 +1,66 @@
+"""Deliberate faults in the JAX engine, each of which the suite must catch."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from test_mutants import MATHS, Mutant, run
+
+DOOR, MAPPED, AXES, XLA = "engines/jax.py", "engines/jax_mapped.py", "engines/jax_axes.py", "engines/jax_xla.py"
+LAYER, DISTRIBUTION, FUNCTIONAL = "layers/keras.py", "layers/distribution.py", "functional.py"
+ENGINE_TESTS, LAYER_TESTS, FUNCTIONAL_TESTS = "test_engine_jax.py", "test_layer_jax.py", "test_functional_jax.py"
+MUTANTS = [
+    Mutant("no collective", AXES, "return self.size == 1 and not self.checked", "return True", ENGINE_TESTS, "batch and ragged-unchecked"),
+    Mutant("mean of means", MAPPED, "    counts = rows[..., :1] if members is True", "    rows = rows.at[..., 0].set(jnp.minimum(rows[..., 0], 1))\n    counts = rows[..., :1] if members is True",
+           ENGINE_TESTS, "batch and ragged-checked"),
+    Mutant("E[x²] − E[x]² in float32", MAPPED, "    k = rounded(layout.sum(_where(mask, x)) / at_least_one)\n", "    k = jnp.zeros(layout.sum(x).shape, wide)\n",
+           ENGINE_TESTS, "batch and large and -checked"),
+    Mutant("mean rounded before the merge", MAPPED, "    return n, k, s / at_least_one,", "    k, s = rounded(k + s / at_least_one), 0 * s\n    return n, k, s / at_least_one,",
+           ENGINE_TESTS, "batch and large and -checked"),
+    Mutant("the pivot not rounded", XLA, "    return jnp.maximum(v, jnp.finfo(v.dtype).min)", "    return v", ENGINE_TESTS, "batch and large and -checked"),
+    Mutant("lo dropped from normalize", MATHS, "return a, offset - lo * a", "return a, offset", ENGINE_TESTS, "batch and large and -checked"),
+    Mutant("local count in the backward pass", MAPPED, "Measured(moments.count.astype(wide), hi", "Measured(moments.count.astype(wide) / replicas.size, hi",
+           ENGINE_TESTS, "batch and ragged-checked"),
+    Mutant("message times a local scale", MAPPED, "message = [scale * sum_dy, scale * dscale]", "message = [sum_dy, dscale]",
+           ENGINE_TESTS, "batch and differ-checked"),
+    Mutant("local sums for a replicated parameter", MAPPED, "all_dscale if plan.scale_is_total else dscale", "dscale",
+           ENGINE_TESTS, "total_gradients"),
+    Mutant("moments are constants of the second derivative", MAPPED, "    n, hi, lo, variance = _attach(plan, x, mask, measured)", "    n, hi, lo, variance = measured",
+           ENGINE_TESTS, "second_order and None-checked-None"),
+    Mutant("mask forgotten in the backward pass", MAPPED, "through = _where(mask, ", "through = _where(None, ", ENGINE_TESTS, "batch and masked-checked"),
+    Mutant("mask forgotten in the second derivative", MAPPED, "dx = _where(mask, tangents[0]", "dx = _where(None, tangents[0]", ENGINE_TESTS, "second_order and rows-checked-None"),
+    Mutant("members of other groups are summed", AXES, "jnp.where(mine, groups[own], jnp.zeros([], v.dtype)).sum(0)", "groups[own].sum(0)", ENGINE_TESTS, "uneven and equal and unchecked and gathered"),
+    Mutant("groups averaged without their counts", MAPPED, "weights = counts.astype(hi.dtype) / jnp.maximum(total, 1).astype(hi.dtype)", "weights = jnp.ones_like(hi) / len(hi)",
+           ENGINE_TESTS, "uneven and equal and unchecked and gathered"),
+    Mutant("two sums without what lies around the mean", MAPPED, "around - lo * lo", "around", ENGINE_TESTS, "two_sums_on and large and -checked"),
+    Mutant("a message a moment", MAPPED, "rows, members = replicas.by_group(replicas.gather(jnp.concatenate([n.astype(bits)[None], floats])))",
+           "rows, members = replicas.by_group(jnp.concatenate([replicas.gather(n.astype(bits)[None]), *(replicas.gather(v) for v in jnp.split(floats, 3))], 1))",
+           ENGINE_TESTS, "one_collective and None and unchecked"),
+    Mutant("moments without their name", MAPPED, "checkpoint_name(measured, MOMENTS)", "measured", LAYER_TESTS, "checkpoint and saved"),
+    Mutant("the partitioner left alone", DISTRIBUTION, "    if found is None or", "    if True or", LAYER_TESTS, "when_sharded and data"),
+    Mutant("channels gathered under ModelParallel", DISTRIBUTION, "    return layout.axes[0]\n", "    return None\n", LAYER_TESTS, "when_sharded and channels"),
+    Mutant("the distribution wins over axis_name", LAYER, "if self.axis_name is None and keras", "if keras", LAYER_TESTS, "wins_over"),
+    Mutant("statistics that are not finite move", LAYER, "sound = ops.logical_and(sound, finite if len(ops.shape(count)) else ops.all(finite))", "pass",
+           LAYER_TESTS, "says_nothing and nan"),
+    Mutant("padding that is not finite spreads", FUNCTIONAL, "x = dialect.operators.where(mask | dialect.isfinite(x), x, dialect.operators.zeros_like(x))", "pass",
+           FUNCTIONAL_TESTS, "padding"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory):
+    """What pytest says of each mutant; two run at a time."""
+    pool = ThreadPoolExecutor(2)
+    yield {m.name: pool.submit(run, m, tmp_path_factory.mktemp("mutant")) for m in MUTANTS}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_mutant_is_caught(mutant, verdicts):
+    verdict = verdicts[mutant.name].result()
+    # 1: tests ran and one failed. Anything else (no test selected, an import error) catches nothing.
+    assert verdict.returncode == 1, verdict.stdout[-3000:] + verdict.stderr[-1000:]
+    assert "1 failed" in verdict.stdout
+    assert "1 error" not in verdict.stdout
+    assert "SyntaxError" not in verdict.stdout
