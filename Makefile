@@ -48,6 +48,8 @@ test-jax:
 test-conversion:
 	$(PYTEST) tests/test_convert_torch.py tests/test_export_torch.py
 	$(PYTEST) tests/test_convert_keras.py tests/test_export_keras.py tests/test_legacy.py
+	KERAS_BACKEND=torch $(PYTEST) tests/test_convert_keras.py tests/test_export_keras.py -k "not round_trip and not real_arch"
+	KERAS_BACKEND=jax $(PYTEST) tests/test_convert_keras.py tests/test_export_keras.py -k "not round_trip and not real_arch"
 
 test-mutants:
 	$(PYTEST) tests/test_mutants.py

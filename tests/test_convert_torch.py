@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import functools
 import pickle
 import time
@@ -578,3 +579,11 @@ def test_checkpoints_load_unchanged(cls, tmp_path):
         ours.load_state_dict(state, strict=True)
         same(ours.state_dict(), theirs.state_dict())
         cls(3).load_state_dict(ours.state_dict(), strict=True)
+
+
+def test_examples_in_the_docs_run():
+    import syncbn.conversion
+
+    found = doctest.testmod(syncbn.conversion)
+    assert found.attempted > 8
+    assert found.failed == 0

@@ -175,10 +175,23 @@ def test_onnx(tmp_path):
     pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     if BACKEND != "torch":
-        pytest.importorskip("tf2onnx")
+        pytest.importorskip({"tensorflow": "tf2onnx", "jax": "jax2onnx"}[BACKEND])
     model, x = small()
     model(x)
     model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (y,) = session.run(None, {session.get_inputs()[0].name: x})
     close(y, numpy(model(x)))
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="jax.export takes functions of JAX")
+def test_jax_export():
+    import jax
+
+    model, x = small()
+    trainable, others = ([v.value for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables))
+    forward = jax.jit(lambda x: model.stateless_call(trainable, others, x, training=False)[0])
+    exported = jax.export.export(forward)(jax.ShapeDtypeStruct(x.shape, x.dtype))
+    assert "all_reduce" not in exported.mlir_module()
+    assert "all_gather" not in exported.mlir_module()
+    close(numpy(jax.export.deserialize(exported.serialize()).call(x)), numpy(model(x)))

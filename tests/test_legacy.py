@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import subprocess
 import sys
 from pathlib import Path
@@ -289,3 +290,12 @@ def test_links_out_of_a_weights_file_are_not_followed(tmp_path):
         file["layers"] = h5py.ExternalLink("secret.weights.h5", "layers")
     with pytest.raises(ValueError, match="in the model, not in the file"):
         syncbn.load_weights(model, tmp_path / "linked.weights.h5")
+
+
+def test_examples_in_the_docs_run():
+    from syncbn.conversion import legacy, weights
+
+    for module in (legacy, weights):
+        failed, tried = doctest.testmod(module)
+        assert tried
+        assert not failed
