@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 import warnings
 
 import keras
@@ -378,3 +379,11 @@ def test_a_wrapper_of_another_kind_is_said():
     layer.build = lambda shape: None
     with pytest.raises(RuntimeError, match="changes its class only where Keras wraps its `build`"):
         syncbn.convert(layer)
+
+
+def test_resnet50_in_50_ms():
+    model = keras.applications.ResNet50(weights=None, input_shape=(32, 32, 3), classes=2)
+    syncbn.revert(syncbn.convert(model))
+    start = time.perf_counter()
+    syncbn.convert(model)
+    assert time.perf_counter() - start < 0.05

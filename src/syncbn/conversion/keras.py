@@ -49,9 +49,11 @@ def convert(model: Any, arguments: dict[str, Any], filter: Filter, on_unknown: s
         warnings.warn(texts.unknown_batch_norms(unknown), stacklevel=3)
     if not chosen and not unknown:
         warnings.warn(texts.no_batch_norm("syncbn.convert", "batch norms", filter is not None), stacklevel=3)
+    # What every layer of ours has; to make one for each would take most of the time.
+    pattern = dict(vars(SyncBatchNormalization(name="pattern")))
     for layer in chosen:
         if not isinstance(layer, SyncBatchNormalization):
-            _become_ours(layer)
+            _become_ours(layer, pattern)
         if size is not None:
             layer.group_size = size
         if arguments["renorm"] and not layer.renorm:
@@ -81,15 +83,15 @@ def _batch_norms(model: Any, filter: Filter) -> list[tuple[str, Any]]:
     return [(name, layer) for name, layer in found if filter is None or filter(name, layer)]
 
 
-def _become_ours(layer: Any) -> None:
+def _become_ours(layer: Any, pattern: dict[str, Any]) -> None:
     """The attributes of ours that theirs lacks, or keeps in another form, then the class."""
     attributes = vars(layer)
-    donor = SyncBatchNormalization(layer.axis, renorm_clipping=layer.renorm_clipping, name=layer.name)
-    given = {key: v for key, v in vars(donor).items() if key not in attributes}
+    given = {key: v for key, v in pattern.items() if key not in attributes}
     saved = {key: attributes.get(key, ABSENT) for key in (*given, "renorm", "renorm_clipping", "supports_jit")}
-    attributes.pop("renorm_clipping")  # a property of ours
+    clipping = attributes.pop("renorm_clipping")  # a property of ours
     attributes.update(given, _before=Before(type(layer), saved))
     _change_class(layer, SyncBatchNormalization)
+    layer.renorm_clipping = clipping if layer.renorm else None
     if layer.built:
         shape = [None] * layer.input_spec.ndim
         for axis, size in layer.input_spec.axes.items():
