@@ -7,7 +7,7 @@ PYTEST := $(BIN)/pytest
 
 # One framework, and one number of replicas, a process; two processes at a time.
 REPLICATED := tests/test_engine_tensorflow.py tests/test_layer_tensorflow.py
-TESTS := test-house test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-mutants
+TESTS := test-house test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-conversion test-mutants
 
 .PHONY: demo test check lint gpu benchmark clean $(TESTS)
 
@@ -48,11 +48,18 @@ test-jax:
 test-kernels:
 	$(PYTEST) tests/test_kernels_triton.py tests/test_exchange.py tests/test_kernels_compile.py
 
+test-conversion:
+	$(PYTEST) tests/test_convert_torch.py tests/test_export_torch.py
+	$(PYTEST) tests/test_convert_keras.py tests/test_export_keras.py tests/test_legacy.py
+	KERAS_BACKEND=torch $(PYTEST) tests/test_convert_keras.py tests/test_export_keras.py -k "not round_trip and not real_arch"
+	KERAS_BACKEND=jax $(PYTEST) tests/test_convert_keras.py tests/test_export_keras.py -k "not round_trip and not real_arch"
+
 test-mutants:
 	$(PYTEST) tests/test_mutants.py
 	$(PYTEST) tests/test_mutants_torch.py
 	$(PYTEST) tests/test_mutants_jax.py
 	$(PYTEST) tests/test_mutants_kernels.py
+	$(PYTEST) tests/test_mutants_convert.py
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
@@ -76,4 +83,6 @@ clean:
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
+	# By itself: what it asks for is the other build of TensorFlow.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps tf_keras
 	touch $@

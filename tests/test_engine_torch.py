@@ -132,6 +132,17 @@ def test_one_process(case, small, monkeypatch):
     check(Alone, case)
 
 
+def test_torch_before_2_13_takes_no_epsilon_of_0(monkeypatch):
+    real = native.functional.batch_norm
+
+    def strict(*arguments):
+        assert arguments[-1] > 0
+        return real(*arguments)
+
+    monkeypatch.setattr(native.functional, "batch_norm", strict)
+    check(Alone, CASES[0])
+
+
 @pytest.mark.parametrize("channels_first", [False, True])
 def test_a_million_rows_a_channel(torch_world, channels_first):
     rest, axes = ((2, 500_000), (1,)) if channels_first else ((500_000, 2), (-1,))

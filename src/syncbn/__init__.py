@@ -6,6 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from syncbn.conversion import convert, fold, revert
+    from syncbn.conversion.legacy import load_legacy
+    from syncbn.conversion.weights import load_weights
     from syncbn.engines.torch_context import checkpoint_contexts, local_statistics
     from syncbn.engines.torch_debug import debug
     from syncbn.engines.torch_join import EmptySteps
@@ -20,8 +23,13 @@ _HOMES = {
     "SyncBatchNorm": "syncbn.layers.torch",
     "SyncBatchNormalization": "syncbn.layers.keras",
     "checkpoint_contexts": "syncbn.engines.torch_context",
+    "convert": "syncbn.conversion",
     "debug": "syncbn.engines.torch_debug",
+    "fold": "syncbn.conversion",
+    "load_legacy": "syncbn.conversion.legacy",
+    "load_weights": "syncbn.conversion.weights",
     "local_statistics": "syncbn.engines.torch_context",
+    "revert": "syncbn.conversion",
 }
 
 __all__ = [
@@ -30,8 +38,13 @@ __all__ = [
     "SyncBatchNormalization",
     "__version__",
     "checkpoint_contexts",
+    "convert",
     "debug",
+    "fold",
+    "load_legacy",
+    "load_weights",
     "local_statistics",
+    "revert",
 ]
 
 

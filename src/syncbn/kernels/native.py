@@ -26,7 +26,7 @@ BLOCK_ROWS = 4096
 LARGEST_IMAGE = 2**18
 
 _backward = torch.ops.aten.native_batch_norm_backward
-_ones: dict[tuple[int, torch.dtype], Tensor] = {}
+_constants: dict[tuple[int, torch.dtype, float], Tensor] = {}
 
 
 def serves(x: Tensor, mask: Tensor | None) -> bool:
@@ -45,7 +45,7 @@ def local_sums(x: Tensor, mask: Tensor | None) -> Tensor:
     n = eager.count(x, None)
     k = x.sum([0, *range(2, x.dim())]) / n
     rest = _centred(x, k)
-    q, s = _gradients(rest, rest, torch.zeros_like(k), _one(x), 0.0)
+    q, s = _gradients(rest, rest, torch.zeros_like(k), _filled(x, 1.0), 0.0)
     return eager.message_of(n, k, s, q)
 
 
@@ -86,7 +86,7 @@ def input_gradient(dz: Any, x: Tensor, mask: Tensor | None, norm: Normalization,
 
 def _gradients(dz: Tensor, x: Tensor, mean: Tensor, variance: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """(Σdz·(x − mean)/√(variance + epsilon), Σdz): the gradients of a batch norm's scale and offset."""
-    constants = (_one(x), mean, variance, None, None, False, epsilon, [False, True, True])
+    constants = (_filled(x, 1.0), mean, variance, None, None, False, epsilon, [False, True, True])
     if x.numel() > BLOCK_ROWS * x.shape[1] and (x.dim() == 2 or not x.is_contiguous()):
         blocks = [v.movedim(1, -1).reshape(-1, x.shape[1]).split(BLOCK_ROWS) for v in (dz, x)]
         sums = torch.stack([torch.stack(_backward(*rows, *constants)[1:]) for rows in zip(*blocks, strict=True)])
@@ -125,7 +125,8 @@ def _before_activation(dy: Tensor, x: Tensor, norm: Normalization, kept: Tensor 
 
 def _centred(x: Tensor, k: Tensor) -> Tensor:
     """x − k in one pass, in x's memory format."""
-    return functional.batch_norm(x, k, _one(x), None, None, False, 0.0, 0.0)
+    # Torch 2.10 to 2.12 refuse an epsilon of 0: a half for the variance and a half for epsilon are exactly 1.
+    return functional.batch_norm(x, k, _filled(x, 0.5), None, None, False, 0.0, 0.5)
 
 
 def _like(dy: Tensor, x: Tensor) -> Tensor:
@@ -143,12 +144,12 @@ def _layout(x: Tensor) -> torch.memory_format | None:
     return None
 
 
-def _one(x: Tensor) -> Tensor:
-    """Ones [C], made once."""
-    key = x.shape[1], arithmetic_dtype(x)
-    if key not in _ones:
-        _ones[key] = torch.ones(key[0], dtype=key[1], device="cpu")
-    return _ones[key]
+def _filled(x: Tensor, value: float) -> Tensor:
+    """[C] of one value, made once."""
+    key = x.shape[1], arithmetic_dtype(x), value
+    if key not in _constants:
+        _constants[key] = torch.full((key[0],), value, dtype=key[1], device="cpu")
+    return _constants[key]
 
 
 def _column(v: Tensor, x: Tensor) -> Tensor:

@@ -155,9 +155,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Makes the weights, in the order that saved models depend on."""
-        self._channel_axes = policy.channel_axes(self.axis, input_shape)
-        self._built_for = tuple(input_shape)
-        self.supports_jit = self._engine.supports_jit()
+        self._learn_shape(input_shape)
         if self.scale:
             self.gamma = self._weight("gamma", self.gamma_initializer, self.gamma_regularizer, self.gamma_constraint)
         if self.center:
@@ -165,9 +163,17 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         self.moving_mean = self._statistic("moving_mean", self.moving_mean_initializer)
         self.moving_variance = self._statistic("moving_variance", self.moving_variance_initializer)
         if self.renorm:
-            self.moving_stddev = self._statistic("moving_stddev", self._initial_stddev)
-            self.renorm_mean = self._statistic("renorm_mean", _again(self.moving_mean_initializer))
-            self.renorm_stddev = self._statistic("renorm_stddev", self._initial_stddev)
+            self._add_renorm_statistics()
+
+    def _learn_shape(self, input_shape: tuple[int | None, ...]) -> None:
+        self._channel_axes = policy.channel_axes(self.axis, input_shape)
+        self._built_for = tuple(input_shape)
+        self.supports_jit = self._engine.supports_jit()
+
+    def _add_renorm_statistics(self) -> None:
+        self.moving_stddev = self._statistic("moving_stddev", self._initial_stddev)
+        self.renorm_mean = self._statistic("renorm_mean", _again(self.moving_mean_initializer))
+        self.renorm_stddev = self._statistic("renorm_stddev", self._initial_stddev)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """The input's shape."""

@@ -229,7 +229,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _torchs_own(self, x: Tensor) -> Tensor:
         """Torch's operator, which moves the statistics itself."""
-        keeps = self.training and self.running_mean is not None and not context.is_local()
+        keeps = self.training and self.running_mean is not None and self.track_running_stats and not context.is_local()
         moves = keeps and context.is_first_pass()
         weight = 0.0 if self.momentum is None else self.momentum
         if moves:
@@ -277,7 +277,8 @@ class SyncBatchNorm(_BatchNorm):
     @torch.no_grad()
     def _move(self, moments: Moments) -> None:
         """Moves the statistics towards this batch's, where it has any."""
-        if self.running_mean is None:
+        # track_running_stats may be switched off later: torch's own layers read it at every call.
+        if self.running_mean is None or not self.track_running_stats:
             return
         may_move = engine.may_move(moments.count, self.renorm)
         if may_move is False:

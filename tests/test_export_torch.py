@@ -1,0 +1,219 @@
+"""Torch models out of training: folded, and exported as plain batch norm."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from architectures import ARCHITECTURES, timm
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import syncbn
+from syncbn import SyncBatchNorm
+
+ROUNDING = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(7)
+    torch.set_num_threads(1)
+
+
+def norms(model):
+    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
+
+
+def randomised(model):
+    with torch.no_grad():
+        for m in norms(model):
+            for v in (m.weight, m.bias, m.running_mean, m.running_var):
+                if v is not None:
+                    v.copy_(torch.rand(v.shape) + 0.5)
+    return model.eval()
+
+
+def close(got, expected, rounding=1e-5):
+    torch.testing.assert_close(got, expected, rtol=rounding, atol=rounding * float(expected.abs().max()))
+
+
+# ---------------------------------------------------------------------------------------------------------------- fold
+
+LAYERS = {
+    "Linear": (lambda: nn.Linear(4, 6), (5, 4)),
+    "Conv1d": (lambda: nn.Conv1d(4, 6, 3, bias=False), (2, 4, 9)),
+    "Conv2d, groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 9, 9)),
+    "Conv3d": (lambda: nn.Conv3d(4, 6, 2), (2, 4, 3, 3, 3)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(4, 6, 3), (2, 4, 9)),
+    "ConvTranspose2d, groups": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False), (2, 4, 5, 5)),
+    "ConvTranspose3d": (lambda: nn.ConvTranspose3d(4, 6, 2), (2, 4, 3, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_fold_computes_the_same(kind, dtype):
+    make, shape = LAYERS[kind]
+    model = randomised(nn.Sequential(make(), SyncBatchNorm(6, activation="relu"))).to(dtype)
+    x = torch.randn(shape).to(dtype)
+    kept = copy.deepcopy(model.state_dict())
+    folded = syncbn.fold(model)
+    assert not norms(folded)
+    close(folded(x).double(), model(x).double(), ROUNDING[dtype])
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, kept[key]), "the model itself changed"
+
+
+NORMS = {
+    "torch's": lambda: nn.BatchNorm2d(6),
+    "torch's synchronised": lambda: nn.SyncBatchNorm(6),
+    "without weight": lambda: SyncBatchNorm(6, affine=False),
+    "without bias": lambda: SyncBatchNorm(6, bias=False),
+    "leaky": lambda: SyncBatchNorm(6, activation="leaky_relu", eps=0.1),
+    "function": lambda: SyncBatchNorm(6, activation=torch.tanh),
+    "module": lambda: SyncBatchNorm(6, activation=nn.GELU()),
+    "renorm": lambda: SyncBatchNorm(6, renorm=True),
+    "timm": lambda: timm.layers.BatchNormAct2d(6, act_layer=nn.SiLU),
+    "timm's as ours": lambda: syncbn.convert(timm.layers.BatchNormAct2d(6, act_layer=nn.SiLU)),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_fold_takes_every_batch_norm(kind):
+    model = randomised(nn.Sequential(nn.Conv2d(4, 6, 3), NORMS[kind]()))
+    x = torch.randn(2, 4, 5, 5)
+    folded = syncbn.fold(model)
+    assert not norms(folded)
+    close(folded(x), model(x))
+
+
+class Net(nn.Module):
+    """Where a batch norm may not be folded, beside one where it may."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.conv, self.bn, self.other = nn.Conv2d(3, 3, 1), SyncBatchNorm(3), nn.BatchNorm2d(3)
+        self.last, self.last_bn = nn.Conv2d(3, 3, 1), SyncBatchNorm(3)
+        if how == "hook":
+            self.conv.register_forward_hook(lambda m, args, y: 2 * y)
+        if how == "tied":
+            self.other_conv = nn.Conv2d(3, 3, 1)
+            self.other_conv.weight = self.conv.weight
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.how == "used twice":
+            return self.last_bn(self.last(self.bn(y) + y))
+        if self.how == "two batch norms":
+            return self.last_bn(self.last(self.bn(y) + self.other(y)))
+        if self.how == "called twice":
+            return self.last_bn(self.last(self.bn(self.conv(self.bn(y)))))
+        if self.how == "something between":
+            return self.last_bn(self.last(self.bn(y.relu())))
+        if self.how == "residual":
+            return self.last_bn(self.last(self.bn(y, residual=x)))
+        if self.how == "weight read":
+            return self.last_bn(self.last(self.bn(y) * self.conv.weight.sum()))
+        if self.how == "tied":
+            return self.last_bn(self.last(self.bn(y) + self.other_conv(x)))
+        return self.last_bn(self.last(self.bn(y)))
+
+
+HOW = ["used twice", "two batch norms", "called twice", "something between", "residual", "weight read", "tied", "hook"]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_fold_leaves_what_others_use(how):
+    model, x = randomised(Net(how)), torch.randn(2, 3, 4, 4)
+    folded = syncbn.fold(model)
+    assert isinstance(folded.bn, SyncBatchNorm)
+    assert not isinstance(folded.last_bn, SyncBatchNorm)
+    close(folded(x), model(x))
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 4, 1), SyncBatchNorm(4))
+
+    def forward(self, x):
+        return self.block(x) if x.sum() > 0 else -self.block(-x)
+
+
+def test_fold_reads_the_parts_of_what_cannot_be_traced():
+    model = randomised(Untraceable())
+    folded = syncbn.fold(model)
+    assert not norms(folded)
+    for x in (torch.rand(2, 3, 4, 4), -torch.rand(2, 3, 4, 4)):
+        close(folded(x), model(x))
+
+
+def test_fold_is_right_or_loud_where_channels_are_not_on_dim_1():
+    model = randomised(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    with pytest.raises(
+        ValueError, match=r"takes that layer's output with the channels on dim 1, so of rank 2\. Received: shape \(2, 4, 4\)"
+    ):
+        syncbn.fold(model)(torch.randn(2, 4, 4))
+
+
+def test_fold_wants_eval_mode():
+    with pytest.raises(ValueError, match=r"syncbn\.fold takes a model in eval mode.*Call model\.eval\(\) first"):
+        syncbn.fold(Net("plain"))
+    with pytest.raises(TypeError, match=r"syncbn\.fold takes"):
+        syncbn.fold("model")
+
+
+@pytest.mark.parametrize("name", ["torchvision resnet50", "timm resnet10t", "timm regnet", "torchvision densenet121"])
+def test_fold_of_real_architectures(name):
+    with torch.device("meta"):
+        model = ARCHITECTURES[name]()
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=max(p[0].numel(), 1) ** -0.5)
+    randomised(model)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected, folded = model(x), syncbn.fold(syncbn.convert(model))
+        close(folded(x), expected, 1e-4)
+    # Of a dense net every second one stands before its convolution.
+    assert len(norms(folded)) < 0.55 * len(norms(model))
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+
+
+def exported():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), SyncBatchNorm(4, activation="relu"), nn.MaxPool2d(2), SyncBatchNorm(4, affine=False)
+    )
+    return randomised(model), torch.randn(2, 3, 8, 8)
+
+
+def test_torch_export():
+    model, x = exported()
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert any("batch_norm" in name for name in names)
+    assert not any(word in name for name in names for word in ("c10d", "syncbn", "all_reduce"))
+    for batch in (x, torch.randn(5, 3, 8, 8)):
+        close(program.module()(batch), model(batch))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx(tmp_path):
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    model, x = exported()
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(
+        model, (x,), path, dynamo=True, optimize=False, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False
+    )
+    assert "BatchNormalization" in {node.op_type for node in onnx.load(path).graph.node}
+    session = onnxruntime.InferenceSession(path)
+    for batch in (x, torch.randn(5, 3, 8, 8)):
+        (y,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+        np.testing.assert_allclose(y, model(batch).detach().numpy(), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,64 @@
+"""Deliberate faults in moving in and moving out, each of which the suite must catch."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from test_mutants import Mutant, run
+
+TORCH, KERAS, EXCHANGE = "conversion/torch.py", "conversion/keras.py", "conversion/exchange.py"
+TORCH_FOLD, KERAS_FOLD, WEIGHTS, LEGACY = (
+    "conversion/torch_fold.py",
+    "conversion/keras_fold.py",
+    "conversion/weights.py",
+    "conversion/legacy.py",
+)
+TORCH_TESTS, KERAS_TESTS, LEGACY_TESTS = "test_convert_torch.py", "test_convert_keras.py", "test_legacy.py"
+TORCH_EXPORT, KERAS_EXPORT = "test_export_torch.py", "test_export_keras.py"
+
+MUTANTS = [
+    Mutant("overrides are not looked at", EXCHANGE, "return ancestor if ancestor is not None and not overridden(cls, ancestor) else None",
+           "return ancestor", TORCH_TESTS, "unknown_ones"),
+    Mutant("a forward of the object's own is overlooked", TORCH, '"forward" in vars(module) or ', "", TORCH_TESTS, "unknown_ones"),
+    Mutant("always back to 2d", TORCH, "            targets[module] = before\n", "            targets[module] = nn.BatchNorm2d\n", TORCH_TESTS, "each_class"),
+    Mutant("renorm starts from the variance", TORCH, "stddev = torch.sqrt(variance + module.eps)", "stddev = variance + module.eps", TORCH_TESTS, "renorm_starts"),
+    Mutant("renorm buffers stay", TORCH, "module._buffers.pop(name, None)", "pass", TORCH_TESTS, "renorm_starts"),
+    Mutant("timm's activation is lost", TORCH, "y = getattr(self, name)(y)", "pass", TORCH_TESTS, "timm_keeps"),
+    Mutant("wrapped models pass", TORCH, '"DistributedDataParallel": ("torch.nn.parallel", "wrapped"),', "", TORCH_TESTS, "wrapped_and_sharded"),
+    Mutant("compiled modules pass", TORCH, '"compiled" if module._compiled_call_impl is not None else states[cls]', "states[cls]", TORCH_TESTS, "wrong_state"),
+    Mutant("switched-off statistics move", "layers/torch.py", "self.running_mean is not None and self.track_running_stats and", "self.running_mean is not None and",
+           TORCH_TESTS, "switched_off"),
+    Mutant("ranks of the example are not asked", TORCH, "implied = classes.pop() if len(classes) == 1 else None", "implied = nn.BatchNorm2d", TORCH_TESTS, "made_as_ours"),
+    Mutant("build stays theirs", KERAS, "cell.cell_contents = MethodType(cls.build, layer)", "pass", KERAS_TESTS, "every_kind and deferred"),
+    Mutant("traces stay", KERAS, "part.train_function = part.test_function = part.predict_function = None", "pass", KERAS_TESTS, "trains_on"),
+    Mutant("renorm's first statistics are the initial ones", KERAS, "    layer.renorm_stddev.assign(stddev)\n", "", KERAS_TESTS, "renorm_starts"),
+    Mutant("what Keras's build noted is lost", KERAS, 'attributes["_reduction_axes"] =', "_ =", KERAS_TESTS, "every_kind and deferred"),
+    Mutant("shapes are not compared", WEIGHTS, "if missing or unused or other:", "if missing or unused:", LEGACY_TESTS, "do_not_fit"),
+    Mutant("a failed load stays", WEIGHTS, "                model.load_weights(own)\n", "", LEGACY_TESTS, "undone"),
+    Mutant("one key for another is not taken", WEIGHTS, "container.move(key, KEY + match[2])", "pass", LEGACY_TESTS, "any_batch_norm"),
+    Mutant("safe mode is off", LEGACY, "SafeModeScope(True)", "SafeModeScope(False)", LEGACY_TESTS, "does_not_run"),
+    Mutant("several axes are dropped", LEGACY, '"axis": config["axes"]})', '"axis": -1})', LEGACY_TESTS, "computes and several_axes and h5"),
+    Mutant("fold forgets the bias", TORCH_FOLD, "layer.bias.double() - mean", "-mean", TORCH_EXPORT, "computes_the_same and Linear"),
+    Mutant("fold forgets other uses", TORCH_FOLD, "or len(before.users) != 1", "", TORCH_EXPORT, "others_use"),
+    Mutant("fold forgets hooks", TORCH_FOLD, "return not any(hooks) and", "return", TORCH_EXPORT, "others_use"),
+    Mutant("fold forgets epsilon", KERAS_FOLD, "wide(norm.moving_variance) + norm.epsilon", "wide(norm.moving_variance)", KERAS_EXPORT, "computes_the_same and Dense"),
+    Mutant("fold forgets other consumers", KERAS_FOLD, "if consumers[id(x)] == 1 and id(x) not in outputs:", "if True:", KERAS_EXPORT, "others_use"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory):
+    """What pytest says of each mutant; two run at a time."""
+    pool = ThreadPoolExecutor(2)
+    yield {m.name: pool.submit(run, m, tmp_path_factory.mktemp("mutant")) for m in MUTANTS}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_mutant_is_caught(mutant, verdicts):
+    verdict = verdicts[mutant.name].result()
+    assert verdict.returncode == 1, verdict.stdout[-3000:] + verdict.stderr[-1000:]
+    assert "1 failed" in verdict.stdout
+    assert "1 error" not in verdict.stdout
+    assert "SyntaxError" not in verdict.stdout
