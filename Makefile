@@ -56,10 +56,6 @@ test-conversion:
 
 test-mutants:
 	$(PYTEST) tests/test_mutants.py
-	$(PYTEST) tests/test_mutants_torch.py
-	$(PYTEST) tests/test_mutants_jax.py
-	$(PYTEST) tests/test_mutants_kernels.py
-	$(PYTEST) tests/test_mutants_convert.py
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -59,8 +58,6 @@ def bandwidth() -> float:
 def times(rounds: int) -> list[dict[str, Any]]:
     """Rows of seconds per layer, with the share of the memory floor; peers take turns within each round."""
     device, speed, rows = jax.devices()[0], bandwidth(), []
-    power = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True,
-                           text=True, check=False).stdout.strip() if device.platform == "gpu" else ""  # fmt: skip
     for dtype in ("bfloat16", "float32"):
         for shape in SHAPES:
             made = {name: step_of(layer, shape, dtype) for name, layer in PEERS.items()}
@@ -80,7 +77,7 @@ def times(rounds: int) -> list[dict[str, Any]]:
                 row = quantiles(seconds[name])
                 rows.append({
                     "peer": name, "quantity": "seconds per layer", "dtype": dtype, "shape": shape, "layers": LAYERS,
-                    "replicas": 1, "rounds": rounds, "device": f"{device.device_kind} {power}".strip(), "bytes per second": speed,
+                    "replicas": 1, "rounds": rounds, "device": device.device_kind, "bytes per second": speed,
                     "floor": float(floor), "floor / median": float(floor) / row["median"], **row,
                 })  # fmt: skip
                 print(
