@@ -9,7 +9,7 @@ PYTEST := $(BIN)/pytest
 REPLICATED := tests/test_engine_tensorflow.py tests/test_layer_tensorflow.py
 TESTS := test-house test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-conversion test-mutants
 
-.PHONY: demo test check lint gpu benchmark clean $(TESTS)
+.PHONY: demo test check lint mutants gpu benchmark clean $(TESTS)
 
 demo: $(SETUP)
 	$(BIN)/syncbn demo
@@ -40,8 +40,8 @@ test-torch-2:
 
 test-jax:
 	$(PYTEST) tests/test_engine_jax.py tests/test_layer_jax.py tests/test_functional_jax.py
-	$(PYTEST) tests/test_engine_jax.py -k "concatenated or groups" --replicas 2
-	$(PYTEST) tests/test_engine_jax.py -k "concatenated or groups" --replicas 8
+	$(PYTEST) tests/test_engine_jax.py -k "concatenated and (ragged or masked) or groups" --replicas 2
+	$(PYTEST) tests/test_engine_jax.py -k "concatenated and (ragged or masked) or groups" --replicas 8
 	JAX_ENABLE_X64=1 $(PYTEST) tests/test_engine_jax.py -k "float64 or large or second or groups"
 	$(PYTEST) tests/test_multi_process_jax.py
 
@@ -56,6 +56,9 @@ test-conversion:
 
 test-mutants:
 	$(PYTEST) tests/test_mutants.py
+
+mutants: $(SETUP)
+	$(PYTEST) tests/test_mutants.py --all-mutants
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

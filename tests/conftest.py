@@ -22,6 +22,7 @@ if any("jax" in Path(argument).name and "demo" not in Path(argument).name for ar
 
 def pytest_addoption(parser):
     parser.addoption("--replicas", type=int, default=4, help="how many replicas the tests run on")
+    parser.addoption("--all-mutants", action="store_true", help="every deliberate fault, not the essential ones alone")
 
 
 @pytest.fixture(scope="session")

@@ -165,3 +165,10 @@ def test_the_ban_can_fail():
 def test_the_oracle_shares_nothing_with_the_source():
     names = list(imports(ast.parse((ROOT / "tests" / "oracle.py").read_text())))
     assert not [n for n in names if n.split(".")[0] in FRAMEWORKS | {"syncbn"}]
+
+
+def test_the_readme_says_what_the_rows_say():
+    check = subprocess.run(
+        [sys.executable, "benchmarks/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert check.returncode == 0, check.stderr

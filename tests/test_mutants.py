@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from mutants import conversion, jax, kernels, tensorflow, torch
+from mutants import ESSENTIAL, conversion, jax, kernels, tensorflow, torch
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTS = {"tensorflow": tensorflow, "torch": torch, "jax": jax, "kernels": kernels, "conversion": conversion}
@@ -19,6 +19,14 @@ MUTANTS = {
     for name, faults in LISTS.items()
     for mutant in faults.MUTANTS
 }
+
+
+def pytest_generate_tests(metafunc):
+    if "name" in metafunc.fixturenames:
+        everything = metafunc.config.getoption("--all-mutants")
+        metafunc.parametrize(
+            "name", [n for n, (m, _) in MUTANTS.items() if everything or m.name in ESSENTIAL or m in kernels.MUTANTS]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +50,6 @@ def run(mutant, options, folder):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name, verdicts):
     verdict = verdicts[name].result()
     # 1: tests ran and one failed. Anything else (no test selected, an import error) catches nothing.

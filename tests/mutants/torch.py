@@ -34,7 +34,7 @@ MUTANTS = [
     Mutant("the activation's other side", EAGER, "return torch.where(z > 0, dy,", "return torch.where(z < 0, dy,", ENGINE_TESTS, "activation and relu and eager"),
     Mutant("counts as floats", ENGINE, "payload = torch.cat([n.to(torch.int32)[None]", "payload = torch.cat([n.float()[None].view(torch.int32)",
            ENGINE_TESTS, "without_float64 and ragged"),
-    Mutant("statistics from local moments", LAYER, "self._train(moments, *self._scale", "self._train(engine.moments(x, mask=mask, group=policy.ALONE), *self._scale",
+    Mutant("moving statistics from local moments", LAYER, "self._train(moments, *self._scale", "self._train(engine.moments(x, mask=mask, group=policy.ALONE), *self._scale",
            RANKS, "concatenated and ragged-None"),
     Mutant("statistics move at count 0", LAYER, "sound = count > 0", "sound = count > -1", ALONE, "nothing_moves"),
     Mutant("statistics that are not finite move", LAYER, "sound = sound & (mean + variance).isfinite().all()", "pass", RANKS, "says_nothing and nan"),

@@ -1,0 +1,88 @@
+"""Writes the README's table of figures from the rows: `python benchmarks/readme.py`; with `--check` it only compares."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from math import exp, log, prod
+from pathlib import Path
+from typing import Any
+
+from rows import read
+
+README = Path(__file__).parent.parent / "README.md"
+START, END = "<!-- from benchmarks/results, by benchmarks/readme.py -->\n", "<!-- end -->\n"
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return exp(sum(map(log, values)) / len(values))
+
+
+def ratios(name: str, peer: str, only: Callable[[dict[str, Any]], bool]) -> list[float]:
+    """Ours over the peer's, of each shape or case, in the order of the rows."""
+    rows = [row for row in read(name) if only(row)]
+    value, what = ("us", "case") if "us" in rows[0] else ("median", "shape")
+    of = {(row["peer"], str(row.get("dtype")), str(row[what])): row[value] for row in rows if what in row}
+    return [
+        us / of[peer, dtype, shape] for (who, dtype, shape), us in of.items() if who == "syncbn" and (peer, dtype, shape) in of
+    ]
+
+
+def line(where: str, peer: str, found: list[float]) -> str:
+    each = " ".join(f"{r:.2f}" for r in found) if len(found) <= 5 else f"{min(found):.2f} to {max(found):.2f}"
+    return f"| {where} | {peer} | {geometric_mean(found):.2f} | {each} |"
+
+
+def timed(quantity: str, replicas: int | None = None) -> Callable[[dict[str, Any]], bool]:
+    return lambda row: (row.get("quantity") or row.get("what")) == quantity and replicas in (None, row.get("replicas"))
+
+
+def table() -> str:
+    step, graph = timed("seconds per step"), timed("graph")
+    large = lambda row: step(row) and prod(row["shape"]) > 100_000  # noqa: E731
+    lines = [
+        "| forward + backward | against | time, ours / theirs | each shape |",
+        "|---|---|---|---|",
+        line("TensorFlow, CPU, 4 replicas", "Keras `synchronized=True`", ratios("tensorflow-cpu", "keras synchronized", step)),
+        line("— inputs over 100,000 elements", "Keras, unsynchronised", ratios("tensorflow-cpu", "keras unsynchronised", large)),
+        line("PyTorch, CPU, one process", "`nn.BatchNorm`", ratios("torch-cpu", "torch local", timed("seconds per step", 1))),
+        line(
+            "PyTorch, CPU, 2 processes, gloo",
+            "`nn.BatchNorm` and two bare all-reduces",
+            ratios("torch-cpu", "torch local + 2 bare all_reduces", timed("seconds per step", 2)),
+        ),
+        line("PyTorch, one H200, in a graph", "`nn.BatchNorm2d`", ratios("gpu", "BatchNorm2d", graph)),
+        line("— the same", "`nn.BatchNorm2d`, compiled", ratios("gpu", "BatchNorm2d, compiled", graph)),
+        line(
+            "PyTorch, 2 × H100, bfloat16, peer memory (not yet the default)",
+            "`nn.SyncBatchNorm`",
+            ratios("gpu-x2", "torch SyncBatchNorm", graph),
+        ),
+    ]
+    for program in ("20 in a scan", "10 with 1×1 convolutions between", "20 bare, unrolled"):
+        found = ratios("jax-cpu", "flax axis_name", timed(f"seconds per step, {program}"))
+        lines.append(line(f"JAX, CPU, 4 devices: {program}", "Flax `axis_name`", found))
+    lines.append(line("JAX, one H100", "Flax, unsynchronised", ratios("jax-gpu", "flax", timed("seconds per layer"))))
+    errors = {
+        (r["peer"], r["quantity"]): r["median"] for r in read("tensorflow-cpu") if r["quantity"].startswith("variance error")
+    }
+    lines += ["", "| variance's relative error, float32, mean/std | syncbn | Keras `synchronized=True` |", "|---|---|---|"]
+    for quantity in dict.fromkeys(q for _, q in errors):
+        ours, theirs = errors["syncbn", quantity], errors["keras synchronized", quantity]
+        lines.append(f"| {float(quantity.split()[-1]):,.0f} | {ours:.0e} | {theirs:.1g} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    text = README.read_text()
+    head, rest = text.split(START)
+    _, tail = rest.split(END)
+    new = head + START + "\n" + table() + "\n" + END + tail
+    if "--check" in sys.argv:
+        sys.exit(0 if new == text else "README.md does not say what the rows say: run benchmarks/readme.py")
+    README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
