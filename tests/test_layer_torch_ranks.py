@@ -9,7 +9,6 @@ import io
 import os
 import pickle
 import signal
-import socket
 import time
 
 import numpy as np
@@ -22,7 +21,7 @@ from cases import RAGGED, Case
 from checks import close
 from test_engine_torch import numbers, tensor
 from torch.nn.parallel import DistributedDataParallel
-from worlds import TorchWorld
+from worlds import TorchWorld, free_ports
 
 import syncbn
 from syncbn import SyncBatchNorm
@@ -438,17 +437,11 @@ def alone_and_again(port):
     return sizes
 
 
-def free_port():
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def test_groups_that_go_and_come_and_ranks_that_are_absent_stopped_or_killed():
     """Absent in the debug mode: named. Stopped: the others raise at the group's timeout. Killed: at once."""
     world = TorchWorld(3)
     with contextlib.closing(world):
-        assert world.run(alone_and_again, common=(free_port(),)) == [[7, 7]] * 3
+        assert world.run(alone_and_again, common=(free_ports(1)[0],)) == [[7, 7]] * 3
         got = world.run(another_way, [np.ones((2, 3), "float32")] * 3, common=("impatient",))
         for said in (got[0], got[2]):
             assert (

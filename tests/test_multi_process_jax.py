@@ -10,7 +10,8 @@ import numpy as np
 import oracle
 from cases import Case
 from checks import close
-from test_multi_worker import HERE, free_ports
+from test_multi_worker import HERE
+from worlds import free_ports
 
 
 def test_two_processes_of_two_devices_one_of_them_masked(tmp_path):

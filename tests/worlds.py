@@ -15,6 +15,18 @@ from typing import Any
 import numpy as np
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, outside of the range that the system itself hands out: nobody takes them meanwhile."""
+    found: list[int] = []
+    port = 10_000 + os.getpid() % 10_000
+    while len(found) < count:
+        port += 1
+        with contextlib.closing(socket.socket()) as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            found.append(port)
+    return found
+
+
 class TensorFlowWorld:
     """The one MirroredStrategy of this process, over logical CPU devices.
 
@@ -75,11 +87,13 @@ class TorchWorld:
     """
 
     def __init__(self, replicas: int, timeout: float = 60):
+        from torch.distributed import TCPStore
+
         self.replicas, self.timeout = replicas, timeout
         device = os.environ.get("SYNCBN_TEST_DEVICE", "cpu")
-        with contextlib.closing(socket.socket()) as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # Here, so that the port is taken from the moment when it is chosen, and outlives a rank that a test kills.
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = self.store.port
         os.environ["OMP_NUM_THREADS"] = "1"
         # Torch is imported once, and the processes are forked from where it is.
         context = multiprocessing.get_context("forkserver")
@@ -146,9 +160,9 @@ def serve(pipe: Any, rank: int, replicas: int, port: int, timeout: float, device
         # NCCL refuses two ranks on one GPU.
         backend = "nccl" if gpus >= replicas else "gloo"
     if replicas > 1:
-        where = f"tcp://127.0.0.1:{port}"
         patience = datetime.timedelta(seconds=timeout)
-        dist.init_process_group(backend, init_method=where, rank=rank, world_size=replicas, timeout=patience)
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=patience)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=replicas, timeout=patience)
     pipe.send_bytes(pickle.dumps((True, "ready")))
     with contextlib.suppress(EOFError):
         while True:
