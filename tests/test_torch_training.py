@@ -185,7 +185,9 @@ def checkpointed(way, shape, x, arguments=None):
         if shape == "two forwards":
             y = y + run(x * 2)
         forward = len(sizes)
-        y.square().sum().backward()
+        y.backward(
+            torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(y.device)
+        )
     return {
         "dx": numbers(x.grad),
         "gradients": [numbers(p.grad) for p in block.parameters()],
