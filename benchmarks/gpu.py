@@ -164,7 +164,7 @@ def exchange_cost(case: Case, size: int = 2) -> tuple[float, float]:
         stats = fused.measure(plan, own.x, None)
         fused.normalize(plan, own.x, stats, own.weight, own.bias, 1e-5)
         sums = fused.gradient_sums(plan, own.x, own.dy, stats, own.weight, own.bias, 1e-5)
-        fused.input_gradient(plan, own.x, own.dy, sums[2])
+        fused.input_gradient(plan, own.x, own.dy, sums[2], stats, own.weight, own.bias, 1e-5)
 
     with_ = replicas.plan(t[0].x, scale=torch.float32)
     without = plans.Plan(case.fold(), case.torch_dtype(), t[0].x.device, scale=torch.float32)

@@ -201,7 +201,7 @@ def calls(plan, t):
     coefficients = sums()[2]
 
     def input_gradient():
-        return fused.input_gradient(plan, t.x, t.dy, coefficients)
+        return fused.input_gradient(plan, t.x, t.dy, coefficients, stats, t.weight, t.bias, EPSILON)
 
     return moments, normalize, sums, input_gradient
 

@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from syncbn.kernels import exchange, plans, sums
+from syncbn.kernels import exchange, plans
 
 NAMES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.int32: "*i32",
@@ -45,11 +45,10 @@ def main() -> None:
         plans.Fold(32 * 49, 2048, 1), torch.float32, device, masked=True, scale=torch.float32, activation="silu", residual=torch.float32,
         moving=torch.float32, moves=2, replicas=2,
     )  # fmt: skip
+    plans.Plan(plans.Fold(4, 64, 49), torch.float16, device, moving=torch.float32, moves=2, sent=True, raw=True)
     numbers = {"C": 256, "X": 64, "W": 8}
     Compiled(exchange.exchange_moments_kernel, (torch.float64, torch.int64, 1, 1, 1), numbers, 1, 4, device)
     Compiled(exchange.exchange_sums_kernel, (torch.float64, torch.int64, 1, 1, 1), numbers, 1, 4, device)
-    f32, f64 = torch.float32, torch.float64
-    Compiled(sums.coefficients_kernel, (f64, f64, f32, f32, f32, 0.5), {"C": 256, "P": 256, "SCALE": True}, 1, 4, device)
 
 
 if __name__ == "__main__":

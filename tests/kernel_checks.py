@@ -104,8 +104,8 @@ def near(got, expected, dtype, quantity, factor=1.0):
     ), quantity
 
 
-def check(case, device="cpu", tiles=None):
-    """All four launches of one case against the oracle; tiles: in place of the plan's own."""
+def check(case, device="cpu", tiles=None, sent=False):
+    """All four launches of one case against the oracle; tiles: in place of the plan's own; sent: by messages, as of one replica."""
     rng = np.random.default_rng([*map(ord, case.name)])
     x, dy = case.tensor(rng, case.mean).to(device), case.tensor(rng).to(device)
     residual = case.tensor(rng).to(device) if case.residual else None
@@ -122,7 +122,7 @@ def check(case, device="cpu", tiles=None):
     moving = [torch.zeros(C, device=device), torch.ones(C, device=device), torch.zeros(1, dtype=torch.int64, device=device)]
     plan = plans.Plan(
         plans.fold(x), x.dtype, x.device, masked=case.mask, scale=None if scale is None else scale.dtype, activation=case.activation,
-        residual=None if residual is None else residual.dtype, moving=torch.float32, moves=1, tiles=tiles,
+        residual=None if residual is None else residual.dtype, moving=torch.float32, moves=1, tiles=tiles, sent=sent, raw=sent,
     )  # fmt: skip
     stats = fused.measure(plan, x, keep)
     y = fused.normalize(
@@ -135,11 +135,16 @@ def check(case, device="cpu", tiles=None):
         plan, x, dy, stats, scale, offset, EPSILON, keep=keep, saved=saved, slope=SLOPE
     )
     dresidual = torch.empty_like(x) if saved is not None else None
-    dx = fused.input_gradient(plan, x, dy, coefficients, keep=keep, saved=saved, slope=SLOPE, dresidual=dresidual)
+    dx = fused.input_gradient(
+        plan, x, dy, coefficients, stats, scale, offset, EPSILON, keep=keep, saved=saved, slope=SLOPE, dresidual=dresidual
+    )
 
     truth = oracle.BatchNorm([wide(x)], axes=(1,), masks=None if mask is None else [mask.cpu().numpy()], epsilon=EPSILON)
     n, mean, variance = truth.moments[0]
     gamma, beta = (np.ones(C), np.zeros(C)) if scale is None else (wide(scale), wide(offset))
+    if sent:
+        count, total, squares = stats[0], stats[1 : C + 1] / stats[0], stats[C + 1 :] / stats[0]
+        stats = torch.cat([total, squares - total * total, count[None]])
     assert float(stats[2 * C]) == n
     large = case.mean > 1e3
     limit = TOLERANCE["float32", "large mean" if large else "variance"]

@@ -13,6 +13,7 @@ from kernel_checks import EPSILON, MATRIX, KernelCase, check
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
+from syncbn import maths
 from syncbn.kernels import Normalization, cuda, eager, fused, plans
 from syncbn.kernels.plans import Tile
 from syncbn.policy import Activation
@@ -29,9 +30,10 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+@pytest.mark.parametrize("sent", [False, True], ids=["within", "sent"])
 @pytest.mark.parametrize("case", MATRIX, ids=lambda c: c.name)
-def test_equals_oracle(case):
-    check(case)
+def test_equals_oracle(case, sent):
+    check(case, sent=sent)
 
 
 # Many splits, cut tiles, several turns a program, the order of turns: what small inputs would not make.
@@ -96,6 +98,24 @@ def test_a_stray_value_under_the_mask_does_not_spread():
     x[1, :, 2], mask[1, :, 2] = float("nan"), False
     _, y, _ = statistics(x, mask)
     assert torch.isfinite(y).all()
+
+
+@pytest.mark.parametrize("sent", [False, True], ids=["within", "sent"])
+def test_statistics_move_to_the_bits_of_the_other_code(sent):
+    """An empty or float64 replica moves its statistics by plain operators: they must not part from the others'."""
+    rng = np.random.default_rng(0)
+    x = torch.tensor(rng.normal(size=(3, 400, 2)), dtype=torch.float32)
+    old = torch.tensor(rng.random(400), dtype=torch.float32)
+    moving = fused.Moving(old.clone(), old.clone(), torch.zeros(1, dtype=torch.int64), 0.4)
+    plan = plans.Plan(plans.fold(x), x.dtype, x.device, moving=torch.float32, moves=2, sent=sent, raw=sent)
+    stats = fused.measure(plan, x, None)
+    fused.normalize(plan, x, stats, None, None, EPSILON, moving=moving)
+    if sent:
+        n, mean, variance = eager.moments_of_sums(stats)
+    else:
+        mean, variance, n = stats[:400], stats[400:800], stats[800]
+    for got, batch in ((moving.mean, mean), (moving.variance, variance * (n / (n - 1)))):
+        assert torch.equal(got, maths.moving_average(old.double(), batch, 1 - 0.4).float())
 
 
 def test_cumulative_average():

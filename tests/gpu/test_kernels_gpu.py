@@ -24,10 +24,11 @@ LARGE = [
 ]
 
 
+@pytest.mark.parametrize("sent", [False, True], ids=["within", "sent"])
 @pytest.mark.parametrize("case", [*MATRIX, *LARGE], ids=lambda c: c.name)
-def test_equals_oracle(case):
-    first = check(case, "cuda")
-    second = check(case, "cuda")
+def test_equals_oracle(case, sent):
+    first = check(case, "cuda", sent=sent)
+    second = check(case, "cuda", sent=sent)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "bits differ between runs"
 
 

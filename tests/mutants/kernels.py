@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutants import Mutant
 
-MOMENTS, SUMS, POINTWISE, EXCHANGE = (f"kernels/{name}.py" for name in ("moments", "sums", "pointwise", "exchange"))
+MOMENTS, POINTWISE, EXCHANGE = (f"kernels/{name}.py" for name in ("moments", "pointwise", "exchange"))
 KERNELS, PEERS = "test_kernels_triton.py", "test_exchange.py"
 
 MUTANTS = [
@@ -19,7 +19,9 @@ MUTANTS = [
            "tl.load(offset + c, mask=inside, other=0.0).to(tl.float32)", KERNELS, "small_tiles and large"),
     Mutant("a turn left out", POINTWISE, "last = length - 1 - turn // across", "last = length - 2 - turn // across", KERNELS, "small_tiles and 7"),
     Mutant("statistics move at count 0", POINTWISE, "moves = (n != 0).to(tl.int32)", "moves = (n == n).to(tl.int32)", KERNELS, "masked_everywhere"),
-    Mutant("dropped term in the input gradient", SUMS, "through = -rstd * rstd * gx_hat / n", "through = 0 * gx_hat / n", KERNELS, "small_tiles and 7"),
+    Mutant("dropped term in the input gradient", POINTWISE, "through = -rstd * rstd * gx_hat / n", "through = 0 * gx_hat / n", KERNELS, "small_tiles and 7"),
+    Mutant("momentum rounded to float32", "kernels/fused.py", "return rounded, weight - rounded", "return rounded, 0.0", KERNELS, "bits_of_the_other"),
+    Mutant("the message without its mean's square", MOMENTS, "m2 + n * mean * mean, mask", "m2, mask", KERNELS, "agrees_with and first"),
     Mutant("means of replicas taken for one", EXCHANGE, "its_m2 + d * d * n * part", "its_m2", PEERS, "agree_with"),
     Mutant("absent replicas not noticed", EXCHANGE, "bad = tl.where(sound, 0.0, nothing)\n    return n + bad", "bad = 0.0\n    return n + bad",
            PEERS, "killed"),

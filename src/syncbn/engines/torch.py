@@ -94,8 +94,8 @@ def _measure(x: Tensor, mask: Tensor | None, link: Link | None) -> Moments:
     if not eager.has_float64(x.device):
         return _moments_in_pairs(x, mask, link)
     kernels = kernels_for(x, mask)
-    lane = lanes.lane_of(link, x.device)
-    if lane is not None and x.shape[1] <= lanes.MOST_CHANNELS:
+    lane = lanes.lane_for(link, x)
+    if lane is not None:
         count, mean, variance = lanes.exchanged_moments(lane, *kernels.moments_of_sums(kernels.local_sums(x, mask)))
     else:
         count, mean, variance = kernels.moments_of_sums(sum_in_place(kernels.local_sums(x, mask), link))

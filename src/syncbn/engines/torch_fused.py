@@ -1,7 +1,7 @@
 """A whole torch normalization in two launches each way, on CUDA: moments, moving statistics, output; their gradients.
 
-Used where a layer asks for nothing between the moments and the output, and there is one replica or the replicas meet inside the
-kernels (torch_lanes.py). Everything else takes the two verbs.
+Used where a layer asks for nothing between the moments and the output. Replicas meet inside the kernels (torch_lanes.py), or
+their group's backend adds the kernels' messages up between them. Everything else takes the two verbs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from syncbn.engines import torch_context as context
 from syncbn.engines import torch_debug as debug
 from syncbn.engines import torch_lanes as lanes
 from syncbn.engines.torch_autograd import How, differentiable
-from syncbn.engines.torch_groups import link_of
+from syncbn.engines.torch_groups import link_of, sum_in_place
 from syncbn.kernels.choice import cuda_kernels
 from syncbn.policy import Activation
 
@@ -36,29 +36,31 @@ def whole(
 
     moving: (mean, variance, batches, weight of the new value or None for 1/batches), or None.
     """
-    if context.is_taped():
+    if context.is_taped() or torch._C._are_functorch_transforms_active():
+        return None
+    # What torch.func leaves behind has no memory of its own.
+    if torch._C._functorch.is_dead_tensor_wrapper(x):  # type: ignore[attr-defined]
         return None
     link = None if context.is_local() else link_of(group)
-    lane = None
-    if link is not None:
-        lane = lanes.lane_of(link, x.device)
-        if lane is None:
-            return None
-    kernels = cuda_kernels()
-    if kernels is None or not kernels.serves(x, mask) or (lane is not None and x.shape[1] > lanes.MOST_CHANNELS):
+    if link is None and x.numel() <= x.shape[1]:
+        # Nothing to learn from, or one value a channel: an error, unless replicas of another group exist.
         return None
+    kernels = cuda_kernels()
+    if kernels is None or not kernels.serves(x, mask):
+        return None
+    lane = None if link is None else lanes.lane_for(link, x)
     speaker = debug.speaker()
     debug.announce(link, "forward", speaker, x.shape[1])
     if moving is not None:
         mean, variance, batches, weight_of_new = moving
         moving = (mean, variance, batches, -1.0 if weight_of_new is None else weight_of_new) if context.is_first_pass() else None
     # A plain tuple: a named one costs the host as much as an allocation.
-    return Whole.apply(x, weight, bias, residual, mask, (epsilon, activation, link, lane, moving, kernels, speaker))
+    return _apply(x, weight, bias, residual, mask, (epsilon, activation, link, lane, moving, kernels, speaker))
 
 
 class Whole(Function):
     """Two launches each way, and nothing saved but x and what is O(channels), besides one tensor with a residual and an
-    activation."""
+    activation. Between the launches, where there is a link and no lane, one all-reduce."""
 
     @staticmethod
     def forward(
@@ -66,6 +68,7 @@ class Whole(Function):
     ) -> Tensor:
         """y. call: (epsilon, activation, link, lane, moving, kernels, speaker)."""
         epsilon, activation, link, lane, moving, kernels, _ = call
+        sent = link is not None and lane is None
         dense = kernels.dense_or_copy(x)
         name, slope = (None, 0.0) if activation is None else activation
         plan = kernels.plan_for(
@@ -76,7 +79,10 @@ class Whole(Function):
             None if residual is None else residual.dtype,
             None if moving is None else moving[0].dtype,
             0 if moving is None else 1 if link is None else 2,
-            1 if link is None else link.size,
+            1 if lane is None else link.size,
+            None,
+            sent,
+            sent,
         )
         keep = None if mask is None else kernels.keep_of(mask, x)
         y, stats = kernels.fused.forward(
@@ -90,6 +96,7 @@ class Whole(Function):
             slope=slope,
             moving=moving,
             lane=None if lane is None else lane.take(x.shape[1], False),
+            between=(lambda message: sum_in_place(message, link)) if sent else None,
         )
         ctx.call, ctx.plan, ctx.residual_dtype = call, plan, None if residual is None else residual.dtype
         kept = None
@@ -125,6 +132,8 @@ class Whole(Function):
             slope=slope,
             lane=None if lane is None else lane.take(x.shape[1], True),
         )
+        if plan.sent:
+            sum_in_place(coefficients, link)
         needs_x, _, _, needs_residual, _, _ = ctx.needs_input_grad
         dx = dresidual = None
         if saved is not None:
@@ -133,8 +142,25 @@ class Whole(Function):
             # Without an activation it is dy itself.
             dresidual = dy.to(ctx.residual_dtype)
         if needs_x or saved is not None:
-            dx = fused.input_gradient(plan, dense, given, coefficients, keep=keep, saved=saved, slope=slope, dresidual=dresidual)
+            dx = fused.input_gradient(
+                plan,
+                dense,
+                given,
+                coefficients,
+                stats,
+                weight,
+                bias,
+                epsilon,
+                keep=keep,
+                saved=saved,
+                slope=slope,
+                dresidual=dresidual,
+            )
         return dx, dweight, dbias, dresidual if needs_residual else None, None, None
+
+
+# Past what Function.apply does for torch.func, which is excluded above: that costs as much as a launch.
+_apply = super(Function, Whole).apply
 
 
 def _differentiable(ctx: Any, dy: Tensor) -> Any:
@@ -146,7 +172,8 @@ def _differentiable(ctx: Any, dy: Tensor) -> Any:
     one_and_zero = [x.new_full((x.shape[1],), value, dtype=torch.float32) for value in (1, 0)] if weight is None else []
     scale, offset = one_and_zero or (weight, bias)
     how = How(epsilon, activation, link, kernels, speaker)
-    gradients = differentiable(dy, x, scale, offset, ctx.residual_dtype, mask, kept, stats[-1], how)
+    count = stats[0] if ctx.plan.sent else stats[-1]
+    gradients = differentiable(dy, x, scale, offset, ctx.residual_dtype, mask, kept, count, how)
     if weight is None:
         gradients[1] = gradients[2] = None
     return *gradients, None, None

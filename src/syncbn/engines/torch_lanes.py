@@ -80,6 +80,11 @@ def lane_of(link: Link | None, device: torch.device) -> Lane | None:
     return None if found is None else found.of(_user(device))
 
 
+def lane_for(link: Link | None, x: Tensor) -> Lane | None:
+    """`lane_of`, where it has room for the channels of x."""
+    return lane_of(link, x.device) if ENABLED and x.shape[1] <= MOST_CHANNELS else None
+
+
 def exchanged_moments(lane: Lane, count: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(count, mean, variance) of all replicas, for arithmetic that the kernels do not do: the same message by the same lane."""
     from syncbn.kernels.fused import exchange_alone
@@ -92,8 +97,8 @@ def exchanged_moments(lane: Lane, count: Tensor, mean: Tensor, variance: Tensor)
 def exchange_sums(message: Tensor, link: Link | None) -> Tensor:
     """The backward message [2C] of all replicas, in place, by the group's lane or its backend."""
     channels = message.numel() // 2
-    lane = lane_of(link, message.device)
-    if lane is None or channels > MOST_CHANNELS:
+    lane = lane_of(link, message.device) if channels <= MOST_CHANNELS else None
+    if lane is None:
         return sum_in_place(message, link)
     from syncbn.kernels.fused import exchange_alone
 

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.kernels import Normalization, eager, fused, plans, sums
-from syncbn.kernels.launch import INTERPRETED, Launch, address, power_of_2
+from syncbn.kernels import Normalization, eager, fused, plans
+from syncbn.kernels.launch import INTERPRETED
 from syncbn.policy import Activation
 
 _plans: dict[Any, plans.Plan] = {}
-_coefficients: dict[Any, Launch] = {}
 
 
 def serves(x: Tensor, mask: Tensor | None) -> bool:
@@ -43,9 +42,26 @@ def plan_for(
     moves: int = 0,
     replicas: int = 1,
     gradients: torch.dtype | None = None,
+    sent: bool = False,
+    raw: bool = False,
 ) -> plans.Plan:
     """The plan of a call, made once for its shape, strides, dtypes and device; x is dense."""
-    key = (x.shape, x.stride(), x.dtype, x.device, masked, scale, activation, residual, moving, moves, replicas, gradients)
+    key = (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.device,
+        masked,
+        scale,
+        activation,
+        residual,
+        moving,
+        moves,
+        replicas,
+        gradients,
+        sent,
+        raw,
+    )
     found = _plans.get(key)
     if found is None:
         f = plans.fold(x)
@@ -62,6 +78,8 @@ def plan_for(
             moves=moves,
             replicas=replicas,
             gradients=gradients,
+            sent=sent,
+            raw=raw,
         )
     return found
 
@@ -75,16 +93,8 @@ def keep_of(mask: Tensor | None, x: Tensor) -> Tensor | None:
 
 def local_sums(x: Tensor, mask: Tensor | None) -> Tensor:
     """[1 + 2C] float64: n, Σx, Σx²."""
-    count, mean, variance = measure(x, mask)
-    # Where n is 0 the variance stands as 1.
-    return torch.cat([count[None], mean * count, count * (variance + mean * mean)])
-
-
-def measure(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(count, mean, variance) of this replica alone, float64: views of one tensor."""
-    x, C = dense_or_copy(x), x.shape[1]
-    stats = fused.measure(plan_for(x, masked=mask is not None), x, keep_of(mask, x))
-    return stats[2 * C], stats[:C], stats[C : 2 * C]
+    x = dense_or_copy(x)
+    return fused.measure(plan_for(x, masked=mask is not None, sent=True), x, keep_of(mask, x))
 
 
 moments_of_sums = eager.moments_of_sums
@@ -123,14 +133,12 @@ def gradient_sums(dy: Tensor, x: Tensor, norm: Normalization, kept: Tensor | Non
         whole_dz = dy
     saved = None if kept is None else fused.in_layout_of(x, kept)
     plan = _backward_plan(x, norm, saved)
-    dscale, doffset, _ = fused.gradient_sums(
+    dscale, doffset, message = fused.gradient_sums(
         plan, x, dy, _stats(norm), norm.scale, norm.offset, norm.epsilon, saved=saved, slope=slope, wide=True
     )
     assert dscale is not None
     assert doffset is not None
-    both = torch.stack([doffset, dscale])
-    message = (both * norm.scale).flatten()
-    return (whole_dz if whole else Pending(dy, saved)), both.flatten(), message
+    return (whole_dz if whole else Pending(dy, saved)), torch.cat([doffset, dscale]), message
 
 
 def input_gradient(dz: Any, x: Tensor, mask: Tensor | None, norm: Normalization, count: Tensor, message: Tensor) -> Tensor:
@@ -138,13 +146,23 @@ def input_gradient(dz: Any, x: Tensor, mask: Tensor | None, norm: Normalization,
     x = dense_or_copy(x)
     if not isinstance(dz, Pending):
         dz, norm = Pending(fused.in_layout_of(x, dz.to(x.dtype)), None), norm._replace(activation=None)
-    coefficients = _coefficients_of(message, _stats(norm, count), norm)
     plan = _backward_plan(x, norm, dz.saved, mask is not None)
     slope = 0.0 if norm.activation is None else norm.activation.slope
     # With a residual the kernel writes its gradient too; nobody asked for it here.
     unused = torch.empty_like(x, dtype=_residual_dtype(dz.saved)) if dz.saved is not None else None
     return fused.input_gradient(
-        plan, x, dz.dy, coefficients, keep=keep_of(mask, x), saved=dz.saved, slope=slope, dresidual=unused
+        plan,
+        x,
+        dz.dy,
+        message,
+        _stats(norm, count),
+        norm.scale,
+        norm.offset,
+        norm.epsilon,
+        keep=keep_of(mask, x),
+        saved=dz.saved,
+        slope=slope,
+        dresidual=unused,
     )
 
 
@@ -156,6 +174,7 @@ def _backward_plan(x: Tensor, norm: Normalization, saved: Tensor | None, masked:
         activation=_name(norm.activation),
         residual=_residual_dtype(saved),
         gradients=torch.float64,
+        sent=True,
     )
 
 
@@ -171,18 +190,3 @@ def _stats(norm: Normalization, count: Tensor | None = None) -> Tensor:
     """Mean, variance and count as the kernels read them."""
     last = norm.variance.new_ones(1) if count is None else count.to(torch.float64).reshape(1)
     return torch.cat([norm.mean, norm.variance, last])
-
-
-def _coefficients_of(message: Tensor, stats: Tensor, norm: Normalization) -> Tensor:
-    C, device = norm.variance.numel(), message.device
-    out = torch.empty(5 * C, dtype=torch.float32, device=device)
-    key = (C, norm.scale.dtype, device)
-    if key not in _coefficients:
-        block = min(power_of_2(C), 256)
-        f64, vector = torch.float64, norm.scale.dtype
-        types = (f64, f64, vector, vector, torch.float32, 0.5)
-        constants = {"C": C, "P": block, "SCALE": True}
-        _coefficients[key] = Launch(sums.coefficients_kernel, types, constants, -(-C // block), 4, device)
-    arguments = (address(v) for v in (message, stats, norm.scale, norm.offset, out))
-    _coefficients[key](fused.stream_of(device), *arguments, norm.epsilon)
-    return out

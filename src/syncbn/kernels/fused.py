@@ -10,6 +10,9 @@ No autograd and no group in here: `lane` is a table of addresses that the engine
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -45,21 +48,8 @@ def stream_of(device: torch.device) -> int:
 
 
 def measure(plan: Plan, x: Tensor, keep: Tensor | None, lane: Lane | None = None) -> Tensor:
-    """float64 [2C + 1]: mean, variance and count, of x or of all replicas'."""
+    """float64 [2C + 1]: mean, variance and count, of x or of all replicas; from a plan that sends, the message n, Σx, Σx²."""
     return _measure(plan, stream_of(x.device), address(x), address(keep), x.device, lane)
-
-
-def _measure(plan: Plan, stream: int, x: Any, keep: Any, device: torch.device, lane: Lane | None) -> Tensor:
-    r, f = plan.moments, plan.fold
-    stats = torch.empty(2 * f.C + 1, dtype=torch.float64, device=device)
-    parts, arrivals = scratch_for(device, stream, r.parts, r.blocks)
-    table, rank, limit, tag = NO_LANE if lane is None else lane
-    r.launch(stream, x, keep, parts, arrivals, address(stats), address(table), f.A, r.splits, r.share, limit, tag, rank)
-    return stats
-
-
-NO_LANE = (None, 0, 0, 0)
-NOT_MOVING = (None, None, None, 0.0)
 
 
 def normalize(
@@ -76,26 +66,8 @@ def normalize(
     moving: Any = None,
 ) -> Tensor:
     """activation(scale·(x − mean)·rstd + offset + residual), in x's dtype and layout. moving: a `Moving`."""
-    y = torch.empty_like(x)
-    mean, variance, tracked, weight = moving or NOT_MOVING
-    plan.normalize(
-        stream_of(x.device),
-        address(x),
-        address(y),
-        address(residual),
-        address(keep),
-        address(stats),
-        address(scale),
-        address(offset),
-        address(mean),
-        address(variance),
-        address(tracked),
-        *plan.normalize_numbers,
-        epsilon,
-        weight,
-        slope,
-    )
-    return y
+    stream = stream_of(x.device)
+    return _normalize(plan, stream, x, address(x), address(keep), stats, scale, offset, epsilon, residual, slope, moving)
 
 
 def forward(
@@ -110,11 +82,44 @@ def forward(
     slope: float,
     moving: Any,
     lane: Lane | None,
+    between: Callable[[Tensor], object] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, stats): `measure` and `normalize`, with as little host work as there can be."""
+    """(y, stats): `measure`, `between` (adds the message up over replicas) and `normalize`."""
     device = x.device
     stream, at_x, at_keep = stream_of(device), address(x), address(keep)
     stats = _measure(plan, stream, at_x, at_keep, device, lane)
+    if between is not None:
+        between(stats)
+    return _normalize(plan, stream, x, at_x, at_keep, stats, scale, offset, epsilon, residual, slope, moving), stats
+
+
+NO_LANE = (None, 0, 0, 0)
+NOT_MOVING = (None, None, None, 0.0)
+
+
+def _measure(plan: Plan, stream: int, x: Any, keep: Any, device: torch.device, lane: Lane | None) -> Tensor:
+    r, f = plan.moments, plan.fold
+    stats = torch.empty(2 * f.C + 1, dtype=torch.float64, device=device)
+    parts, arrivals = scratch_for(device, stream, r.parts, r.blocks)
+    table, rank, limit, tag = NO_LANE if lane is None else lane
+    r.launch(stream, x, keep, parts, arrivals, address(stats), address(table), f.A, r.splits, r.share, limit, tag, rank)
+    return stats
+
+
+def _normalize(
+    plan: Plan,
+    stream: int,
+    x: Tensor,
+    at_x: Any,
+    at_keep: Any,
+    stats: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    epsilon: float,
+    residual: Tensor | None,
+    slope: float,
+    moving: Any,
+) -> Tensor:
     y = torch.empty_like(x)
     mean, variance, tracked, weight = moving or NOT_MOVING
     plan.normalize(
@@ -131,10 +136,17 @@ def forward(
         address(tracked),
         *plan.normalize_numbers,
         epsilon,
-        weight,
+        *_halves(weight),
         slope,
     )
-    return y, stats
+    return y
+
+
+@cache
+def _halves(weight: float) -> tuple[float, float]:
+    """A number as what float32 arguments can say, and the rest of it."""
+    rounded = ctypes.c_float(weight).value
+    return rounded, weight - rounded
 
 
 def gradient_sums(
@@ -152,7 +164,10 @@ def gradient_sums(
     lane: Lane | None = None,
     wide: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(dscale, doffset, coefficients of the input gradient); the first two in scale's dtype, or, `wide`, in float64."""
+    """(dscale, doffset, what `input_gradient` takes); the first two in scale's dtype, or, `wide`, in float64.
+
+    The last are coefficients, float32 [5C]; from a plan that sends, the message, float64 [2C]: add it up over replicas.
+    """
     r, f, device = plan.sums, plan.fold, x.device
     dscale = doffset = None
     if wide:
@@ -160,7 +175,8 @@ def gradient_sums(
         doffset = torch.empty_like(dscale)
     elif scale is not None:
         dscale, doffset = torch.empty_like(scale), torch.empty_like(scale)
-    coefficients = torch.empty(5 * f.C, dtype=torch.float32, device=device)
+    size, dtype = (2, torch.float64) if plan.sent else (5, torch.float32)
+    coefficients = torch.empty(size * f.C, dtype=dtype, device=device)
     stream = stream_of(device)
     parts, arrivals = scratch_for(device, stream, r.parts, r.blocks)
     table, rank, limit, tag = NO_LANE if lane is None else lane
@@ -196,6 +212,10 @@ def input_gradient(
     x: Tensor,
     dy: Tensor,
     coefficients: Tensor,
+    stats: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    epsilon: float,
     *,
     keep: Tensor | None = None,
     saved: Tensor | None = None,
@@ -213,7 +233,11 @@ def input_gradient(
         address(dresidual),
         address(keep),
         address(coefficients),
+        address(stats),
+        address(scale),
+        address(offset),
         *plan.gradient_numbers,
+        epsilon,
         slope,
     )
     return dx

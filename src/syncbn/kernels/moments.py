@@ -180,7 +180,7 @@ def moments_kernel(
     keep,  # uint8 [A, B] where MASKED
     parts,  # float32 [splits, 4, C], scratch
     arrivals,  # int32 [blocks], 0 between launches
-    stats,  # float64 [2C + 1]: mean, variance, count
+    stats,  # float64 [2C + 1]: mean, variance, n; SENT: the message, n, Σx, Σx²
     lane,  # int64 [W + 1]: see exchange.py
     A,
     splits,
@@ -201,6 +201,7 @@ def moments_kernel(
     PDL: tl.constexpr,
     ALONE: tl.constexpr,  # one split and one replica: a program has all of its channels
     W: tl.constexpr,  # replicas that exchange inside the kernel; 1: none
+    SENT: tl.constexpr,  # whether replicas will add up what this kernel writes
 ):
     """mean = Σx/n and variance = Σ(x − mean)²/n over all replicas, and n; (0, 1) where n is 0."""
     if PDL:
@@ -225,7 +226,7 @@ def moments_kernel(
         else:
             n = tl.zeros([K], tl.float64) + J.to(tl.float64)
         mean, m2 = moments_about(k, n, s, q)
-        write(stats, c, n, mean, m2, C)
+        write(stats, c, n, mean, m2, C, SENT)
         return
     at = split * (PARTS * C) + c
     inside = c < C
@@ -238,7 +239,7 @@ def moments_kernel(
     block = channel_tile // (X // K)
     tiles_here = tl.minimum(X // K, channel_tiles - block * (X // K))
     if exchange.last_to_arrive(arrivals + block, tiles_here * splits):
-        finish(parts, stats, lane, block, J, splits, share * T, limit, tag, rank, C, X, R, MASKED, W)
+        finish(parts, stats, lane, block, J, splits, share * T, limit, tag, rank, C, X, R, MASKED, W, SENT)
 
 
 @triton.jit
@@ -258,6 +259,7 @@ def finish(
     R: tl.constexpr,
     MASKED: tl.constexpr,
     W: tl.constexpr,
+    SENT: tl.constexpr,
 ):
     """Merges a block's parts, then the replicas', and writes the moments."""
     c = block * X + tl.arange(0, X)
@@ -267,15 +269,20 @@ def finish(
         n, mean, m2 = merge_parts(parts, c, J, splits, each, C, R, X)
     if W > 1:
         n, mean, m2 = exchange.moments(lane, block, n, mean, m2, limit, tag, rank, X, W)
-    write(stats, c, n, mean, m2, C)
+    write(stats, c, n, mean, m2, C, SENT)
 
 
 @triton.jit
-def write(stats, c, n, mean, m2, C: tl.constexpr):
-    """Mean, variance and count as `stats` holds them; NaN stays NaN."""
-    tl.store(stats + c, mean, mask=c < C)
-    tl.store(stats + C + c, tl.where(n == 0, 1.0, m2 / tl.where(n == 0, 1.0, n)), mask=c < C)
-    tl.store(stats + 2 * C + c, n, mask=c == 0)
+def write(stats, c, n, mean, m2, C: tl.constexpr, SENT: tl.constexpr):
+    """What `stats` holds; NaN stays NaN."""
+    if SENT:
+        tl.store(stats + c, n, mask=c == 0)
+        tl.store(stats + 1 + c, n * mean, mask=c < C)
+        tl.store(stats + 1 + C + c, m2 + n * mean * mean, mask=c < C)
+    else:
+        tl.store(stats + c, mean, mask=c < C)
+        tl.store(stats + C + c, tl.where(n == 0, 1.0, m2 / tl.where(n == 0, 1.0, n)), mask=c < C)
+        tl.store(stats + 2 * C + c, n, mask=c == 0)
 
 
 def reference(x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:

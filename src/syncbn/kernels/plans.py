@@ -134,6 +134,7 @@ class Reduction:
         device: torch.device,
         replicas: int,
         tile: Tile,
+        messages: dict[str, bool],
     ):
         J = f.A * f.B
         steps = -(-J // tile.T)
@@ -161,6 +162,7 @@ class Reduction:
             "PDL": PDL,
             "ALONE": alone,
             "W": replicas,
+            **messages,
         }
         programs = channel_tiles * self.splits
         self.launch = Launch(kernel, types, constants, programs, tile.warps, device)
@@ -175,6 +177,8 @@ def common(f: Fold, tile: Tile) -> dict[str, bool]:
 class Plan:
     """All launches of one kind of call. `replicas` of them exchange inside the kernels; 1: none does.
 
+    sent: what moments and gradient sums write is a message, which replicas add up before the next launch. raw: the moments come
+    in as that sum.
     scale, residual, moving, gradients: the dtypes of scale and offset, of the residual, of the moving statistics and of scale's
     and offset's gradients; None where there are none (gradients: scale's).
     """
@@ -193,9 +197,11 @@ class Plan:
         moves: int = 0,
         replicas: int = 1,
         gradients: torch.dtype | None = None,
+        sent: bool = False,
+        raw: bool = False,
         tiles: dict[str, Tile] | None = None,
     ):
-        self.fold, self.device = f, device
+        self.fold, self.device, self.sent = f, device, sent
         processors = 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
         chosen = {k: (tiles or {}).get(k) or tile_for(k, f, dtype.itemsize, processors) for k in CHOICES}
         of_moments, of_sums = chosen["moments"], chosen["sums"]
@@ -213,13 +219,14 @@ class Plan:
             device,
             replicas,
             of_moments,
+            {"SENT": sent},
         )
         # Tensors that L2 holds: let it forget first what nobody reads again. Larger ones are the slower for it.
         drop = "evict_first" if f.A * f.C * f.B * dtype.itemsize < L2_BYTES else ""
         self.normalize_numbers = (f.A, forward.share, *order(f, forward, of_moments))
         self.normalize = Launch(
             pointwise.normalize_kernel,
-            (dtype, dtype, other, byte, f64, vector, vector, moving or f32, moving or f32, i64, 1, 1, 1, 1, 0.5, 0.5, 0.5),
+            (dtype, dtype, other, byte, f64, vector, vector, moving or f32, moving or f32, i64, 1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5),
             {
                 "C": f.C,
                 "B": f.B,
@@ -232,6 +239,7 @@ class Plan:
                 "SCALE": scale is not None,
                 **act,
                 "MOVES": moves,
+                "RAW": raw,
             },
             pointwise_programs(f, forward, of_moments),
             forward.warps,
@@ -255,7 +263,7 @@ class Plan:
                 i32,
                 gradients or vector,
                 gradients or vector,
-                f32,
+                f64 if sent else f32,
                 i64,
                 1,
                 1,
@@ -270,11 +278,12 @@ class Plan:
             device,
             replicas,
             of_sums,
+            {"SENT": sent, "RAW": raw},
         )
         self.gradient_numbers = (f.A, backward.share, *order(f, backward, of_sums))
         self.input_gradient = Launch(
             pointwise.input_gradient_kernel,
-            (dtype, dtype, dtype, saved, other, byte, f32, 1, 1, 1, 1, 0.5),
+            (dtype, dtype, dtype, saved, other, byte, f64 if sent else f32, f64, vector, vector, 1, 1, 1, 1, 0.5, 0.5),
             {
                 "C": f.C,
                 "B": f.B,
@@ -285,6 +294,9 @@ class Plan:
                 "PDL": PDL,
                 "MASKED": masked,
                 **act,
+                "SCALE": scale is not None,
+                "SENT": sent,
+                "RAW": raw,
             },
             pointwise_programs(f, backward, of_sums),
             backward.warps,

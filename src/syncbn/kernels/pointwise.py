@@ -22,11 +22,33 @@ VECTORS = ["keep", "stats", "scale", "offset", "moving_mean", "moving_variance",
 
 
 @triton.jit
-def affine_coefficients(stats, scale, offset, c, epsilon, C: tl.constexpr, SCALE: tl.constexpr):
+def moments_at(stats, c, C: tl.constexpr, RAW: tl.constexpr):
+    """(mean, variance) of channels c in float64. stats: mean, variance, n; RAW: n, Σx, Σx², as replicas add them up."""
+    inside = c < C
+    if RAW:
+        n = tl.load(stats)
+        at_least_one = tl.where(n == 0, 1.0, n)
+        mean = tl.load(stats + 1 + c, mask=inside, other=0.0) / at_least_one
+        variance = tl.load(stats + 1 + C + c, mask=inside, other=0.0) / at_least_one - mean * mean
+        # Not maximum(variance, 0), which would turn NaN into 0.
+        variance = tl.where(variance < 0, 0.0, variance)
+        return mean, tl.where(n == 0, 1.0, variance)
+    return tl.load(stats + c, mask=inside, other=0.0), tl.load(stats + C + c, mask=inside, other=1.0)
+
+
+@triton.jit
+def count_of(stats, C: tl.constexpr, RAW: tl.constexpr):
+    """n."""
+    if RAW:
+        return tl.load(stats)
+    return tl.load(stats + 2 * C)
+
+
+@triton.jit
+def affine_coefficients(stats, scale, offset, c, epsilon, C: tl.constexpr, SCALE: tl.constexpr, RAW: tl.constexpr):
     """(hi, a, b) in float32 for channels c."""
     inside = c < C
-    mean = tl.load(stats + c, mask=inside, other=0.0)
-    variance = tl.load(stats + C + c, mask=inside, other=1.0)
+    mean, variance = moments_at(stats, c, C, RAW)
     hi = mean.to(tl.float32)
     lo = (mean - hi.to(tl.float64)).to(tl.float32)
     a = 1.0 / tl.sqrt_rn(variance.to(tl.float32) + epsilon)
@@ -35,6 +57,19 @@ def affine_coefficients(stats, scale, offset, c, epsilon, C: tl.constexpr, SCALE
         a *= tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(offset + c, mask=inside, other=0.0).to(tl.float32) - lo * a
     return hi, a, b
+
+
+@triton.jit
+def gradient_coefficients(stats, scale, offset, c, g, gx_hat, epsilon, C: tl.constexpr, SCALE: tl.constexpr, RAW: tl.constexpr):
+    """(hi, a, b, through, rest) in float32, from Σscale·g and Σscale·g·x_hat of all replicas."""
+    mean, variance = moments_at(stats, c, C, RAW)
+    lo = mean - mean.to(tl.float32).to(tl.float64)
+    rstd = 1.0 / tl.sqrt(variance + epsilon)
+    n = tl.maximum(count_of(stats, C, RAW), 1.0)
+    through = -rstd * rstd * gx_hat / n
+    rest = -rstd * g / n - lo * through
+    hi, a, b = affine_coefficients(stats, scale, offset, c, epsilon, C, SCALE, RAW)
+    return hi, a, b, through.to(tl.float32), rest.to(tl.float32)
 
 
 @triton.jit
@@ -86,7 +121,7 @@ def normalize_kernel(
     y,  # [A, C, B], the same
     residual,  # [A, C, B] where RESIDUAL
     keep,  # uint8 [A, B] where MASKED
-    stats,  # float64 [2C + 1]: mean, variance, count
+    stats,  # float64 [2C + 1]: see `moments_at`
     scale,  # [C] where SCALE, any float dtype
     offset,  # [C] where SCALE
     moving_mean,  # [C] where MOVES
@@ -98,6 +133,7 @@ def normalize_kernel(
     length,
     epsilon,
     momentum,  # weight of the new value; below 0: 1 / tracked
+    momentum_rest,  # what float32 leaves of it: replicas whose statistics other code moves must get the same bits
     slope,
     C: tl.constexpr,
     B: tl.constexpr,
@@ -112,6 +148,7 @@ def normalize_kernel(
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     MOVES: tl.constexpr,  # 0 no; 1 always; 2 where all statistics are finite
+    RAW: tl.constexpr,
 ):
     """y = activation(a·(x − hi) + b + residual), and the moving statistics."""
     if PDL:
@@ -120,7 +157,7 @@ def normalize_kernel(
     pid = tl.program_id(0)
     channel_tile = pid % channel_tiles
     c = channel_tile * K + tl.arange(0, K)
-    hi, a, b = affine_coefficients(stats, scale, offset, c, epsilon, C, SCALE)
+    hi, a, b = affine_coefficients(stats, scale, offset, c, epsilon, C, SCALE, RAW)
     J = tiles.positions_of(A, B, WIDE)
     first = pid // channel_tiles * share
     for turn in range(first, first + share):
@@ -135,37 +172,36 @@ def normalize_kernel(
         tiles.store(y, activate(z, slope, ACTIVATION), j, c, J, C, B, K, EVEN, DROP)
     if MOVES:
         if pid == 0:
-            move(stats, moving_mean, moving_variance, tracked, momentum, C, MOVES)
+            weight = tl.full([], 0.0, tl.float64) + momentum + momentum_rest
+            move(stats, moving_mean, moving_variance, tracked, weight, C, MOVES, RAW)
 
 
 @triton.jit
-def move(stats, moving_mean, moving_variance, tracked, momentum, C: tl.constexpr, MOVES: tl.constexpr):
-    """moving = moving + momentum·(batch − moving), with the unbiased variance, unless the batch says nothing."""
+def move(stats, moving_mean, moving_variance, tracked, weight, C: tl.constexpr, MOVES: tl.constexpr, RAW: tl.constexpr):
+    """moving = moving·(1 − weight) + batch·weight, with the unbiased variance, unless the batch says nothing."""
     P: tl.constexpr = 512
-    n = tl.load(stats + 2 * C)
+    n = count_of(stats, C, RAW)
     # NaN moves too, unless only finite statistics may.
     moves = (n != 0).to(tl.int32)
     if MOVES == 2:
         finite = tl.zeros([P], tl.int32) + 1
         for start in range(0, C, P):
             c = start + tl.arange(0, P)
-            mean = tl.load(stats + c, mask=c < C, other=0.0)
-            variance = tl.load(stats + C + c, mask=c < C, other=0.0)
+            mean, variance = moments_at(stats, c, C, RAW)
             finite &= ((tl.abs(mean) < float("inf")) & (tl.abs(variance) < float("inf"))).to(tl.int32)
         moves = moves * tl.min(finite, 0)
     batches = tl.load(tracked) + moves.to(tl.int64)
     tl.store(tracked, batches)
-    weight = tl.full([], 0.0, tl.float64) + momentum
     weight = tl.where(weight < 0, 1.0 / tl.maximum(batches, 1).to(tl.float64), weight)
     for start in range(0, C, P):
         c = start + tl.arange(0, P)
         there = (c < C) & (moves > 0)
-        mean = tl.load(stats + c, mask=there, other=0.0)
-        variance = tl.load(stats + C + c, mask=there, other=0.0) * (n / tl.maximum(n - 1, 1.0))
+        mean, variance = moments_at(stats, c, C, RAW)
+        variance *= n / tl.maximum(n - 1, 1.0)
         old = tl.load(moving_mean + c, mask=there, other=0.0).to(tl.float64)
-        tl.store(moving_mean + c, tiles.narrowed(old + weight * (mean - old), moving_mean), mask=there)
+        tl.store(moving_mean + c, tiles.narrowed(old * (1 - weight) + mean * weight, moving_mean), mask=there)
         old = tl.load(moving_variance + c, mask=there, other=0.0).to(tl.float64)
-        tl.store(moving_variance + c, tiles.narrowed(old + weight * (variance - old), moving_variance), mask=there)
+        tl.store(moving_variance + c, tiles.narrowed(old * (1 - weight) + variance * weight, moving_variance), mask=there)
 
 
 @triton.jit(do_not_specialize=["A", "share", "across", "length"], do_not_specialize_on_alignment=VECTORS)
@@ -176,11 +212,15 @@ def input_gradient_kernel(
     saved,  # [A, C, B]: the output (relu, leaky_relu) or the residual (silu) where RESIDUAL and ACTIVATION
     dresidual,  # [A, C, B] where RESIDUAL and ACTIVATION
     keep,  # uint8 [A, B] where MASKED
-    coefficients,  # float32 [5, C]: hi, a, b of the forward pass; of the path through the moments the slope and the rest
+    coefficients,  # float32 [5, C]: `gradient_coefficients`; SENT: float64 [2C], Σscale·g and Σscale·g·x_hat of all replicas
+    stats,  # float64 [2C + 1] where SENT: see `moments_at`
+    scale,  # [C] where SENT and SCALE
+    offset,  # [C] where SENT and SCALE
     A,
     share,  # tiles a program
     across,  # the order of the tiles: see `tile_in_order`
     length,
+    epsilon,
     slope,
     C: tl.constexpr,
     B: tl.constexpr,
@@ -193,6 +233,9 @@ def input_gradient_kernel(
     MASKED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    SCALE: tl.constexpr,
+    SENT: tl.constexpr,  # whether the sums come as the message that replicas added up
+    RAW: tl.constexpr,
 ):
     """dx = a·g + [counted]·(through·(x − hi) + rest), g = dy·activation'(z); the residual's gradient is g."""
     if PDL:
@@ -202,11 +245,16 @@ def input_gradient_kernel(
     channel_tile = pid % channel_tiles
     c = channel_tile * K + tl.arange(0, K)
     inside = c < C
-    hi = tl.load(coefficients + c, mask=inside, other=0.0)
-    a = tl.load(coefficients + C + c, mask=inside, other=0.0)
-    b = tl.load(coefficients + 2 * C + c, mask=inside, other=0.0)
-    through = tl.load(coefficients + 3 * C + c, mask=inside, other=0.0)
-    rest = tl.load(coefficients + 4 * C + c, mask=inside, other=0.0)
+    if SENT:
+        sum_g = tl.load(coefficients + c, mask=inside, other=0.0)
+        sum_gx = tl.load(coefficients + C + c, mask=inside, other=0.0)
+        hi, a, b, through, rest = gradient_coefficients(stats, scale, offset, c, sum_g, sum_gx, epsilon, C, SCALE, RAW)
+    else:
+        hi = tl.load(coefficients + c, mask=inside, other=0.0)
+        a = tl.load(coefficients + C + c, mask=inside, other=0.0)
+        b = tl.load(coefficients + 2 * C + c, mask=inside, other=0.0)
+        through = tl.load(coefficients + 3 * C + c, mask=inside, other=0.0)
+        rest = tl.load(coefficients + 4 * C + c, mask=inside, other=0.0)
     J = tiles.positions_of(A, B, WIDE)
     first = pid // channel_tiles * share
     for turn in range(first, first + share):

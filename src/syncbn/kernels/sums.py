@@ -22,14 +22,14 @@ def sums_kernel(
     dy,  # [A, C, B]
     saved,  # [A, C, B]: the output (relu, leaky_relu) or the residual (silu) where RESIDUAL
     keep,  # uint8 [A, B] where MASKED
-    stats,  # float64 [2C + 1]: mean, variance, count
+    stats,  # float64 [2C + 1]: see pointwise.moments_at
     scale,  # [C] where SCALE, any float dtype
     offset,  # [C] where SCALE
     parts,  # float32 [splits, 2, C], scratch
     arrivals,  # int32 [blocks], 0 between launches
     dscale,  # [C], scale's dtype
     doffset,  # [C], scale's dtype
-    coefficients,  # float32 [5, C]: see pointwise.py
+    coefficients,  # float32 [5, C]: see pointwise.gradient_coefficients; SENT: the message, float64 [2C]
     lane,  # int64 [W + 1]: see exchange.py
     A,
     splits,
@@ -56,6 +56,8 @@ def sums_kernel(
     PDL: tl.constexpr,
     ALONE: tl.constexpr,  # one split and one replica
     W: tl.constexpr,
+    SENT: tl.constexpr,  # whether replicas will add up what this kernel writes
+    RAW: tl.constexpr,
 ):
     """dscale = Σg·x_hat, doffset = Σg, and what the input gradient needs of the sums over all replicas."""
     if PDL:
@@ -66,7 +68,7 @@ def sums_kernel(
     split = pid // channel_tiles
     c = channel_tile * K + tl.arange(0, K)
     inside = c < C
-    hi, a, b = pointwise.affine_coefficients(stats, scale, offset, c, epsilon, C, SCALE)
+    hi, a, b = pointwise.affine_coefficients(stats, scale, offset, c, epsilon, C, SCALE, RAW)
     J = tiles.positions_of(A, B, WIDE)
     all_tiles = ((J + T - 1) // T).to(tl.int32)
     first = tl.minimum(split * share, all_tiles)
@@ -111,6 +113,8 @@ def sums_kernel(
             SCALE,
             LOCAL,
             W,
+            SENT,
+            RAW,
         )
         return
     at = split * (2 * C) + c
@@ -120,9 +124,12 @@ def sums_kernel(
     block = channel_tile // (X // K)
     tiles_here = tl.minimum(X // K, channel_tiles - block * (X // K))
     if exchange.last_to_arrive(arrivals + block, tiles_here * splits):
-        finish_block(
-            parts,
-            splits,
+        these = block * X + tl.arange(0, X)
+        total_g, total_gx = add_parts(parts, these, splits, C, R, X)
+        finish(
+            total_g,
+            total_gx,
+            these,
             stats,
             scale,
             offset,
@@ -137,10 +144,11 @@ def sums_kernel(
             epsilon,
             C,
             X,
-            R,
             SCALE,
             LOCAL,
             W,
+            SENT,
+            RAW,
         )
 
 
@@ -157,56 +165,6 @@ def add_parts(parts, c, splits, C: tl.constexpr, R: tl.constexpr, X: tl.constexp
         g += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
         gx += tl.load(at + C, mask=there, other=0.0, cache_modifier=".cg")
     return tl.sum(g, 0).to(tl.float64), tl.sum(gx, 0).to(tl.float64)
-
-
-@triton.jit
-def finish_block(
-    parts,
-    splits,
-    stats,
-    scale,
-    offset,
-    dscale,
-    doffset,
-    coefficients,
-    lane,
-    block,
-    limit,
-    tag,
-    rank,
-    epsilon,
-    C: tl.constexpr,
-    X: tl.constexpr,
-    R: tl.constexpr,
-    SCALE: tl.constexpr,
-    LOCAL: tl.constexpr,
-    W: tl.constexpr,
-):
-    """`finish`, from what the programs of a block left."""
-    c = block * X + tl.arange(0, X)
-    g, gx = add_parts(parts, c, splits, C, R, X)
-    finish(
-        g,
-        gx,
-        c,
-        stats,
-        scale,
-        offset,
-        dscale,
-        doffset,
-        coefficients,
-        lane,
-        block,
-        limit,
-        tag,
-        rank,
-        epsilon,
-        C,
-        X,
-        SCALE,
-        LOCAL,
-        W,
-    )
 
 
 @triton.jit
@@ -231,12 +189,14 @@ def finish(
     SCALE: tl.constexpr,
     LOCAL: tl.constexpr,
     W: tl.constexpr,
+    SENT: tl.constexpr,
+    RAW: tl.constexpr,
 ):
     """From Σg and Σg·(x − hi) of this replica: its gradients, the message, the coefficients of the input gradient."""
     inside = c < C
-    mean = tl.load(stats + c, mask=inside, other=0.0)
+    mean, variance = pointwise.moments_at(stats, c, C, RAW)
     lo = mean - mean.to(tl.float32).to(tl.float64)
-    rstd = 1.0 / tl.sqrt(tl.load(stats + C + c, mask=inside, other=1.0) + epsilon)
+    rstd = 1.0 / tl.sqrt(variance + epsilon)
     gx_hat = rstd * (gx - lo * g)
     if LOCAL:
         tl.store(dscale + c, tiles.narrowed(gx_hat, dscale), mask=inside)
@@ -245,45 +205,18 @@ def finish(
         gamma = tl.load(scale + c, mask=inside, other=0.0).to(tl.float64)
         g *= gamma
         gx_hat *= gamma
-    if W > 1:
-        g, gx_hat = exchange.sums(lane, block, g, gx_hat, limit, tag, rank, X, W)
-    write_coefficients(stats, scale, offset, coefficients, c, g, gx_hat, epsilon, C, SCALE)
-
-
-@triton.jit
-def write_coefficients(stats, scale, offset, coefficients, c, g, gx_hat, epsilon, C: tl.constexpr, SCALE: tl.constexpr):
-    """What the input gradient needs, from Σscale·g and Σscale·g·x_hat of all replicas."""
-    inside = c < C
-    mean = tl.load(stats + c, mask=inside, other=0.0)
-    lo = mean - mean.to(tl.float32).to(tl.float64)
-    rstd = 1.0 / tl.sqrt(tl.load(stats + C + c, mask=inside, other=1.0) + epsilon)
-    n = tl.maximum(tl.load(stats + 2 * C), 1.0)
-    through = -rstd * rstd * gx_hat / n
-    hi, a, b = pointwise.affine_coefficients(stats, scale, offset, c, epsilon, C, SCALE)
-    tl.store(coefficients + c, hi, mask=inside)
-    tl.store(coefficients + C + c, a, mask=inside)
-    tl.store(coefficients + 2 * C + c, b, mask=inside)
-    tl.store(coefficients + 3 * C + c, through.to(tl.float32), mask=inside)
-    tl.store(coefficients + 4 * C + c, (-rstd * g / n - lo * through).to(tl.float32), mask=inside)
-
-
-@triton.jit(do_not_specialize_on_alignment=["message", *VECTORS])
-def coefficients_kernel(
-    message,  # float64 [2C]: Σscale·g and Σscale·g·x_hat over all replicas
-    stats,  # float64 [2C + 1]
-    scale,  # [C] where SCALE
-    offset,  # [C] where SCALE
-    coefficients,  # float32 [5, C]
-    epsilon,
-    C: tl.constexpr,
-    P: tl.constexpr,  # channels a program
-    SCALE: tl.constexpr,
-):
-    """The coefficients of the input gradient where the message went another way than through the kernels."""
-    c = tl.program_id(0) * P + tl.arange(0, P)
-    g = tl.load(message + c, mask=c < C, other=0.0)
-    gx_hat = tl.load(message + C + c, mask=c < C, other=0.0)
-    write_coefficients(stats, scale, offset, coefficients, c, g, gx_hat, epsilon, C, SCALE)
+    if SENT:
+        tl.store(coefficients + c, g, mask=inside)
+        tl.store(coefficients + C + c, gx_hat, mask=inside)
+    else:
+        if W > 1:
+            g, gx_hat = exchange.sums(lane, block, g, gx_hat, limit, tag, rank, X, W)
+        hi, a, b, through, rest = pointwise.gradient_coefficients(stats, scale, offset, c, g, gx_hat, epsilon, C, SCALE, RAW)
+        tl.store(coefficients + c, hi, mask=inside)
+        tl.store(coefficients + C + c, a, mask=inside)
+        tl.store(coefficients + 2 * C + c, b, mask=inside)
+        tl.store(coefficients + 3 * C + c, through, mask=inside)
+        tl.store(coefficients + 4 * C + c, rest, mask=inside)
 
 
 def reference(

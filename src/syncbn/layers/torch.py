@@ -182,7 +182,7 @@ class SyncBatchNorm(_BatchNorm):
         None where the engine has no such path, and where something is amiss, which the longer way says.
         """
         shape = x.shape
-        if self.renorm or len(shape) < 2 or shape[1] != self.num_features or x.numel() <= shape[1]:
+        if self.renorm or len(shape) < 2 or shape[1] != self.num_features:
             return None
         if (residual is not None and residual.shape != shape) or not x.is_floating_point():
             return None
