@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "layers/keras": ({"engines", "layers", "maths", "policy"}, {"keras"}),
     "engines/torch": ({"engines", "kernels", "maths", "policy", "policy_torch"}, {"torch"}),
     "engines/torch_autograd": ({"engines", "kernels", "policy"}, {"torch"}),
+    "engines/torch_compiled": ({"engines", "kernels", "policy"}, {"torch"}),
     "engines/torch_context": ({"policy", "policy_torch"}, {"torch"}),
     "engines/torch_debug": ({"engines", "policy", "policy_torch"}, {"torch"}),
     "engines/torch_fold": (set(), {"torch"}),

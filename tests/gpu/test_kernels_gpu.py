@@ -1,5 +1,7 @@
 """The Triton kernels and the module on a GPU."""
 
+import copy
+
 import pytest
 import torch
 from kernel_checks import MATRIX, KernelCase, check
@@ -147,8 +149,28 @@ def test_module_fused(activation, residual):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
 
 
-def test_compiled_module():
-    ours, theirs = pair()
-    x = torch.randn(4, 32, 9, 9, device="cuda", requires_grad=True)
-    y = torch.compile(ours, fullgraph=True)(x)
-    torch.testing.assert_close(y, theirs(x), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
+@pytest.mark.parametrize(("activation", "residual", "masked"), [
+    (None, False, False), ("relu", True, False), ("silu", True, False), ("leaky_relu", False, True),
+])  # fmt: skip
+def test_compiled_module(dtype, layout, activation, residual, masked):
+    torch._dynamo.reset()
+    layer = syncbn.SyncBatchNorm(32, activation=activation).cuda()
+    with torch.no_grad():
+        layer.weight.normal_(), layer.bias.normal_()
+    again = copy.deepcopy(layer)
+    draw = lambda: torch.randn(4, 32, 9, 9, device="cuda").to(dtype).contiguous(memory_format=layout)  # noqa: E731
+    x, r, dy = draw() + 3, draw(), draw()
+    mask = torch.rand(4, 9, 9, device="cuda") < 0.7 if masked else None
+    found = []
+    for function in (layer, torch.compile(again, fullgraph=True)):
+        inputs = [v.detach().clone().requires_grad_() for v in ([x, r] if residual else [x])]
+        parameters = [(layer if function is layer else again).weight, (layer if function is layer else again).bias]
+        y = function(inputs[0], mask, *inputs[1:])
+        found.append((y, *torch.autograd.grad(y, [*inputs, *parameters], dy)))
+    rough = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-4}
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, **rough)
+    for name, value in layer.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-4, atol=1e-5)

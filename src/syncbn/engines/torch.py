@@ -10,12 +10,13 @@ from torch import Tensor
 
 from syncbn import maths, policy
 from syncbn.engines import Moments, torch_fused
+from syncbn.engines import torch_compiled as compiled
 from syncbn.engines import torch_context as context
 from syncbn.engines import torch_debug as debug
 from syncbn.engines import torch_lanes as lanes
-from syncbn.engines.torch_autograd import How, Normalized, NormalizedWhenCompiled
+from syncbn.engines.torch_autograd import How, Normalized
 from syncbn.engines.torch_fold import Fold
-from syncbn.engines.torch_groups import Link, gather, link_at_trace_time, link_of, sum_in_place, sum_when_compiled
+from syncbn.engines.torch_groups import Link, gather, link_of
 from syncbn.kernels import eager
 from syncbn.kernels.choice import kernels_for
 from syncbn.kernels.eager import arithmetic_dtype
@@ -84,8 +85,7 @@ def moments(x: Tensor, *, axes: tuple[int, ...] = (1,), mask: Tensor | None = No
         size, name = (1, "") if context.is_local() else _link_when_compiled(group)
         if not eager.has_float64(x.device):
             return _moments_in_pairs(x, mask, Link(size, name, None) if name else None)
-        count, mean, variance = eager.moments_of_sums(sum_when_compiled(eager.local_sums(x, mask), name))
-        return Moments(count, mean, variance, size)
+        return compiled.moments(x, mask, size, name)
     return context.found_once(lambda: _measure(x, mask, None if context.is_local() else link_of(group)))
 
 
@@ -93,13 +93,7 @@ def _measure(x: Tensor, mask: Tensor | None, link: Link | None) -> Moments:
     debug.announce(link, "forward", debug.speaker(), x.shape[1])
     if not eager.has_float64(x.device):
         return _moments_in_pairs(x, mask, link)
-    kernels = kernels_for(x, mask)
-    lane = lanes.lane_for(link, x)
-    if lane is not None:
-        count, mean, variance = lanes.exchanged_moments(lane, *kernels.moments_of_sums(kernels.local_sums(x, mask)))
-    else:
-        count, mean, variance = kernels.moments_of_sums(sum_in_place(kernels.local_sums(x, mask), link))
-    return Moments(count, mean, variance, 1 if link is None else link.size)
+    return Moments(*lanes.measured(x, mask, link), 1 if link is None else link.size)
 
 
 def normalize(
@@ -120,21 +114,17 @@ def normalize(
     folded, mask, residual = fold.fold(x), fold.fold_mask(mask), None if residual is None else fold.fold(residual)
     if moments.count is None:
         return fold.unfold(_with_constants(folded, moments, scale, offset, epsilon, activation, residual))
-    tensors = (folded, scale, offset, residual, mask, *moments[:3])
     alone = moments.replicas == 1
     if torch.compiler.is_compiling():
         name = "" if alone else _link_when_compiled(group)[1]
-        chosen = (None, 0.0) if activation is None else tuple(activation)
-        return fold.unfold(NormalizedWhenCompiled.apply(*tensors, epsilon, *chosen, name))
+        return fold.unfold(compiled.normalize(folded, moments, scale, offset, residual, mask, epsilon, activation, name))
     link = None if alone else link_of(group)
     how = How(epsilon, activation, link, kernels_for(folded, mask), debug.speaker())
-    return fold.unfold(Normalized.apply(*tensors, how))
+    return fold.unfold(Normalized.apply(folded, scale, offset, residual, mask, *moments[:3], how))
 
 
 def _link_when_compiled(group: Any) -> tuple[int, str]:
-    if isinstance(group, policy.Alone):
-        return 1, ""
-    return link_at_trace_time(group)
+    return (1, "") if isinstance(group, policy.Alone) else compiled.link_at_trace_time(group)
 
 
 def _with_constants(

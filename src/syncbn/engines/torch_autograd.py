@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from syncbn.engines import torch_debug as debug
 from syncbn.engines import torch_lanes as lanes
-from syncbn.engines.torch_groups import DifferentiableSum, Link, sum_when_compiled
+from syncbn.engines.torch_groups import DifferentiableSum, Link
 from syncbn.kernels import Normalization, eager, kept_for_backward
 from syncbn.policy import Activation
 
@@ -67,52 +67,6 @@ class Normalized(Function):
         doffset, dscale = sums.to(scale.dtype).chunk(2)
         dresidual = dz.to(ctx.residual_dtype) if needs_residual else None
         return dx, dscale, doffset, dresidual, None, None, None, None, None
-
-
-class NormalizedWhenCompiled(Function):
-    """The same for the compiler: constants in place of objects, functional collectives, no second derivative."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        offset: Tensor,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        count: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-        epsilon: float,
-        activation: str | None,
-        slope: float,
-        group: str,
-    ) -> Tensor:
-        """y."""
-        chosen = None if activation is None else Activation(activation, slope)
-        norm = Normalization(mean, variance, scale, offset, epsilon, chosen)
-        y = eager.normalize(x, norm, residual)
-        kept = kept_for_backward(norm, y, residual)
-        ctx.has_mask, ctx.has_kept = mask is not None, kept is not None
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        optional = [v for v in (mask, kept) if v is not None]
-        ctx.save_for_backward(x, scale, offset, count, mean, variance, *optional)
-        ctx.epsilon, ctx.activation, ctx.group = epsilon, chosen, group
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        """As `Normalized.backward`."""
-        x, scale, offset, count, mean, variance, *optional = ctx.saved_tensors
-        mask = optional[0] if ctx.has_mask else None
-        kept = optional[-1] if ctx.has_kept else None
-        norm = Normalization(mean, variance, scale, offset, ctx.epsilon, ctx.activation)
-        dz, sums, message = eager.gradient_sums(dy, x, norm, kept, True)
-        message = sum_when_compiled(message, ctx.group)
-        dx = eager.input_gradient(dz, x, mask, norm, count, message)
-        doffset, dscale = sums.to(scale.dtype).chunk(2)
-        dresidual = None if ctx.residual_dtype is None else dz.to(ctx.residual_dtype)
-        return dx, dscale, doffset, dresidual, None, None, None, None, None, None, None, None
 
 
 def differentiable(

@@ -38,15 +38,6 @@ def link_of(group: Any) -> Link | None:
     return _links[group]
 
 
-@torch.compiler.assume_constant_result
-def link_at_trace_time(group: Any) -> tuple[int, str]:
-    """(size, name), or (1, ""): constants of the graph that is being compiled. A process group comes in by its name."""
-    if isinstance(group, str):
-        group = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
-    link = link_of(group)
-    return (1, "") if link is None else (link.size, link.name)
-
-
 def _make(group: Any) -> Link | None:
     if group is None or (isinstance(group, int) and group > 0):
         world = dist.get_world_size()
@@ -89,13 +80,6 @@ def sum_in_place(v: Tensor, link: Link | None) -> Tensor:
     if link is not None:
         dist.all_reduce(v, group=link.process_group)
     return v
-
-
-def sum_when_compiled(v: Tensor, name: str) -> Tensor:
-    """The sum of every replica's v: functional collectives, which the compiler can trace and, waited for, does not drop."""
-    if not name:
-        return v
-    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(v, "sum", name))
 
 
 def gather(v: Tensor, link: Link) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from syncbn import policy_torch
 from syncbn.engines.torch_groups import Link, sum_in_place, timeout_of
+from syncbn.kernels.choice import kernels_for
 
 LANES = 8
 MOST_CHANNELS = 8192
@@ -85,8 +86,16 @@ def lane_for(link: Link | None, x: Tensor) -> Lane | None:
     return lane_of(link, x.device) if ENABLED and x.shape[1] <= MOST_CHANNELS else None
 
 
-def exchanged_moments(lane: Lane, count: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(count, mean, variance) of all replicas, for arithmetic that the kernels do not do: the same message by the same lane."""
+def measured(x: Tensor, mask: Tensor | None, link: Link | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(count, mean, variance) of the global batch, float64: one message of (n, Σx, Σx²), or what stands for it in a lane."""
+    kernels = kernels_for(x, mask)
+    lane = lane_for(link, x)
+    if lane is not None:
+        return _exchanged_moments(lane, *kernels.moments_of_sums(kernels.local_sums(x, mask)))
+    return kernels.moments_of_sums(sum_in_place(kernels.local_sums(x, mask), link))
+
+
+def _exchanged_moments(lane: Lane, count: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from syncbn.kernels.fused import exchange_alone
 
     channels = mean.numel()

@@ -76,11 +76,16 @@ def pre_activation(x: Tensor, norm: Normalization, residual: Tensor | None) -> T
 
 def gradient_sums(dy: Tensor, x: Tensor, norm: Normalization, kept: Tensor | None, whole: bool) -> tuple[Any, Tensor, Tensor]:
     """(dz, this replica's Σdz and Σdz·x_hat, the same times scale); dz is whole in any case."""
+    dz, sum_dz, sum_dz_x_hat = local_gradients(dy, x, norm, kept)
+    return dz, *sums_and_message(norm, sum_dz, sum_dz_x_hat)
+
+
+def local_gradients(dy: Tensor, x: Tensor, norm: Normalization, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz, this replica's Σdz, its Σdz·x_hat)."""
     dz = before_activation(dy.to(arithmetic_dtype(x)), x, norm, kept)
     hi, lo, rstd = split(norm, x)
     sum_dz = _sum(dz, rstd.dtype)
-    sum_dz_x = _sum(dz * (x - _column(hi, x)), rstd.dtype)
-    return dz, *sums_and_message(norm, sum_dz, maths.scale_gradient(lo, rstd, sum_dz, sum_dz_x))
+    return dz, sum_dz, maths.scale_gradient(lo, rstd, sum_dz, _sum(dz * (x - _column(hi, x)), rstd.dtype))
 
 
 def sums_and_message(norm: Normalization, sum_dz: Tensor, sum_dz_x_hat: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,8 +110,15 @@ def before_activation(dy: Tensor, x: Tensor, norm: Normalization, kept: Tensor |
 
 def input_gradient(dz: Any, x: Tensor, mask: Tensor | None, norm: Normalization, count: Tensor, message: Tensor) -> Tensor:
     """dx, from the sums over all replicas."""
+    return input_gradient_of(dz, x, mask, norm, count, *message.chunk(2))
+
+
+def input_gradient_of(
+    dz: Tensor, x: Tensor, mask: Tensor | None, norm: Normalization, count: Tensor, sum_g: Tensor, sum_g_x_hat: Tensor
+) -> Tensor:
+    """dx, from Σg and Σg·x_hat over all replicas, g = scale·dz."""
     hi, lo, rstd = split(norm, x)
-    a, b = maths.moment_path_coefficients(count, lo, rstd, *message.chunk(2), maximum=maximum)
+    a, b = maths.moment_path_coefficients(count, lo, rstd, sum_g, sum_g_x_hat, maximum=maximum)
     through = _affine(x, hi, a, b)
     if mask is not None:
         through = torch.where(mask, through, 0)

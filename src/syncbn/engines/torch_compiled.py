@@ -1,0 +1,169 @@
+"""What the compiler sees of a normalization: plain operators, which it fuses, and operators of ours where replicas meet.
+
+Those mutate, by their signatures, one state tensor a group. The compiler then drops none of them (an empty replica has no use
+for the sums, but the others wait for them), takes no two for one, and keeps their order, which must be the same on every rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from syncbn.engines import Moments
+from syncbn.engines import torch_lanes as lanes
+from syncbn.engines.torch_groups import Link, link_of
+from syncbn.kernels import Normalization, eager, kept_for_backward
+from syncbn.policy import Activation
+
+_states: dict[str, Tensor] = {}
+
+
+@torch.compiler.assume_constant_result
+def link_at_trace_time(group: Any) -> tuple[int, str]:
+    """(size, name), or (1, ""): constants of the graph that is being compiled. A process group comes in by its name."""
+    if isinstance(group, str):
+        group = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+    link = link_of(group)
+    if link is None:
+        return 1, ""
+    # What it holds does not matter: no replica writes to it.
+    _states.setdefault(link.name, torch.zeros((), dtype=torch.int64, device="cpu"))
+    return link.size, link.name
+
+
+# A second library of the same name as in torch_context.py: fragments of one.
+_library = torch.library.Library("syncbn", "FRAGMENT")
+_library.define("batch_moments(Tensor x, Tensor? mask, Tensor(a!) state, str group) -> Tensor")
+_library.define("exchange_sums(Tensor(a!) message, Tensor(b!) state, str group) -> ()")
+_library.define("realize(Tensor(a!) v) -> ()")
+
+
+def _batch_moments(x: Tensor, mask: Tensor | None, state: Tensor, group: str) -> Tensor:
+    """float64 [2C + 1]: mean, variance and count of x over the replicas.
+
+    Memory order: what was enqueued on the current stream before has been written when x is read; what is enqueued there after
+    sees the moments of all replicas. Nothing is said about other streams, and the host waits for nobody.
+    """
+    count, mean, variance = lanes.measured(x, mask, _link_named(group))
+    return torch.cat([mean, variance, count[None]])
+
+
+def _exchange_sums(message: Tensor, state: Tensor, group: str) -> None:
+    """message, now the sum of every replica's, float64 [2C]. Memory order: as above."""
+    lanes.exchange_sums(message, _link_named(group))
+
+
+def _link_named(group: str) -> Link:
+    process_group: Any = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+    return Link(process_group.size(), group, process_group)
+
+
+for _name, _function, _fake in (
+    ("batch_moments", _batch_moments, lambda x, mask, state, group: x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64)),
+    ("exchange_sums", _exchange_sums, lambda message, state, group: None),
+    ("realize", lambda v: None, lambda v: None),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"syncbn::{_name}", _fake, lib=_library)
+
+
+def moments(x: Tensor, mask: Tensor | None, size: int, group: str) -> Moments:
+    """The global batch's, of `size` replicas."""
+    if group:
+        stats = torch.ops.syncbn.batch_moments(x, mask, _states[group], group)
+        mean, variance, count = stats.split([x.shape[1], x.shape[1], 1])
+        return Moments(count[0], mean, variance, size)
+    n = eager.count(x, mask)
+    if not x.is_cuda or mask is not None or x.dtype == torch.float64 or n == 0:
+        return Moments(*eager.moments_of_sums(eager.local_sums(x, mask)), 1)
+    # On one GPU the reduction that the compiler does best, in one pass; as exact as torch's own layer, no more.
+    variance, mean = torch.var_mean(x.to(torch.float32), [0, *range(2, x.dim())], correction=0)
+    return Moments(torch.full((), n, dtype=torch.float64, device=x.device), mean, variance, 1)
+
+
+def _narrowed(x: Tensor, norm: Normalization) -> Normalization:
+    """On a GPU the moments in float32, the mean as a pair, in memory.
+
+    The compiler computes vectors anew for each element that they meet; in float64 that would cost more than all the rest.
+    """
+    if not x.is_cuda or x.dtype == torch.float64 or norm.variance.dtype != torch.float64:
+        return norm
+    hi = norm.mean.to(torch.float32)
+    narrow = torch.stack([hi, (norm.mean - hi).to(torch.float32), norm.variance.to(torch.float32)])
+    torch.ops.syncbn.realize(narrow)
+    hi, lo, variance = narrow.unbind()
+    return norm._replace(mean=(hi, lo), variance=variance)
+
+
+def normalize(
+    x: Tensor,
+    moments: Moments,
+    scale: Tensor,
+    offset: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    epsilon: float,
+    activation: Activation | None,
+    group: str,
+) -> Tensor:
+    """activation(scale·x_hat + offset + residual)."""
+    norm = _narrowed(x, Normalization(moments.mean, moments.variance, scale, offset, epsilon, activation))
+    hi, lo = norm.mean if isinstance(norm.mean, tuple) else (norm.mean, None)
+    name, slope = (None, 0.0) if activation is None else tuple(activation)
+    return _Normalized.apply(x, scale, offset, residual, mask, moments.count, hi, lo, norm.variance, epsilon, name, slope, group)
+
+
+class _Normalized(Function):
+    """As torch_autograd.Normalized, for the compiler: constants in place of objects, and no second derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        offset: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        count: Tensor,
+        hi: Tensor,
+        lo: Tensor | None,
+        variance: Tensor,
+        epsilon: float,
+        activation: str | None,
+        slope: float,
+        group: str,
+    ) -> Tensor:
+        """y."""
+        chosen = None if activation is None else Activation(activation, slope)
+        norm = Normalization(hi if lo is None else (hi, lo), variance, scale, offset, epsilon, chosen)
+        y = eager.normalize(x, norm, residual)
+        kept = kept_for_backward(norm, y, residual)
+        ctx.has = [v is not None for v in (lo, mask, kept)]
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.save_for_backward(x, scale, offset, count, hi, variance, *[v for v in (lo, mask, kept) if v is not None])
+        ctx.epsilon, ctx.activation, ctx.group = epsilon, chosen, group
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        """As `Normalized.backward`."""
+        x, scale, offset, count, hi, variance, *optional = ctx.saved_tensors
+        lo, mask, kept = [optional.pop(0) if has else None for has in ctx.has]
+        norm = Normalization(hi if lo is None else (hi, lo), variance, scale, offset, ctx.epsilon, ctx.activation)
+        dz, doffset, dscale = eager.local_gradients(dy, x, norm, kept)
+        sums: tuple[Tensor, ...] = (scale.to(doffset.dtype) * doffset, scale.to(dscale.dtype) * dscale)
+        if ctx.group:
+            message = torch.cat(sums).to(torch.float64)
+            torch.ops.syncbn.exchange_sums(message, _states[ctx.group], ctx.group)
+            total = message.to(doffset.dtype)
+            if total.dtype != message.dtype:
+                # For the same reason as in `_narrowed`.
+                torch.ops.syncbn.realize(total)
+            sums = total.chunk(2)
+        dx = eager.input_gradient_of(dz, x, mask, norm, count, *sums)
+        dresidual = None if ctx.residual_dtype is None else dz.to(ctx.residual_dtype)
+        return dx, dscale.to(scale.dtype), doffset.to(scale.dtype), dresidual, *[None] * 9
