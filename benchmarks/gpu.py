@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 from gpu_cases import CASES, Case, graph_time, tensors
+from rows import provenance
 
 import syncbn
 
+ALL = "host,graph,compiled,compiled too,fused,kernels,between,exchange,eager"
 ADD_RELU = "then add and ReLU"
 
 
@@ -60,7 +62,7 @@ def layers(case: Case) -> dict[str, Callable[[], torch.nn.Module]]:
         f"BatchNorm2d, {ADD_RELU}, compiled": lambda: torch.compile(Then(bn()), dynamic=False),
         f"syncbn, {ADD_RELU}, compiled": lambda: torch.compile(Then(ours()), dynamic=False),
     }
-    if torch.distributed.is_initialized():
+    if several():
         found["torch SyncBatchNorm"] = lambda: torch.nn.SyncBatchNorm(C)
     return found
 
@@ -79,9 +81,9 @@ def step_of(case: Case, peer: str) -> Callable[[], Any]:
 
 def measured(case: Case, peer: str) -> bool:
     """Not all peers are timed everywhere: compiling them takes long."""
-    if ADD_RELU in peer and "compiled" not in peer:
-        return case.megabytes() >= 25
-    return case.dtype == "bfloat16" or peer in ("syncbn", "BatchNorm2d", "BatchNorm2d, compiled")
+    if ADD_RELU in peer:
+        return case.dtype == "bfloat16" if "compiled" in peer else case.megabytes() >= 25
+    return True
 
 
 def warm(job: tuple[int, str]) -> str | None:
@@ -111,6 +113,21 @@ def host_time(layer: torch.nn.Module, x: torch.Tensor, depth: int = 20, rounds: 
     return statistics.median(times)
 
 
+def several() -> bool:
+    """Whether other replicas run this too."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def transport() -> str:
+    """How our replicas' messages travel."""
+    if not several():
+        return "none"
+    from syncbn.engines import torch_groups, torch_lanes
+
+    lane = torch_lanes.lane_of(torch_groups.link_of(None), torch.device("cuda", torch.cuda.current_device()))
+    return "all-reduce" if lane is None else "peer memory"
+
+
 def copy_bandwidth() -> float:
     """Bytes a second, read and written."""
     a, b = (torch.randn(2**30, device="cuda") for _ in range(2))
@@ -127,6 +144,25 @@ def kernels(case: Case) -> dict[str, float]:
     both, back = graph_time(lambda: (moments(), normalize())), graph_time(lambda: (sums(), input_gradient()))
     first, third = graph_time(moments), graph_time(sums)
     return {"moments": first, "normalize": both - first, "sums": third, "input_gradient": back - third}
+
+
+def between_cost(case: Case) -> float:
+    """µs of our step with an NCCL all-reduce of one process between the kernels, as where replicas are on several hosts."""
+    from syncbn.kernels import fused, plans
+
+    t = tensors(case)
+    plan = plans.Plan(case.fold(), case.torch_dtype(), t.x.device, scale=torch.float32, sent=True, raw=True)
+
+    def step() -> None:
+        _, message = fused.forward(
+            plan, t.x, t.weight, t.bias, 1e-5, keep=None, residual=None, slope=0.0, moving=None, lane=None,
+            between=torch.distributed.all_reduce,
+        )  # fmt: skip
+        _, _, sums = fused.gradient_sums(plan, t.x, t.dy, message, t.weight, t.bias, 1e-5)
+        torch.distributed.all_reduce(sums)
+        fused.input_gradient(plan, t.x, t.dy, sums, message, t.weight, t.bias, 1e-5)
+
+    return graph_time(step)
 
 
 def exchange_cost(case: Case, size: int = 2) -> tuple[float, float]:
@@ -183,7 +219,10 @@ def main() -> None:
 
         # Every case is captured anew, and a captured graph keeps its lane.
         torch_lanes.LANES = 4 * len(CASES)
-    only = os.environ.get("SYNCBN_BENCHMARK", "graph,compiled,fused,kernels,exchange,host,eager").split(",")
+    elif "between" in os.environ.get("SYNCBN_BENCHMARK", ALL):
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+        torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    only = os.environ.get("SYNCBN_BENCHMARK", ALL).split(",")
     groups = {
         "graph": ["syncbn", "BatchNorm2d"],
         "compiled": ["BatchNorm2d, compiled"],
@@ -191,10 +230,10 @@ def main() -> None:
         "fused": [f"syncbn, {ADD_RELU}", f"syncbn, {ADD_RELU} inside"],
     }
     peers = [p for group in only for p in groups.get(group, [])]
-    if torch.distributed.is_initialized():
+    if several():
         peers = [*peers, "torch SyncBatchNorm"]
     start, rows = time.time(), []
-    jobs = [(i, p) for i, case in enumerate(CASES) for p in peers if measured(case, p) and not torch.distributed.is_initialized()]
+    jobs = [(i, p) for i, case in enumerate(CASES) for p in peers if measured(case, p) and not several()]
     with multiprocessing.get_context("spawn").Pool(14) as pool:
         failed = [e for e in pool.imap_unordered(warm, jobs, chunksize=2) if e]
     print("compiled in", round(time.time() - start), "s", failed[:2], flush=True)
@@ -225,6 +264,9 @@ def main() -> None:
         if "kernels" in only:
             for kernel, us in kernels(case).items():
                 row("kernel", kernel, case, us)
+        if "between" in only:
+            row("graph", "kernels with NCCL between them, one process", case, between_cost(case))
+            line.append(f"with NCCL between {rows[-1]['us']:.1f}")
         if "exchange" in only and case.shape[1] <= 256 and case.megabytes() < 60:
             a, b = exchange_cost(case)
             row("virtual replicas", "with the exchange", case, a)
@@ -237,14 +279,11 @@ def main() -> None:
                 step = step_of(case, peer)
                 row("eager", peer, case, eager_time(step))
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        versions = {
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "device": torch.cuda.get_device_name(),
-            "bandwidth": bandwidth,
-        }
+        replicas = torch.distributed.get_world_size() if several() else 1
+        device = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "bytes per second": bandwidth}
+        more = {"replicas": replicas, "transport": transport(), **device, **provenance("torch", "triton", "numpy")}
         out = sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).parent / "results" / "gpu.jsonl")
-        Path(out).write_text("".join(json.dumps({**r, **versions}) + "\n" for r in rows))
+        Path(out).write_text("".join(json.dumps({**r, **more}) + "\n" for r in rows))
     print("done at", round(time.time() - start))
 
 

@@ -84,7 +84,8 @@ def graph_time(step: Any, calls: int = 10, replays: int = 5) -> float:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Not "global": NCCL's own thread looks after its events meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(calls):
             step()
     graph.replay()

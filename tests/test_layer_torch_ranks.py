@@ -25,6 +25,7 @@ from worlds import TorchWorld, free_ports
 
 import syncbn
 from syncbn import SyncBatchNorm
+from syncbn.engines import torch_lanes
 
 DOUBLE = {"dtype": torch.float64}
 BY_NAME = [
@@ -54,10 +55,16 @@ def state(layer):
 
 @contextlib.contextmanager
 def counting():
-    """The sizes of the messages that are sent inside."""
-    sizes, real = [], dist.all_reduce
+    """The sizes of the messages that are sent inside, by a backend or by a lane."""
+    sizes, real, take = [], dist.all_reduce, torch_lanes.Lane.take
+
+    def taken(lane, channels, backward):
+        sizes.append(2 * channels + (not backward))
+        return take(lane, channels, backward)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", lambda v, **k: (sizes.append(v.numel()), real(v, **k))[1])
+        patch.setattr(torch_lanes.Lane, "take", taken)
         yield sizes
 
 

@@ -35,15 +35,16 @@ class Lane:
     def __init__(self, table: Tensor, rank: int, replicas: int, limit: int, status: Tensor, name: str):
         self.table, self.rank, self.replicas, self.limit, self.name = table, rank, replicas, limit, name
         self.said = status.numpy()
+        # Whose lane it is travels with every message: a graph on one rank must not meet a stream on another.
+        self.captured = False
 
     def take(self, channels: int, backward: bool) -> Any:
         """What the next launch takes; raises where an earlier one failed. Never waits for the device."""
-        from syncbn.kernels.fused import Lane as Taken
-
         said = int(self.said[0])
         if said:
             raise policy_torch.lost_replica(self.name, said >> 32, said & 0xFFFFFFFF)
-        return Taken(self.table, self.rank, self.limit, channels * 2 + backward)
+        # A fused.Lane, plain: a named tuple costs the host three times as much.
+        return self.table, self.rank, self.limit, channels * 4 + backward * 2 + self.captured
 
 
 class Lanes:
@@ -62,22 +63,26 @@ class Lanes:
     def of(self, user: Any) -> Lane | None:
         """The lane of a stream or of a captured graph; None where all are taken, which then stays so."""
         if user not in self.taken:
-            self.taken[user] = self.free.pop(0) if self.free else None
+            lane = self.taken[user] = self.free.pop(0) if self.free else None
+            if lane is not None:
+                lane.captured = isinstance(user, tuple)
         return self.taken[user]
 
 
-_lanes: dict[str, Lanes | None] = {}
+# By the group's name, with the group: after destroy_process_group another one may have the name.
+_lanes: dict[str, tuple[Any, Lanes | None]] = {}
 
 
 def lane_of(link: Link | None, device: torch.device) -> Lane | None:
     """The lane of the current stream, or None where the group's backend carries the messages."""
     if link is None or not ENABLED or device.type != "cuda":
         return None
-    if link.name not in _lanes:
+    group, found = _lanes.get(link.name, (None, None))
+    if group is not link.process_group:
         if torch.cuda.is_current_stream_capturing():
             raise policy_torch.first_call_in_capture()
-        _lanes[link.name] = _set_up(link, device)
-    found = _lanes[link.name]
+        found = _set_up(link, device)
+        _lanes[link.name] = link.process_group, found
     return None if found is None else found.of(_user(device))
 
 
@@ -116,9 +121,7 @@ def exchange_sums(message: Tensor, link: Link | None) -> Tensor:
 
 def _user(device: torch.device) -> Any:
     stream = torch._C._cuda_getCurrentRawStream(device.index)
-    if not torch.cuda.is_current_stream_capturing():
-        return stream
-    return "graph", _capture_id(stream)
+    return ("graph", _capture_id(stream)) if torch.cuda.is_current_stream_capturing() else stream
 
 
 def _capture_id(stream: int) -> int:

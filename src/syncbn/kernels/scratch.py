@@ -50,17 +50,12 @@ def counters(device: torch.device, blocks: int) -> Tensor:
     return slab[:blocks]
 
 
-def is_capturing() -> bool:
-    """Whether the current stream is being captured into a graph."""
-    return not INTERPRETED and torch._C._cuda_isCurrentStreamCapturing()
-
-
 def scratch_for(device: torch.device, stream: int, parts: int, blocks: int) -> tuple[Any, Any]:
     """The addresses of parts and counters that a launch on this stream may use."""
     if not blocks:
         # No program waits for another to arrive.
         return address(None), address(None)
-    if is_capturing():
+    if not INTERPRETED and torch._C._cuda_isCurrentStreamCapturing():
         # In the graph's own memory, as any other temporary of a captured launch.
         own, arrivals = torch.empty(parts, dtype=torch.float32, device=device), counters(device, blocks)
         return address(own), address(arrivals)
