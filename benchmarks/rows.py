@@ -1,10 +1,11 @@
-"""Rows of data: what was measured, where, with which versions, at which commit."""
+"""Rows of data: what was measured, where, with which versions, at which commit (SYNCBN_COMMIT where there is no git)."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -17,16 +18,27 @@ RESULTS = Path(__file__).parent / "results"
 def provenance(*packages: str) -> dict[str, Any]:
     """The machine, the versions and the commit of a run."""
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent, check=False).stdout.strip()
-
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": {"processor": _processor(), "cores": _cores(), "system": platform.platform()},
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "commit": git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "../src") else ""),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    here = _git("rev-parse", "--short", "HEAD")
+    dirty = "-dirty" if _git("status", "--porcelain", "--", "../src") else ""
+    return here + dirty if here else os.environ.get("SYNCBN_COMMIT", "")
+
+
+def _git(*words: str) -> str:
+    """What git says; nothing where there is no repository, or no git."""
+    try:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _processor() -> str:
@@ -35,8 +47,6 @@ def _processor() -> str:
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0))
 
 
@@ -46,10 +56,10 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     return {"p25": low, "median": median, "p75": high}
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> Path:
-    """One JSON object a line under benchmarks/results/."""
+def write(name: str, rows: list[dict[str, Any]], path: Path | None = None) -> Path:
+    """One JSON object a line under benchmarks/results/, or elsewhere."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.jsonl"
+    path = path or RESULTS / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

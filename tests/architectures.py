@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+# torchvision first: timm imports it.
+from vision import torchvision  # isort: split
 
-# torchvision, and with it timm, does not import beside a build of torch for the CPU alone unless these two are known.
-_schemas = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-    if not hasattr(torch.ops.torchvision, _name):
-        _schemas.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-import timm  # noqa: E402
-import torchvision  # noqa: E402
+import timm
 
 # Deep residual, inverted residual with squeeze and excite, grouped, ghost modules, dense, a segmentation head and its backbone;
 # timm's have BatchNormAct2d.
