@@ -1,48 +1,116 @@
-"""JAX on one GPU: forward + backward of one layer out of 20 in a scan, without synchronising; the memory's speed beside it."""
+"""JAX on GPUs: `python benchmarks/jax_gpu.py [OUT]`: forward + backward of one layer out of 20 in a scan, under `shard_map`.
+
+On several GPUs ours and Flax's are synchronised over all of them, beside Flax's local one; on one nothing is. Shapes are those of
+each GPU. Before a case is timed its outputs, gradients and statistics are compared with Flax's.
+"""
 
 from __future__ import annotations
 
+import argparse
+import re
+import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from math import exp, log
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax_cpu import flax, ours, scan_of
-from rows import quantiles
+from jax.sharding import Mesh, PartitionSpec
+from jax_cpu import AXIS, PEERS, Layer, flax, ours, scan_of
+from rows import provenance, quantiles, write
 
 SHAPES = [(32, 112, 112, 64), (32, 56, 56, 256), (32, 28, 28, 512), (32, 14, 14, 1024), (32, 7, 7, 2048)]
+SMALL = [(4, 6, 6, 8), (2, 3, 3, 32)]
 LAYERS, REPEATS = 20, 5
 # A layer's passes over its input at the least: x twice and y once forward; x and dy twice and dx once backward.
 FLOOR_PASSES = 8
-PEERS = {"syncbn": ours(None), "flax": flax(None)}
+PEERS_ALONE: dict[str, Layer] = {"syncbn": ours(None), "flax": flax(None)}
+# Largest difference from Flax after 20 layers, relative to the largest value. bfloat16 is rounded 20 times each way.
+TOLERANCE = {"bfloat16": 0.1, "float32": 1e-4}
+COLLECTIVES = re.compile(r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
+EACH, SAME = PartitionSpec(AXIS), PartitionSpec()
 
 
-def step_of(layer: Any, shape: tuple[int, ...], dtype: str) -> tuple[Callable[[], Any], Any]:
-    """A function that runs one step and waits for it, and its compiled program."""
-    channels = shape[-1]
-    x, dy = (jax.random.normal(jax.random.key(i), shape, dtype) for i in range(2))
-    weights = jnp.ones((LAYERS, channels)), jnp.zeros((LAYERS, channels)), jnp.zeros(LAYERS)
-    statistics = jnp.zeros((LAYERS, channels)), jnp.ones((LAYERS, channels))
-    run = scan_of(lambda x, p, s: _in(dtype, layer, x, p, s))
+def arguments(shape: tuple[int, ...], dtype: str, mesh: Mesh) -> tuple[Any, ...]:
+    """(x, dy, weights, statistics): random, and other values on each GPU, about a mean that grows from the first to the last."""
+    place, keys = {spec: jax.NamedSharding(mesh, spec) for spec in (EACH, SAME)}, jax.random.split(jax.random.key(0), 4)
+    whole, vectors = (mesh.size * shape[0], *shape[1:]), (LAYERS, shape[-1])
+
+    @jax.jit
+    def make() -> Any:
+        ramp = jnp.linspace(0, 1, whole[0]).reshape(-1, 1, 1, 1)
+        x, dy = jax.random.normal(keys[0], whole) + ramp, jax.random.normal(keys[1], whole)
+        weights = jax.random.uniform(keys[2], vectors, minval=0.5), jax.random.normal(keys[3], vectors), jnp.zeros(LAYERS)
+        made = x.astype(dtype), dy.astype(dtype), weights, (jnp.zeros(vectors), jnp.ones(vectors))
+        return tuple(
+            jax.lax.with_sharding_constraint(v, place[spec]) for v, spec in zip(made, (EACH, EACH, SAME, SAME), strict=True)
+        )
+
+    return make()
+
+
+def lowered(layer: Layer, dtype: str, mesh: Mesh, given: tuple[Any, ...]) -> Any:
+    """One step, not yet compiled: y, gradients and moved statistics, of each GPU its own."""
+
+    def in_dtype(x: Any, parameters: Any, statistics: Any) -> Any:
+        y, moved = layer(x, parameters, statistics)
+        return y.astype(dtype), moved
+
+    run = scan_of(in_dtype)
 
     def local(x: Any, dy: Any, weights: Any, statistics: Any) -> Any:
-        _, pull, moved = jax.vjp(lambda x, w: run(x, w, statistics), x, weights, has_aux=True)
-        return pull(dy), moved
+        y, pull, moved = jax.vjp(lambda x, w: run(x, w, statistics), x, weights, has_aux=True)
+        dx, gradients = pull(dy)
+        return {"y": y, "dx": dx, **jax.tree.map(lambda v: v[None], {"gradients": gradients, "moved": moved})}
 
-    program = jax.jit(local).lower(x, dy, weights, statistics).compile()
-    return lambda: jax.block_until_ready(program(x, dy, weights, statistics)), program
-
-
-def _in(dtype: str, layer: Any, x: Any, parameters: Any, statistics: Any) -> Any:
-    y, moved = layer(x, parameters, statistics)
-    return y.astype(dtype), moved
+    step = jax.shard_map(local, mesh=mesh, in_specs=(EACH, EACH, SAME, SAME), out_specs=EACH, check_vma=False)
+    return jax.jit(step).lower(*given)
 
 
-def bandwidth() -> float:
+def compiled(peers: dict[str, Layer], dtype: str, mesh: Mesh, given: tuple[Any, ...]) -> dict[str, Any]:
+    """Each peer's program; compiled side by side, which takes most of the benchmark's time."""
+    steps = [lowered(layer, dtype, mesh, given) for layer in peers.values()]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(peers, pool.map(lambda step: step.compile(), steps), strict=True))
+
+
+def agree(case: str, dtype: str, got: Any, expected: Any) -> float:
+    """The largest difference, each relative to the largest value; raises where it is too large."""
+
+    @jax.jit
+    def error(a: Any, b: Any) -> Any:
+        a, b = a.astype("float32"), b.astype("float32")
+        return jnp.abs(a - b).max() / jnp.maximum(jnp.abs(b).max(), jnp.finfo("float32").tiny)
+
+    errors = {jax.tree_util.keystr(path): float(e) for path, e in jax.tree.leaves_with_path(jax.tree.map(error, got, expected))}
+    if not all(error <= TOLERANCE[dtype] for error in errors.values()):  # NaN is no agreement either
+        raise SystemExit(f"{case}: ours and Flax's differ: {errors}")
+    return max(errors.values())
+
+
+def in_turns(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds per layer; peers take turns within each round, in an order that rotates."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    for _ in range(rounds):
+        for name in order:
+            start = time.perf_counter()
+            for _ in range(REPEATS):
+                jax.block_until_ready(steps[name]())
+            seconds[name].append((time.perf_counter() - start) / REPEATS / LAYERS)
+        order = order[1:] + order[:1]
+    return seconds
+
+
+def bandwidth(size: int) -> float:
     """Bytes a second of a copy on the device, read and written."""
-    x = jnp.zeros(2**28, "float32")
+    x = jnp.zeros(size, "float32")
     copy = jax.jit(lambda x: x + 1)
     copy(x).block_until_ready()
     seconds = []
@@ -55,32 +123,75 @@ def bandwidth() -> float:
     return 2 * x.nbytes / float(np.median(seconds))
 
 
-def times(rounds: int) -> list[dict[str, Any]]:
-    """Rows of seconds per layer, with the share of the memory floor; peers take turns within each round."""
-    device, speed, rows = jax.devices()[0], bandwidth(), []
-    for dtype in ("bfloat16", "float32"):
-        for shape in SHAPES:
-            made = {name: step_of(layer, shape, dtype) for name, layer in PEERS.items()}
-            seconds: dict[str, list[float]] = {name: [] for name in made}
-            for step, _ in made.values():
-                step()
-            order = list(made)
-            for _ in range(rounds):
-                for name in order:
-                    start = time.perf_counter()
-                    for _ in range(REPEATS):
-                        made[name][0]()
-                    seconds[name].append((time.perf_counter() - start) / REPEATS / LAYERS)
-                order = order[1:] + order[:1]
-            floor = FLOOR_PASSES * np.prod(shape) * jnp.dtype(dtype).itemsize / speed
-            for name in made:
-                row = quantiles(seconds[name])
-                rows.append({
-                    "peer": name, "quantity": "seconds per layer", "dtype": dtype, "shape": shape, "layers": LAYERS,
-                    "replicas": 1, "rounds": rounds, "device": device.device_kind, "bytes per second": speed,
-                    "floor": float(floor), "floor / median": float(floor) / row["median"], **row,
-                })  # fmt: skip
-                print(
-                    f"{dtype} {shape} {name}: {row['median'] * 1e6:.0f} us, {floor / row['median']:.0%} of the floor", flush=True
-                )
+def times(rounds: int, devices: int = 1, shapes: list[tuple[int, ...]] = SHAPES, hlo: Path | None = None) -> list[dict[str, Any]]:
+    """Rows of seconds per layer, a case after the other; `hlo`: where one case's programs are kept."""
+    mesh, peers = Mesh(np.array(jax.devices()[:devices]), (AXIS,)), PEERS if devices > 1 else PEERS_ALONE
+    device, speed, rows = jax.devices()[0].device_kind, bandwidth(2**28 if shapes is SHAPES else 2**20), []
+    for dtype in ("float32", "bfloat16"):
+        for shape in shapes:
+            case, given = f"{dtype} {'x'.join(map(str, shape))}", arguments(shape, dtype, mesh)
+            programs = compiled(peers, dtype, mesh, given)
+            if hlo and (dtype, shape) == ("bfloat16", shapes[1]):
+                keep(hlo, case, programs)
+            # In each table of peers ours is first, and second that which does the same.
+            error = agree(case, dtype, *[program(*given) for program in programs.values()][:2])
+            seconds = in_turns({name: partial(program, *given) for name, program in programs.items()}, rounds)
+            floor = float(FLOOR_PASSES * np.prod(shape) * jnp.dtype(dtype).itemsize / speed)
+            common = {"quantity": "seconds per layer", "dtype": dtype, "shape": shape, "layers": LAYERS, "replicas": devices,
+                      "rounds": rounds, "device": device, "bytes per second": speed, "floor": floor}  # fmt: skip
+            for name, program in programs.items():
+                row = {"peer": name, **common, **quantiles(seconds[name])}
+                # The scan's body stands in a program once.
+                counted = Counter(COLLECTIVES.findall(program.as_text()))
+                rows.append({**row, "floor / median": floor / row["median"], "collectives per layer": counted})
+            medians = [f"{row['peer']} {row['median'] * 1e6:.0f} us" for row in rows[-len(programs) :]]
+            print(f"{case}: differs from Flax by {error:.0e}; {', '.join(medians)}", flush=True)
     return rows
+
+
+def keep(folder: Path, case: str, programs: dict[str, Any]) -> None:
+    """The optimized programs as text, a file a peer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, program in programs.items():
+        (folder / f"{name} {case}.txt".replace(" ", "-")).write_text(program.as_text())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """µs per layer with the collectives, and ours over each peer and over the floor; then geometric means."""
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    lines = [["", *peers, *[f"ours / {peer}" for peer in peers[1:]], "ours / floor"]]
+    ratios: dict[str, list[list[float]]] = {"all": []}
+    for i in range(0, len(rows), len(peers)):
+        of = rows[i : i + len(peers)]
+        against = [of[0]["median"] / other for other in [*[row["median"] for row in of[1:]], of[0]["floor"]]]
+        for key in (of[0]["dtype"], "all"):
+            ratios.setdefault(key, []).append(against)
+        cells = [f"{row['median'] * 1e6:.0f} us, {sum(row['collectives per layer'].values())} coll." for row in of]
+        lines.append([f"{of[0]['dtype']} {'x'.join(map(str, of[0]['shape']))}", *cells, *[f"{r:.2f}" for r in against]])
+    for key, columns in ratios.items():
+        means = [exp(sum(map(log, column)) / len(column)) for column in zip(*columns, strict=True)]
+        lines.append([f"geometric mean, {key}", *[""] * len(peers), *[f"{mean:.2f}" for mean in means]])
+    return "\n".join("".join(f"{cell:>27}" for cell in line) for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, help="where the rows are copied to, besides benchmarks/results/")
+    parser.add_argument("--devices", type=int, default=0, help="how many GPUs; all of them unless given")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds per shape; the peers take turns in each")
+    parser.add_argument("--hlo", type=Path, help="a folder for the optimized programs of one case, bfloat16 32×56×56×256")
+    parser.add_argument("--small", action="store_true", help="small shapes, to try the script on host devices; no rows are kept")
+    given = parser.parse_args()
+    devices = given.devices or jax.device_count()
+    rows = times(given.rounds, devices, SMALL if given.small else SHAPES, given.hlo)
+    print(table(rows))
+    if not given.small:
+        name, where = "jax-gpu" if devices == 1 else f"jax-gpu-x{devices}", provenance("jax", "flax", "numpy")
+        path = write(name, [{"benchmark": name, **row, **where} for row in rows])
+        if given.out:
+            shutil.copy(path, given.out)
+        print(f"{len(rows)} rows in {path}")
+
+
+if __name__ == "__main__":
+    main()
