@@ -198,10 +198,10 @@ def calls(plan, t):
     def sums():
         return fused.gradient_sums(plan, t.x, t.dy, stats, t.weight, t.bias, EPSILON)
 
-    coefficients = sums()[2]
+    message = sums()[2]
 
     def input_gradient():
-        return fused.input_gradient(plan, t.x, t.dy, coefficients, stats, t.weight, t.bias, EPSILON)
+        return fused.input_gradient(plan, t.x, t.dy, message, stats, t.weight, t.bias, EPSILON)
 
     return moments, normalize, sums, input_gradient
 

@@ -47,8 +47,8 @@ def main() -> None:
     )  # fmt: skip
     plans.Plan(plans.Fold(4, 64, 49), torch.float16, device, moving=torch.float32, moves=2, sent=True, raw=True)
     numbers = {"C": 256, "X": 64, "W": 8}
-    Compiled(exchange.exchange_moments_kernel, (torch.float64, torch.int64, 1, 1, 1), numbers, 1, 4, device)
-    Compiled(exchange.exchange_sums_kernel, (torch.float64, torch.int64, 1, 1, 1), numbers, 1, 4, device)
+    Compiled(exchange.exchange_moments_kernel, (torch.float64, torch.float64, torch.int64, 1, 1, 1), numbers, 1, 4, device)
+    Compiled(exchange.exchange_sums_kernel, (torch.float64, torch.float64, torch.int64, 1, 1, 1), numbers, 1, 4, device)
 
 
 if __name__ == "__main__":

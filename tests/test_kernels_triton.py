@@ -72,14 +72,14 @@ def statistics(x, mask=None, moves=1):
 
 def test_an_empty_batch_says_nothing():
     stats, y, (mean, variance, batches) = statistics(torch.empty(0, 3, 4))
-    assert stats.tolist() == [0, 0, 0, 1, 1, 1, 0]
+    assert stats[:7].tolist() == [0, 0, 0, 1, 1, 1, 0]
     assert y.shape == (0, 3, 4)
     assert (mean.tolist(), variance.tolist(), batches.item()) == ([3.0] * 3, [5.0] * 3, 0)
 
 
 def test_a_batch_masked_everywhere_says_nothing():
     stats, y, (mean, _, batches) = statistics(torch.full((2, 3, 4), 7.0), torch.zeros(2, 1, 4, dtype=torch.bool))
-    assert stats.tolist() == [0, 0, 0, 1, 1, 1, 0]
+    assert stats[:7].tolist() == [0, 0, 0, 1, 1, 1, 0]
     assert torch.isfinite(y).all()
     assert (mean.tolist(), batches.item()) == ([3.0] * 3, 0)
 

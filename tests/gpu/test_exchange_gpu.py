@@ -138,7 +138,7 @@ def test_another_call_is_not_taken_for_this_one():
     replicas.each(one)
     torch.cuda.synchronize()
     for rank in range(2):
-        assert stats[rank].isnan().all()
+        assert stats[rank][: 2 * plan.fold.C + 1].isnan().all()
         assert int(replicas.statuses[rank]) >> 32 == exchange.STRANGER.value
 
 
@@ -198,8 +198,8 @@ def test_the_exchange_alone():
     del alone
 
     def one(rank):
-        fused.exchange_alone("moments", values[rank], replicas.lane(rank), 4)
-        fused.exchange_alone("sums", sums[rank], replicas.lane(rank), 4)
+        values[rank] = fused.exchange_alone("moments", values[rank], replicas.lane(rank), 4)
+        sums[rank] = fused.exchange_alone("sums", sums[rank], replicas.lane(rank), 4)
 
     replicas.each(one)
     torch.cuda.synchronize()

@@ -53,9 +53,9 @@ def step(replicas, plan, rank, x, dy, scale, offset, epsilon=1e-5):
     """One replica's whole step."""
     stats = fused.measure(plan, x, None, replicas.lane(rank, 2))
     y = fused.normalize(plan, x, stats, scale, offset, epsilon)
-    dscale, doffset, coefficients = fused.gradient_sums(plan, x, dy, stats, scale, offset, epsilon, lane=replicas.lane(rank, 3))
-    dx = fused.input_gradient(plan, x, dy, coefficients, stats, scale, offset, epsilon)
-    return {"stats": stats, "y": y, "dx": dx, "dscale": dscale, "doffset": doffset}
+    dscale, doffset, message = fused.gradient_sums(plan, x, dy, stats, scale, offset, epsilon, lane=replicas.lane(rank, 3))
+    dx = fused.input_gradient(plan, x, dy, message, stats, scale, offset, epsilon)
+    return {"stats": stats[: 2 * plan.fold.C + 1], "y": y, "dx": dx, "dscale": dscale, "doffset": doffset}
 
 
 def reference(xs, dys, scale, offset, epsilon=1e-5):

@@ -62,7 +62,7 @@ class Normalized(Function):
         needs_x, _, _, needs_residual = ctx.needs_input_grad[:4]
         dz, sums, message = how.kernels.gradient_sums(dy, x, norm, kept, needs_residual)
         # Sent whatever this replica needs: the others wait for it.
-        lanes.exchange_sums(message, how.link)
+        message = lanes.exchange_sums(message, how.link)
         dx = how.kernels.input_gradient(dz, x, mask, norm, count, message) if needs_x else None
         doffset, dscale = sums.to(scale.dtype).chunk(2)
         dresidual = dz.to(ctx.residual_dtype) if needs_residual else None

@@ -54,7 +54,9 @@ def _batch_moments(x: Tensor, mask: Tensor | None, state: Tensor, group: str) ->
 
 def _exchange_sums(message: Tensor, state: Tensor, group: str) -> None:
     """message, now the sum of every replica's, float64 [2C]. Memory order: as above."""
-    lanes.exchange_sums(message, _link_named(group))
+    everybodys = lanes.exchange_sums(message, _link_named(group))
+    if everybodys is not message:
+        message.copy_(everybodys)
 
 
 def _link_named(group: str) -> Link:

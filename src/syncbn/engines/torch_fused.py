@@ -119,7 +119,7 @@ class Whole(Function):
         given = fused.in_layout_of(dense, dy if dy.dtype == dense.dtype else dy.to(dense.dtype))
         saved = None if kept is None else fused.in_layout_of(dense, kept)
         # Sent whatever this replica needs: the others wait for it.
-        dweight, dbias, coefficients = fused.gradient_sums(
+        dweight, dbias, message = fused.gradient_sums(
             plan,
             dense,
             given,
@@ -133,7 +133,7 @@ class Whole(Function):
             lane=None if lane is None else lane.take(x.shape[1], True),
         )
         if plan.sent:
-            sum_in_place(coefficients, link)
+            sum_in_place(message, link)
         needs_x, _, _, needs_residual, _, _ = ctx.needs_input_grad
         dx = dresidual = None
         if saved is not None:
@@ -146,7 +146,7 @@ class Whole(Function):
                 plan,
                 dense,
                 given,
-                coefficients,
+                message,
                 stats,
                 weight,
                 bias,
@@ -172,7 +172,7 @@ def _differentiable(ctx: Any, dy: Tensor) -> Any:
     one_and_zero = [x.new_full((x.shape[1],), value, dtype=torch.float32) for value in (1, 0)] if weight is None else []
     scale, offset = one_and_zero or (weight, bias)
     how = How(epsilon, activation, link, kernels, speaker)
-    count = stats[0] if ctx.plan.sent else stats[-1]
+    count = stats[0] if ctx.plan.sent else stats[2 * x.shape[1]]
     gradients = differentiable(dy, x, scale, offset, ctx.residual_dtype, mask, kept, count, how)
     if weight is None:
         gradients[1] = gradients[2] = None

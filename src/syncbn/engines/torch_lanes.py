@@ -109,7 +109,7 @@ def _exchanged_moments(lane: Lane, count: Tensor, mean: Tensor, variance: Tensor
 
 
 def exchange_sums(message: Tensor, link: Link | None) -> Tensor:
-    """The backward message [2C] of all replicas, in place, by the group's lane or its backend."""
+    """The backward message [2C] of all replicas, by the group's lane or, in place, its backend."""
     channels = message.numel() // 2
     lane = lane_of(link, message.device) if channels <= MOST_CHANNELS else None
     if lane is None:

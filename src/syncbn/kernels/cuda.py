@@ -138,6 +138,7 @@ def gradient_sums(dy: Tensor, x: Tensor, norm: Normalization, kept: Tensor | Non
     )
     assert dscale is not None
     assert doffset is not None
+    assert message is not None
     return (whole_dz if whole else Pending(dy, saved)), torch.cat([doffset, dscale]), message
 
 

@@ -2,19 +2,17 @@
 
 Memory-ordering contract
 ------------------------
-Each replica owns one buffer that all replicas can write; `lane` names them all (`Lane` below lays them out). One message is
-one step of one block of channels:
+Each replica owns one buffer that all replicas can write; `lane` names them all. One message is one step of one block of channels,
+and a row of 8-byte words. Each word carries 32 bits of the message and, above them, the epoch:
 
-1. The sender writes its values and its tag into its own row of the slot `epoch mod 2` in every replica's buffer. The program
-   meets at a barrier; then one thread adds 1 to every replica's arrival counter of that parity with `release` at system
-   scope. The barrier makes the other threads' writes happen before the release, and the release is cumulative: whoever sees
-   the counter sees the values.
-2. The receiver reads its own counter with `acquire` at system scope until all W replicas have added theirs, meets at a
-   barrier, and reads the rows past L1 (`.cg`). So every row read is the row of this epoch.
+1. The sender stores its row into the slot `epoch mod 2` of every other replica's buffer, in any order and without a fence.
+2. The receiver reads the row (volatile loads, past L1) until every word of it says this epoch. A word is stored and loaded as
+   one, so that whoever sees its epoch sees its 32 bits; nothing is asked about the order of two words. So a message goes one way
+   through NVLink, where a counter behind a fence goes three.
 3. Nobody can be two epochs ahead: to send epoch t + 1 a replica must have received all of epoch t, which this replica sends
    before it reads. A row of parity p is therefore never overwritten while someone may still read it, and two slots do.
-   Counters are kept per parity: a replica that is one epoch ahead adds to the other one.
-4. Rows are merged in the order of the replicas, by the same program text: all replicas get the same bits.
+4. Rows are merged in the order of the replicas, this replica's own out of registers, by the same program text: all replicas get
+   the same bits.
 
 Epochs are counted by the device, since a number from the host would be frozen in a CUDA graph. The wait is bounded by an
 iteration count: at the bound the results are NaN, a word in pinned host memory says who was missing, and the lane is
@@ -30,16 +28,16 @@ import triton.language as tl
 # How many blocks of how many channels a lane has room for.
 BLOCKS = tl.constexpr(32)
 ROOM = tl.constexpr(256)
-# Values a channel that a message may hold.
-VALUES = tl.constexpr(3)
 
 # `lane`, an int64 table: W addresses of the replicas' buffers, then that of the status word in host memory.
-# A buffer, in units of 8 bytes: arrivals [2, BLOCKS], epochs [BLOCKS], poison [1], tags [2, W, BLOCKS],
-# rows [2, W, BLOCKS, VALUES, ROOM]. Rows belong to blocks, not to channels: layers that cut their channels otherwise must
-# not meet in one row, since only a block's own epochs keep them apart.
-EPOCHS = tl.constexpr(2 * 32)
-POISON = tl.constexpr(3 * 32)
-TAGS = tl.constexpr(3 * 32 + 8)
+# A buffer, in units of 8 bytes: epochs [BLOCKS], poison [1], rows [2, W, BLOCKS, ROW]. Rows belong to blocks, not to channels:
+# layers that cut their channels otherwise must not meet in one row, since only a block's own epochs keep them apart.
+POISON = tl.constexpr(32)
+ROWS = tl.constexpr(40)
+# A row: two values a channel in two halves each, [4, ROOM], then a head: the tag, and n in two halves.
+HEAD = tl.constexpr(4 * 256)
+ROW = tl.constexpr(4 * 256 + 4)
+HALF = tl.constexpr(0xFFFFFFFF)
 
 # What the status word says besides the rank of the replica: `code << 32 | rank`.
 ABSENT = tl.constexpr(1)
@@ -48,7 +46,7 @@ STRANGER = tl.constexpr(2)
 
 def words(replicas: int) -> int:
     """The length of one lane's buffer in units of 8 bytes."""
-    return int(TAGS.value + 2 * replicas * (BLOCKS.value * (1 + VALUES.value * ROOM.value)))
+    return int(ROWS.value + 2 * replicas * BLOCKS.value * ROW.value)
 
 
 def block_channels(channels: int) -> int:
@@ -78,110 +76,141 @@ def words_at(lane, replica):
 
 
 @triton.jit
-def row_at(buffer, parity, replica, block, W: tl.constexpr):
-    """The row that a replica writes for a block, as float64."""
-    rows = (buffer + TAGS + 2 * W * BLOCKS).to(tl.pointer_type(tl.float64))
-    return rows + ((parity * W + replica) * BLOCKS + block) * (VALUES * ROOM)
+def row_at(buffer, epoch, replica, block, W: tl.constexpr):
+    """The row that a replica writes for a block."""
+    return buffer + ROWS + ((epoch % 2 * W + replica) * BLOCKS + block) * ROW
 
 
 @triton.jit
-def tag_at(buffer, parity, replica, block, W: tl.constexpr):
-    """Where a replica says which call its row belongs to."""
-    return buffer + TAGS + (parity * W + replica) * BLOCKS + block
+def begin(lane, block, rank):
+    """(this replica's buffer, the epoch, whether the lane is poisoned): what an exchange starts from, best loaded early."""
+    own = words_at(lane, rank)
+    return own, tl.load(own + block) + 1, tl.load(own + POISON) != 0
 
 
 @triton.jit
-def send(lane, block, a, b, d, epoch, tag, rank, X: tl.constexpr, W: tl.constexpr):
-    """Writes this replica's row and tag into every buffer, then says so to each."""
-    parity = epoch % 2
+def halves(value):
+    """The bits of a float64 in two int64 of 32 bits each."""
+    bits = value.to(tl.int64, bitcast=True)
+    return bits & HALF, (bits >> 32) & HALF
+
+
+@triton.jit
+def whole(low, high):
+    """The float64 of two words, their epochs dropped."""
+    return ((high << 32) | (low & HALF)).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def send(lane, block, n, a, b, epoch, tag, rank, X: tl.constexpr, W: tl.constexpr):
+    """Writes this replica's row into every other buffer."""
+    # 31 bits of the epoch: it stays positive.
+    stamp = (epoch & 0x7FFFFFFF) << 32
     i = tl.arange(0, X)
+    n_low, n_high = halves(n)
+    a_low, a_high = halves(a)
+    b_low, b_high = halves(b)
     for replica in range(W):
-        buffer = words_at(lane, replica)
-        row = row_at(buffer, parity, rank, block, W)
-        tl.store(row + i, a)
-        tl.store(row + ROOM + i, b)
-        tl.store(row + 2 * ROOM + i, d)
-        tl.store(tag_at(buffer, parity, rank, block, W), (epoch << 32) | tag)
-    tl.debug_barrier()
-    for replica in range(W):
-        tl.atomic_add(words_at(lane, replica) + parity * BLOCKS + block, 1, sem="release", scope="sys")
+        if replica != rank:
+            row = row_at(words_at(lane, replica), epoch, rank, block, W)
+            tl.store(row + i, stamp | a_low)
+            tl.store(row + ROOM + i, stamp | a_high)
+            tl.store(row + 2 * ROOM + i, stamp | b_low)
+            tl.store(row + 3 * ROOM + i, stamp | b_high)
+            tl.store(row + HEAD, stamp | tag.to(tl.int64))
+            tl.store(row + HEAD + 1, stamp | n_low)
+            tl.store(row + HEAD + 2, stamp | n_high)
 
 
 @triton.jit
-def receive(lane, block, epoch, limit, tag, rank, W: tl.constexpr):
-    """Waits until all rows of this epoch are there; whether they are, and belong to the same call."""
-    own = words_at(lane, rank)
-    parity = epoch % 2
-    arrivals = own + parity * BLOCKS + block
-    # This parity's epochs so far, each with W arrivals.
-    expected = (epoch + 1) // 2 * W
-    seen = tl.atomic_add(arrivals, 0, sem="acquire", scope="sys")
+def is_there(row, epoch, X: tl.constexpr):
+    """Whether all words of a row are of this epoch.
+
+    In a tile of 512 words or more, none of which two threads read: their looks could differ, and they must decide as one.
+    """
+    stamp = epoch & 0x7FFFFFFF
+    r, i = tl.arange(0, 8)[:, None], tl.arange(0, X)[None, :]
+    # Four lines of values, and of a fifth one the head.
+    words = tl.load(row + r * ROOM + i, mask=(r < 4) | ((r == 4) & (i < 3)), other=stamp << 32, volatile=True)
+    return tl.min(tl.min(((words >> 32) == stamp).to(tl.int32), 1), 0) != 0
+
+
+@triton.jit
+def hear(lane, own, block, replica, epoch, limit, tag, rank, n, a, b, X: tl.constexpr, W: tl.constexpr):
+    """(n, a, b, whether it is sound) of a replica: what it sent, waited for; of this one what is given."""
+    row = row_at(own, epoch, replica, block, W)
+    mine = replica == rank
+    there = is_there(row, epoch, X)
     tries = 0
-    while (seen < expected) & (tries < limit):
-        seen = tl.atomic_add(arrivals, 0, sem="acquire", scope="sys")
+    while (there == 0) & (tries < limit) & (mine == 0):
+        there = is_there(row, epoch, X)
         tries += 1
+    # Behind it every thread sees what one has seen.
     tl.debug_barrier()
-    sound = seen >= expected
-    status = tl.load(lane + W).to(tl.pointer_type(tl.int64))
-    for replica in range(W):
-        heard = tl.load(tag_at(own, parity, replica, block, W), cache_modifier=".cg")
-        code = tl.where((heard >> 32) == epoch, STRANGER, ABSENT).to(tl.int64)
-        tl.store(status, (code << 32) | replica, mask=heard != ((epoch << 32) | tag))
-        sound = sound & (heard == ((epoch << 32) | tag))
+    i = tl.arange(0, X)
+    more_n = whole(tl.load(row + HEAD + 1, volatile=True), tl.load(row + HEAD + 2, volatile=True))
+    its_a = whole(tl.load(row + i, volatile=True), tl.load(row + ROOM + i, volatile=True))
+    its_b = whole(tl.load(row + 2 * ROOM + i, volatile=True), tl.load(row + 3 * ROOM + i, volatile=True))
+    heard = tl.load(row + HEAD, volatile=True) & HALF
+    sound = mine | (there & (heard == tag.to(tl.int64)))
+    code = tl.where(there, STRANGER, ABSENT).to(tl.int64)
+    tl.store(tl.load(lane + W).to(tl.pointer_type(tl.int64)), (code << 32) | replica, mask=sound == 0)
     tl.store(own + POISON, 1, mask=sound == 0)
-    return sound
+    return tl.where(mine, n, more_n), tl.where(mine, a, its_a), tl.where(mine, b, its_b), sound
 
 
 @triton.jit
-def moments(lane, block, n, mean, m2, limit, tag, rank, X: tl.constexpr, W: tl.constexpr):
-    """(n, mean, m2) of all replicas by Chan's formula, in the order of the replicas; NaN where one did not come."""
-    own = words_at(lane, rank)
-    epoch = tl.load(own + EPOCHS + block) + 1
-    poisoned = tl.load(own + POISON) != 0
+def moments(lane, own, epoch, poisoned, block, n, mean, m2, limit, tag, rank, X: tl.constexpr, W: tl.constexpr):
+    """(n, mean, m2) of all replicas by Chan's formula, in the order of the replicas; NaN where one did not come.
+
+    n, the same for all channels, comes in and goes out as [X].
+    """
     nothing = float("nan")
-    send(lane, block, tl.where(poisoned, nothing, n), mean, m2, epoch, tag, rank, X, W)
-    sound = receive(lane, block, epoch, tl.where(poisoned, 0, limit), tag, rank, W) & (poisoned == 0)
+    mine = tl.where(poisoned, nothing, tl.max(n, 0))
+    send(lane, block, mine, mean, m2, epoch, tag, rank, X, W)
+    limit = tl.where(poisoned, 0, limit)
+    all_sound = poisoned == 0
     n = tl.zeros([X], tl.float64)
-    mean = tl.zeros([X], tl.float64)
-    m2 = tl.zeros([X], tl.float64)
+    all_mean = tl.zeros([X], tl.float64)
+    all_m2 = tl.zeros([X], tl.float64)
     for replica in range(W):
-        at = row_at(own, epoch % 2, replica, block, W) + tl.arange(0, X)
-        more = tl.load(at, cache_modifier=".cg")
-        d = tl.load(at + ROOM, cache_modifier=".cg") - mean
-        its_m2 = tl.load(at + 2 * ROOM, cache_modifier=".cg")
+        more, its_mean, its_m2, sound = hear(lane, own, block, replica, epoch, limit, tag, rank, mine, mean, m2, X, W)
+        all_sound = all_sound & sound
+        d = its_mean - all_mean
         both = n + more
         part = more / tl.where(both == 0, 1.0, both)
-        mean += tl.where(more == 0, 0.0, d * part)
-        m2 += tl.where(more == 0, 0.0, its_m2 + d * d * n * part)
+        all_mean += tl.where(more == 0, 0.0, d * part)
+        all_m2 += tl.where(more == 0, 0.0, its_m2 + d * d * n * part)
         n = both
-    tl.store(own + EPOCHS + block, epoch)
-    bad = tl.where(sound, 0.0, nothing)
-    return n + bad, mean + bad, m2 + bad
+    tl.store(own + block, epoch)
+    bad = tl.where(all_sound, 0.0, nothing)
+    return n + bad, all_mean + bad, all_m2 + bad
 
 
 @triton.jit
-def sums(lane, block, a, b, limit, tag, rank, X: tl.constexpr, W: tl.constexpr):
+def sums(lane, own, epoch, poisoned, block, a, b, limit, tag, rank, X: tl.constexpr, W: tl.constexpr):
     """a and b summed over the replicas, in their order; NaN where one did not come."""
-    own = words_at(lane, rank)
-    epoch = tl.load(own + EPOCHS + block) + 1
-    poisoned = tl.load(own + POISON) != 0
     nothing = float("nan")
-    send(lane, block, tl.where(poisoned, nothing, a), b, b, epoch, tag, rank, X, W)
-    sound = receive(lane, block, epoch, tl.where(poisoned, 0, limit), tag, rank, W) & (poisoned == 0)
-    a = tl.zeros([X], tl.float64)
-    b = tl.zeros([X], tl.float64)
+    zero = tl.full([], 0.0, tl.float64)
+    send(lane, block, zero, tl.where(poisoned, nothing, a), b, epoch, tag, rank, X, W)
+    limit = tl.where(poisoned, 0, limit)
+    all_sound = poisoned == 0
+    all_a = tl.zeros([X], tl.float64)
+    all_b = tl.zeros([X], tl.float64)
     for replica in range(W):
-        at = row_at(own, epoch % 2, replica, block, W) + tl.arange(0, X)
-        a += tl.load(at, cache_modifier=".cg")
-        b += tl.load(at + ROOM, cache_modifier=".cg")
-    tl.store(own + EPOCHS + block, epoch)
-    bad = tl.where(sound, 0.0, nothing)
-    return a + bad, b + bad
+        _, its_a, its_b, sound = hear(lane, own, block, replica, epoch, limit, tag, rank, zero, a, b, X, W)
+        all_sound = all_sound & sound
+        all_a += its_a
+        all_b += its_b
+    tl.store(own + block, epoch)
+    bad = tl.where(all_sound, 0.0, nothing)
+    return all_a + bad, all_b + bad
 
 
 @triton.jit(do_not_specialize=["limit", "tag", "rank"])
 def exchange_moments_kernel(
-    stats,  # float64 [2C + 1]: this replica's mean, variance, count; then everybody's
+    stats,  # float64 [2C + 1]: this replica's mean, variance, count
+    out,  # float64 [2C + 1]: everybody's
     lane,  # int64 [W + 1]
     limit,
     tag,
@@ -190,24 +219,25 @@ def exchange_moments_kernel(
     X: tl.constexpr,
     W: tl.constexpr,
 ):
-    """The exchange alone, after arithmetic that other code did. One program: it reads the count before any block writes it."""
-    mine = tl.load(stats + 2 * C)
-    tl.debug_barrier()
-    for block in range((C + X - 1) // X):
-        c = block * X + tl.arange(0, X)
-        inside = c < C
-        mean = tl.load(stats + c, mask=inside, other=0.0)
-        variance = tl.load(stats + C + c, mask=inside, other=0.0)
-        n = tl.zeros([X], tl.float64) + mine
-        n, mean, m2 = moments(lane, block, n, mean, tl.where(n == 0, 0.0, variance * n), limit, tag, rank, X, W)
-        tl.store(stats + c, mean, mask=inside)
-        tl.store(stats + C + c, tl.where(n == 0, 1.0, m2 / tl.where(n == 0, 1.0, n)), mask=inside)
-        tl.store(stats + 2 * C + c, n, mask=c == 0)
+    """The exchange alone, after arithmetic that other code did."""
+    block = tl.program_id(0)
+    own, epoch, poisoned = begin(lane, block, rank)
+    c = block * X + tl.arange(0, X)
+    inside = c < C
+    mean = tl.load(stats + c, mask=inside, other=0.0)
+    variance = tl.load(stats + C + c, mask=inside, other=0.0)
+    n = tl.zeros([X], tl.float64) + tl.load(stats + 2 * C)
+    m2 = tl.where(n == 0, 0.0, variance * n)
+    n, mean, m2 = moments(lane, own, epoch, poisoned, block, n, mean, m2, limit, tag, rank, X, W)
+    tl.store(out + c, mean, mask=inside)
+    tl.store(out + C + c, tl.where(n == 0, 1.0, m2 / tl.where(n == 0, 1.0, n)), mask=inside)
+    tl.store(out + 2 * C + c, n, mask=c == 0)
 
 
 @triton.jit(do_not_specialize=["limit", "tag", "rank"])
 def exchange_sums_kernel(
-    message,  # float64 [2C]: this replica's sums; then everybody's
+    message,  # float64 [2C]: this replica's sums
+    out,  # float64 [2C]: everybody's
     lane,  # int64 [W + 1]
     limit,
     tag,
@@ -218,9 +248,10 @@ def exchange_sums_kernel(
 ):
     """The same for the sums of the backward pass."""
     block = tl.program_id(0)
+    own, epoch, poisoned = begin(lane, block, rank)
     c = block * X + tl.arange(0, X)
     a = tl.load(message + c, mask=c < C, other=0.0)
     b = tl.load(message + C + c, mask=c < C, other=0.0)
-    a, b = sums(lane, block, a, b, limit, tag, rank, X, W)
-    tl.store(message + c, a, mask=c < C)
-    tl.store(message + C + c, b, mask=c < C)
+    a, b = sums(lane, own, epoch, poisoned, block, a, b, limit, tag, rank, X, W)
+    tl.store(out + c, a, mask=c < C)
+    tl.store(out + C + c, b, mask=c < C)

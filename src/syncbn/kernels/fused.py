@@ -48,7 +48,10 @@ def stream_of(device: torch.device) -> int:
 
 
 def measure(plan: Plan, x: Tensor, keep: Tensor | None, lane: Lane | None = None) -> Tensor:
-    """float64 [2C + 1]: mean, variance and count, of x or of all replicas; from a plan that sends, the message n, Σx, Σx²."""
+    """float64 [2C + 1 + …]: mean, variance and count, of x or of all replicas; behind them room for `gradient_sums`.
+
+    From a plan that sends, [2C + 1]: the message n, Σx, Σx².
+    """
     return _measure(plan, stream_of(x.device), address(x), address(keep), x.device, lane)
 
 
@@ -99,7 +102,7 @@ NOT_MOVING = (None, None, None, 0.0)
 
 def _measure(plan: Plan, stream: int, x: Any, keep: Any, device: torch.device, lane: Lane | None) -> Tensor:
     r, f = plan.moments, plan.fold
-    stats = torch.empty(2 * f.C + 1, dtype=torch.float64, device=device)
+    stats = torch.empty(plan.stats_size, dtype=torch.float64, device=device)
     parts, arrivals = scratch_for(device, stream, r.parts, r.blocks)
     table, rank, limit, tag = NO_LANE if lane is None else lane
     r.launch(stream, x, keep, parts, arrivals, address(stats), address(table), f.A, r.splits, r.share, limit, tag, rank)
@@ -163,10 +166,11 @@ def gradient_sums(
     slope: float = 0.0,
     lane: Lane | None = None,
     wide: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(dscale, doffset, what `input_gradient` takes); the first two in scale's dtype, or, `wide`, in float64.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dscale, doffset, message); the first two in scale's dtype, or, `wide`, in float64.
 
-    The last are coefficients, float32 [5C]; from a plan that sends, the message, float64 [2C]: add it up over replicas.
+    From a plan that sends, the message, float64 [2C]: add it up over replicas. Otherwise what `input_gradient` needs lies behind
+    `stats`: an allocation less costs the host as much less as a launch.
     """
     r, f, device = plan.sums, plan.fold, x.device
     dscale = doffset = None
@@ -175,8 +179,7 @@ def gradient_sums(
         doffset = torch.empty_like(dscale)
     elif scale is not None:
         dscale, doffset = torch.empty_like(scale), torch.empty_like(scale)
-    size, dtype = (2, torch.float64) if plan.sent else (5, torch.float32)
-    coefficients = torch.empty(size * f.C, dtype=dtype, device=device)
+    message = torch.empty(2 * f.C, dtype=torch.float64, device=device) if plan.sent else None
     stream = stream_of(device)
     parts, arrivals = scratch_for(device, stream, r.parts, r.blocks)
     table, rank, limit, tag = NO_LANE if lane is None else lane
@@ -193,7 +196,7 @@ def gradient_sums(
         arrivals,
         address(dscale),
         address(doffset),
-        address(coefficients),
+        coefficients_at(stats, f.C) if message is None else address(message),
         address(table),
         f.A,
         r.splits,
@@ -204,14 +207,27 @@ def gradient_sums(
         epsilon,
         slope,
     )
-    return dscale, doffset, coefficients
+    return dscale, doffset, message
+
+
+if INTERPRETED:
+
+    def coefficients_at(stats: Tensor, C: int) -> Any:
+        """Where the coefficients of the input gradient lie, float32 [5C]: behind the moments, on 16 bytes."""
+        return stats[2 * C + 2 :].view(torch.float32)
+
+else:
+
+    def coefficients_at(stats: Tensor, C: int) -> Any:
+        """Where the coefficients of the input gradient lie, float32 [5C]: behind the moments, on 16 bytes."""
+        return stats.data_ptr() + 16 * (C + 1)
 
 
 def input_gradient(
     plan: Plan,
     x: Tensor,
     dy: Tensor,
-    coefficients: Tensor,
+    message: Tensor | None,
     stats: Tensor,
     scale: Tensor | None,
     offset: Tensor | None,
@@ -232,7 +248,7 @@ def input_gradient(
         address(saved),
         address(dresidual),
         address(keep),
-        address(coefficients),
+        coefficients_at(stats, plan.fold.C) if message is None else address(message),
         address(stats),
         address(scale),
         address(offset),
@@ -254,16 +270,16 @@ _exchanges: dict[Any, Launch] = {}
 
 
 def exchange_alone(kind: str, values: Tensor, lane: Lane, replicas: int) -> Tensor:
-    """`values` of all replicas, in place: "moments", float64 [2C + 1] as `measure` returns them, or "sums", float64 [2C]."""
+    """`values` of all replicas: "moments", float64 [2C + 1] as `measure` returns them, or "sums", float64 [2C]."""
     C = values.numel() // 2
     key = (kind, C, replicas, values.device)
     found = _exchanges.get(key)
     if found is None:
         X = exchange.block_channels(C)
         kernel = exchange.exchange_moments_kernel if kind == "moments" else exchange.exchange_sums_kernel
-        programs = 1 if kind == "moments" else -(-C // X)
-        types = (torch.float64, torch.int64, 1, 1, 1)
-        found = _exchanges[key] = Launch(kernel, types, {"C": C, "X": X, "W": replicas}, programs, 4, values.device)
+        types = (torch.float64, torch.float64, torch.int64, 1, 1, 1)
+        found = _exchanges[key] = Launch(kernel, types, {"C": C, "X": X, "W": replicas}, -(-C // X), 4, values.device)
     table, rank, limit, tag = lane
-    found(stream_of(values.device), address(values), address(table), limit, tag, rank)
-    return values
+    out = torch.empty_like(values)
+    found(stream_of(values.device), address(values), address(out), address(table), limit, tag, rank)
+    return out

@@ -239,7 +239,7 @@ def moments_kernel(
     block = channel_tile // (X // K)
     tiles_here = tl.minimum(X // K, channel_tiles - block * (X // K))
     if exchange.last_to_arrive(arrivals + block, tiles_here * splits):
-        finish(parts, stats, lane, block, J, splits, share * T, limit, tag, rank, C, X, R, MASKED, W, SENT)
+        finish(parts, stats, lane, block, J, splits, share * T, limit, tag, rank, C, X, R, MASKED, PDL, W, SENT)
 
 
 @triton.jit
@@ -258,17 +258,23 @@ def finish(
     X: tl.constexpr,
     R: tl.constexpr,
     MASKED: tl.constexpr,
+    PDL: tl.constexpr,
     W: tl.constexpr,
     SENT: tl.constexpr,
 ):
     """Merges a block's parts, then the replicas', and writes the moments."""
     c = block * X + tl.arange(0, X)
+    if W > 1:
+        # Early: these loads take as long as those of the parts.
+        own, epoch, poisoned = exchange.begin(lane, block, rank)
     if MASKED:
         n, mean, m2 = merge_masked_parts(parts, c, splits, C, R, X)
     else:
         n, mean, m2 = merge_parts(parts, c, J, splits, each, C, R, X)
     if W > 1:
-        n, mean, m2 = exchange.moments(lane, block, n, mean, m2, limit, tag, rank, X, W)
+        n, mean, m2 = exchange.moments(lane, own, epoch, poisoned, block, n, mean, m2, limit, tag, rank, X, W)
+        if PDL:
+            tiles.lead()
     write(stats, c, n, mean, m2, C, SENT)
 
 

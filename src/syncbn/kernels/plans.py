@@ -202,6 +202,8 @@ class Plan:
         tiles: dict[str, Tile] | None = None,
     ):
         self.fold, self.device, self.sent = f, device, sent
+        # The moments, and room for five float32 coefficients a channel.
+        self.stats_size = 2 * f.C + 1 if sent else 2 * f.C + 2 + -(-5 * f.C // 2)
         processors = 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
         chosen = {k: (tiles or {}).get(k) or tile_for(k, f, dtype.itemsize, processors) for k in CHOICES}
         of_moments, of_sums = chosen["moments"], chosen["sums"]

@@ -112,6 +112,7 @@ def sums_kernel(
             K,
             SCALE,
             LOCAL,
+            PDL,
             W,
             SENT,
             RAW,
@@ -146,6 +147,7 @@ def sums_kernel(
             X,
             SCALE,
             LOCAL,
+            PDL,
             W,
             SENT,
             RAW,
@@ -188,12 +190,16 @@ def finish(
     X: tl.constexpr,
     SCALE: tl.constexpr,
     LOCAL: tl.constexpr,
+    PDL: tl.constexpr,
     W: tl.constexpr,
     SENT: tl.constexpr,
     RAW: tl.constexpr,
 ):
     """From Σg and Σg·(x − hi) of this replica: its gradients, the message, the coefficients of the input gradient."""
     inside = c < C
+    if W > 1:
+        # Early: these loads take as long as the others.
+        own, epoch, poisoned = exchange.begin(lane, block, rank)
     mean, variance = pointwise.moments_at(stats, c, C, RAW)
     lo = mean - mean.to(tl.float32).to(tl.float64)
     rstd = 1.0 / tl.sqrt(variance + epsilon)
@@ -210,7 +216,9 @@ def finish(
         tl.store(coefficients + C + c, gx_hat, mask=inside)
     else:
         if W > 1:
-            g, gx_hat = exchange.sums(lane, block, g, gx_hat, limit, tag, rank, X, W)
+            g, gx_hat = exchange.sums(lane, own, epoch, poisoned, block, g, gx_hat, limit, tag, rank, X, W)
+            if PDL:
+                tiles.lead()
         hi, a, b, through, rest = pointwise.gradient_coefficients(stats, scale, offset, c, g, gx_hat, epsilon, C, SCALE, RAW)
         tl.store(coefficients + c, hi, mask=inside)
         tl.store(coefficients + C + c, a, mask=inside)

@@ -14,12 +14,18 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def follow(W: tl.constexpr):
     """Programmatic dependent launch: this kernel's programs may be on the GPU before the kernel ahead has ended.
 
-    Waits for its end; all programs of this kernel being there by then, the next one's may come. Not behind a kernel that waits
-    for a peer (W > 1): its successor would fill the GPU and wait too.
+    Waits for its end; all programs of this kernel being there by then, the next one's may come. Behind a kernel that waits for a
+    peer (W > 1) only when the peer has come (`lead`): its successor would fill the GPU and wait too.
     """
     gdc_wait()
     if W == 1:
         gdc_launch_dependents()
+
+
+@triton.jit
+def lead():
+    """Lets the next kernel's programs come, as far as this one is concerned."""
+    gdc_launch_dependents()
 
 
 @triton.jit
