@@ -23,19 +23,23 @@ class Link(NamedTuple):
 # Links are made once, by all ranks in the same order, and forgotten when the default group is another one.
 _links: dict[Any, Link | None] = {}
 _made_in: Any = None
+AVAILABLE = dist.is_available()
 
 
 def link_of(group: Any) -> Link | None:
     """The link of a `policy.Group` or of a process group; None where there is nobody to talk to."""
-    if isinstance(group, policy.Alone) or not (dist.is_available() and dist.is_initialized()):
+    # Asked for once: `dist.is_initialized()` is the same question. This runs at every call of every layer.
+    world = dist.group.WORLD if AVAILABLE else None
+    if world is None or isinstance(group, policy.Alone):
         return None
     global _made_in
-    if _made_in is not dist.group.WORLD:
+    if _made_in is not world:
         _links.clear()
-        _made_in = dist.group.WORLD
-    if group not in _links:
-        _links[group] = _make(group)
-    return _links[group]
+        _made_in = world
+    try:
+        return _links[group]
+    except KeyError:
+        return _links.setdefault(group, _make(group))
 
 
 def _make(group: Any) -> Link | None:
