@@ -84,7 +84,7 @@ def _exchange(device: Any) -> str:
         return "none: there is one replica"
     if lanes.lane_of(link, device) is not None:
         return "peer memory, inside the kernels"
-    why = "" if lanes.ENABLED else " (peer memory is off: SYNCBN_PEER_MEMORY=1 turns it on)"
+    why = "" if lanes.ENABLED else " (SYNCBN_PEER_MEMORY=0)"
     return f"one all-reduce of the group's backend each way{why}"
 
 

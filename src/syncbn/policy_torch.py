@@ -153,6 +153,14 @@ def lost_replica(group: str, code: int, rank: int) -> RuntimeError:
     )
 
 
+def no_peer_memory(reason: str) -> str:
+    """A warning: slower, and right."""
+    return (
+        "The replicas of this host cannot map each other's memory; their messages go by the process group instead. "
+        f"Received: {reason}. SYNCBN_PEER_MEMORY=0, on every rank, does not try."
+    )
+
+
 def first_call_in_capture() -> RuntimeError:
     """Setting up a group waits for the other ranks, which a capture may not."""
     return RuntimeError(

@@ -1,4 +1,4 @@
-"""The module on several GPUs: `torchrun --standalone --nproc-per-node 2 tests/gpu/ranks.py`; SYNCBN_PEER_MEMORY=1 for the lanes.
+"""The module on several GPUs: `torchrun --standalone --nproc-per-node 2 tests/gpu/ranks.py`; SYNCBN_PEER_MEMORY=0 without the lanes.
 
 Ragged batches, an empty one, both layouts and float64, against plain batch norm in float64 on the whole batch; the moving
 statistics of all ranks must have the same bits. Prints one line a rank.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ LANES = 8
 MOST_CHANNELS = 8192
 # Replicas of one host; a lane's buffer grows with them.
 MOST_REPLICAS = 16
-# Off until it has run on several GPUs: docs/kernels.md says what has been shown on one.
-ENABLED = os.environ.get("SYNCBN_PEER_MEMORY", "0") == "1"
+# SYNCBN_PEER_MEMORY=0 leaves all messages to the group's backend.
+ENABLED = os.environ.get("SYNCBN_PEER_MEMORY", "1") != "0"
 
 
 class Lane:
@@ -138,15 +139,33 @@ def _capture_id(stream: int) -> int:
 
 def _set_up(link: Link, device: torch.device) -> Lanes | None:
     """Agrees with the other ranks whether to have lanes, and maps them."""
-    said: list[Any] = [None] * link.size
-    dist.all_gather_object(said, _facts(link, device), group=link.process_group)
-    if not agreed(said):
+    if not agreed(_said_by_all(link, _facts(link, device))):
         return None
+    try:
+        found: Lanes | str = _map(link, device)
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+    # Where one rank cannot, none does.
+    reasons = [said for said in _said_by_all(link, None if isinstance(found, Lanes) else found) if said is not None]
+    if reasons:
+        warnings.warn(policy_torch.no_peer_memory(reasons[0]), stacklevel=2)
+        return None
+    return found if isinstance(found, Lanes) else None
+
+
+def _said_by_all(link: Link, what: Any) -> list[Any]:
+    said: list[Any] = [None] * link.size
+    dist.all_gather_object(said, what, group=link.process_group)
+    return said
+
+
+def _map(link: Link, device: torch.device) -> Lanes:
+    """One allocation of every rank, mapped by all."""
+    import torch.distributed._symmetric_memory as symmetric_memory
+
     from syncbn.kernels import exchange
 
     words = exchange.words(link.size)
-    import torch.distributed._symmetric_memory as symmetric_memory
-
     memory = symmetric_memory.empty(words * LANES, dtype=torch.int64, device=device)
     memory.zero_()
     handle = symmetric_memory.rendezvous(memory, link.name)  # type: ignore[arg-type]
@@ -155,7 +174,6 @@ def _set_up(link: Link, device: torch.device) -> Lanes | None:
     assert offset >= 0, "the allocation lies outside of what was mapped"
     limit = calibrated_limit(device, timeout_of(link.process_group).total_seconds())
     torch.cuda.synchronize(device)
-    dist.barrier(group=link.process_group)
     buffers = [address + offset for address in handle.buffer_ptrs]
     return Lanes(buffers, words, handle.rank, limit, link.name, device, (memory, handle))
 
@@ -170,7 +188,7 @@ def _facts(link: Link, device: torch.device) -> dict[str, Any]:
         "reaches": [
             i for i in range(torch.cuda.device_count()) if i == device.index or torch.cuda.can_device_access_peer(device.index, i)
         ],
-        "backend": dist.get_backend(link.process_group),
+        "backend": link.process_group._get_backend(device).name(),
         "triton": cuda_kernels() is not None,
         "wants": ENABLED,
     }
