@@ -1,6 +1,6 @@
-"""One of two processes that exchange through shared memory, under Triton's interpreter: `exchange_peer.py FOLDER RANK ROUNDS LIMIT`.
+"""One of two processes that exchange through shared memory, under Triton's interpreter: `exchange_peer.py FOLDER RANK ROUNDS LIMIT TAG`.
 
-LIMIT bounds the waits of all rounds but the first. Prints one JSON line a round: the moments and the sums of both. It tests protocol and bound, not the order of a GPU's memory.
+LIMIT bounds the waits of all rounds but the first; TAG says whose messages these are. Prints one JSON line a round: the moments and the sums of both. It tests protocol and bound, not the order of a GPU's memory.
 """
 
 import json
@@ -30,7 +30,7 @@ def data(turn, rank):
 
 
 def main():
-    folder, rank, rounds, limit = sys.argv[1], *map(int, sys.argv[2:])
+    folder, rank, rounds, limit, tag = sys.argv[1], *map(int, sys.argv[2:])
     words = exchange.words(2)
     buffers = [torch.from_file(f"{folder}/buffer{r}", shared=True, size=words, dtype=torch.int64) for r in range(2)]
     status = torch.zeros(1, dtype=torch.int64)
@@ -42,8 +42,8 @@ def main():
         limit = bound if turn else 10**9
         x, dy = data(turn, rank)
         plan = plans.Plan(plans.fold(x), x.dtype, x.device, replicas=2, gradients=torch.float64, tiles=tile)
-        stats = fused.measure(plan, x, None, fused.Lane(table, rank, limit, 1))
-        fused.gradient_sums(plan, x, dy, stats, None, None, 1e-3, lane=fused.Lane(table, rank, limit, 2), wide=True)
+        stats = fused.measure(plan, x, None, fused.Lane(table, rank, limit, tag))
+        fused.gradient_sums(plan, x, dy, stats, None, None, 1e-3, lane=fused.Lane(table, rank, limit, tag + 1), wide=True)
         said = {
             "stats": stats[: 2 * CHANNELS + 1].tolist(),
             "coefficients": fused.coefficients_at(stats, CHANNELS)[: 5 * CHANNELS].tolist(),

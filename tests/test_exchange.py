@@ -20,8 +20,8 @@ HERE = Path(__file__).parent
 ROUNDS = 4
 
 
-def start(folder, rank, rounds, limit):
-    command = [sys.executable, str(HERE / "exchange_peer.py"), str(folder), str(rank), str(rounds), str(limit)]
+def start(folder, rank, rounds, limit, tag=1):
+    command = [sys.executable, str(HERE / "exchange_peer.py"), str(folder), *map(str, (rank, rounds, limit, tag))]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -67,6 +67,15 @@ def test_a_peer_that_is_killed_ends_the_wait(folder):
     assert [line["status"] >> 32 for line in lines] == [0, 1, 1, 1]
     assert lines[-1]["status"] & 0xFFFFFFFF == 1
     assert all(map(math.isnan, lines[1]["coefficients"][3 * CHANNELS :]))
+
+
+def test_another_call_is_not_taken_for_this_one(folder):
+    """Ranks that take different paths hear of it, instead of adding up what does not belong together."""
+    peers = [start(folder, rank, 1, 10**9, tag) for rank, tag in ((0, 1), (1, 7))]
+    for rank, peer in enumerate(peers):
+        (line,) = said(peer)
+        assert all(map(math.isnan, line["stats"]))
+        assert (line["status"] >> 32, line["status"] & 0xFFFFFFFF) == (exchange.STRANGER.value, 1 - rank)
 
 
 def test_agreement():

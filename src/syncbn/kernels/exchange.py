@@ -154,7 +154,9 @@ def hear(lane, own, block, replica, epoch, limit, tag, rank, n, a, b, X: tl.cons
     heard = tl.load(row + HEAD, volatile=True) & HALF
     sound = mine | (there & (heard == tag.to(tl.int64)))
     code = tl.where(there, STRANGER, ABSENT).to(tl.int64)
-    tl.store(tl.load(lane + W).to(tl.pointer_type(tl.int64)), (code << 32) | replica, mask=sound == 0)
+    # The first reason stays: a poisoned lane (limit 0) has none of its own.
+    status = tl.load(lane + W).to(tl.pointer_type(tl.int64))
+    tl.store(status, (code << 32) | replica, mask=(sound == 0) & (limit > 0))
     tl.store(own + POISON, 1, mask=sound == 0)
     return tl.where(mine, n, more_n), tl.where(mine, a, its_a), tl.where(mine, b, its_b), sound
 
