@@ -110,6 +110,18 @@ def test_a_million_rows_a_channel():
     assert (np.abs(hi.astype("float64") + lo - mean) / np.sqrt(variance)).max() < 1e-5
 
 
+def test_a_batch_whose_beginning_lies_apart():
+    """The pivot is the mean of the first sixteenth: as far from the mean of all as it can be, nearly four standard deviations."""
+    xs = Case("beginning apart", (64, 64, 64, 64), (8, 3), mean=1e4).inputs(2)
+    for x in xs:
+        x[:4] += 100
+    got = JaxWorld(2).run(lambda x: engine.moments(x, axes=(2,), group=policy.Axes((AXIS,)))[:3], xs)
+    _, mean, variance = oracle.BatchNorm(xs, axes=(2,)).moments[0]
+    _, (hi, lo), got_variance = got[0]
+    assert np.abs(got_variance / variance - 1).max() < 1e-5
+    assert (np.abs(hi.astype("float64") + lo - mean) / np.sqrt(variance)).max() < 2e-6
+
+
 GROUPED = named("equal", "an empty replica", "masked, float64", "large mean")
 
 

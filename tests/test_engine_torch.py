@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import oracle
 import pytest
@@ -12,7 +14,7 @@ from checks import EPSILON, arguments, close, equals_oracle
 
 from syncbn import policy, policy_torch
 from syncbn.engines import torch as engine
-from syncbn.engines import torch_groups
+from syncbn.engines import torch_groups, torch_lanes
 from syncbn.kernels import choice, eager, native
 
 # ------------------------------------------------------------------------------------------------- what a process runs
@@ -45,9 +47,11 @@ def step(case, group, activation, x, dy, scale, offset, mask, residual=None):
 
 
 def step_by_eager(*arguments):
-    """The same by the reference kernels."""
+    """The same by the reference kernels, on whatever device."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice.native, "serves", lambda x, mask: False)
+        for kernels in (native, choice.cuda_kernels()):
+            if kernels is not None:
+                patch.setattr(kernels, "serves", lambda x, mask: False)
         return step(*arguments)
 
 
@@ -55,16 +59,31 @@ def step_without_float64(*arguments):
     """The same in the form for devices without float64."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eager, "has_float64", lambda device: False)
+        # Lanes carry float64, and no device that lacks it has them.
+        patch.setattr(torch_lanes, "ENABLED", False)
         return step_by_eager(*arguments)
 
 
-def step_counting(*arguments):
-    """The sizes of all messages that a step sends."""
-    sizes, real = [], dist.all_reduce
+@contextlib.contextmanager
+def counting():
+    """(dtype, size) of each message that is sent inside, by a backend or by a lane, which carries float64."""
+    sent, real, take = [], dist.all_reduce, torch_lanes.Lane.take
+
+    def taken(lane, channels, backward):
+        sent.append((torch.float64, 2 * channels + (not backward)))
+        return take(lane, channels, backward)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_reduce", lambda v, **k: (sizes.append((v.dtype, v.numel())), real(v, **k))[1])
+        patch.setattr(dist, "all_reduce", lambda v, **k: (sent.append((v.dtype, v.numel())), real(v, **k))[1])
+        patch.setattr(torch_lanes.Lane, "take", taken)
+        yield sent
+
+
+def step_counting(*arguments):
+    """All messages that a step sends."""
+    with counting() as sent:
         step(*arguments)
-    return sizes
+    return sent
 
 
 def second_order(mask_as, x, dy, scale, offset, mask, direction):
@@ -78,14 +97,12 @@ def second_order(mask_as, x, dy, scale, offset, mask, direction):
 
 
 def constants(x, dy, scale, offset):
-    """In inference: y, gradients, and how many messages went."""
-    sent = step_counting.__globals__["dist"]
+    """In inference: y, gradients, and the messages that went."""
     x, scale, offset = (tensor(v).requires_grad_() for v in (x, scale, offset))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sent, "all_reduce", lambda *a, **k: pytest.fail("a message in inference"))
+    with counting() as sent:
         mean, variance = torch.arange(3.0, dtype=torch.float64), torch.arange(1.0, 4.0, dtype=torch.float64)
         y = engine.normalize(x, engine.Moments(None, mean, variance), scale, offset, axes=(2,), epsilon=EPSILON)
-        return numbers((y, torch.autograd.grad(y, [x, scale, offset], tensor(dy))))
+        return *numbers((y, torch.autograd.grad(y, [x, scale, offset], tensor(dy)))), sent
 
 
 def moments_alone(group, axis, x):
@@ -110,7 +127,7 @@ def test_equals_the_concatenated_batch(torch_world, case, function):
 
 @pytest.mark.parametrize("case", [*CASES[:8], *CASES[14:16], *LARGE_MEAN[:4]], ids=lambda case: case.name)
 def test_without_float64(torch_world, case):
-    """The form for devices that lack it, forced on the CPU."""
+    """The form for devices that lack it, forced."""
     check(torch_world, case, step_without_float64)
 
 
@@ -251,7 +268,8 @@ def test_constants_send_nothing_and_have_the_plain_gradient(torch_world):
     xs, dys, scale, offset, _ = arguments(case, torch_world.replicas)
     mean, variance = np.arange(3.0), np.arange(1.0, 4.0)
     results = torch_world.run(constants, xs, dys, scale, offset)
-    for x, dy, s, o, (y, (dx, dscale, doffset)) in zip(xs, dys, scale, offset, results, strict=True):
+    for x, dy, s, o, (y, (dx, dscale, doffset), sent) in zip(xs, dys, scale, offset, results, strict=True):
+        assert sent == []
         x_hat = (x - mean) / np.sqrt(variance + EPSILON)
         np.testing.assert_allclose(y, x_hat * s + o, atol=1e-12)
         np.testing.assert_allclose(dx, dy * s / np.sqrt(variance + EPSILON), atol=1e-12)

@@ -11,8 +11,8 @@ import torch._dynamo.testing
 import torch.distributed as dist
 import torch.nn as nn
 from cases import Case
-from test_engine_torch import numbers, tensor
-from test_layer_torch_ranks import Branches, counting, equal_everywhere, randomised, state, train
+from test_engine_torch import counting, numbers, tensor
+from test_layer_torch_ranks import Branches, drawn_on_the_cpu, equal_everywhere, randomised, state, train
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -178,13 +178,13 @@ def checkpointed(way, shape, x, arguments=None):
             return checkpoint(lambda u: checkpoint(block, u, **how) * 2, v, **how)
         return checkpoint(block, v, **how)
 
-    with counting() as sizes:
+    with counting() as sent:
         y = run(x)
         if shape == "nested" and not way:
             y = y * 2
         if shape == "two forwards":
             y = y + run(x * 2)
-        forward = len(sizes)
+        forward = len(sent)
         y.backward(
             torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(y.device)
         )
@@ -192,7 +192,7 @@ def checkpointed(way, shape, x, arguments=None):
         "dx": numbers(x.grad),
         "gradients": [numbers(p.grad) for p in block.parameters()],
         "state": state(block),
-        "messages": (forward, len(sizes)),
+        "messages": (forward, len(sent)),
     }
 
 
@@ -251,16 +251,17 @@ def test_checkpointed_on_one_process_moves_once():
 def amp(dtype, x):
     """Autocast and a loss scale that overflows in the second step."""
     torch.manual_seed(0)
+    device = torch.get_default_device().type
     model = nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4), nn.ReLU(), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
     states = []
     for step in range(3):
         optimizer.zero_grad()
         values = tensor(x)
         if step == 1 and dist.get_rank() == 0:
             values = values * 1e30
-        with torch.autocast("cpu", dtype=getattr(torch, dtype)):
+        with torch.autocast(device, dtype=getattr(torch, dtype)):
             loss = model(values).float().square().sum()
         scaler.scale(loss).backward()
         for p in model.parameters():
@@ -289,9 +290,11 @@ def fsdp(dtype, x):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 8), SyncBatchNorm(8), nn.ReLU(), nn.Linear(8, 2))
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    with drawn_on_the_cpu(0):
+        model = nn.Sequential(nn.Linear(3, 8), SyncBatchNorm(8), nn.ReLU(), nn.Linear(8, 2))
+    device = torch.get_default_device()
+    model.to(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32))
     x = tensor(x)
     hidden = {}
@@ -314,8 +317,8 @@ def test_fsdp2(torch_world, dtype):
         assert np.abs(gradients[2]).max() > 0
     equal_everywhere([g[2] for g in got])
     # The statistics are those of the whole batch through the first layer.
-    torch.manual_seed(0)
-    linear = nn.Linear(3, 8)
+    with drawn_on_the_cpu(0):
+        linear = nn.Linear(3, 8)
     hidden = linear(torch.tensor(np.concatenate(case.inputs(torch_world.replicas))))
     expected = 0.1 * hidden.mean(0).detach().numpy()
     np.testing.assert_allclose(got[0][2]["running_mean"], expected, atol=2e-6 if dtype == "float32" else 3e-3)
@@ -339,7 +342,7 @@ def joined(steps):
     def empty():
         return (torch.empty(0, 3, dtype=torch.float64),)
 
-    training = syncbn.EmptySteps(step, empty)
+    training = syncbn.EmptySteps(step, empty, torch.get_default_device())
     with Join([training]):
         for _ in range(steps):
             training(torch.tensor(rng.normal(size=(4, 3))))

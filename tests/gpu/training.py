@@ -1,17 +1,20 @@
 """What training brings, on several GPUs: `torchrun --standalone --nproc-per-node 2 tests/gpu/training.py [CHECK …]`.
 
 SYNCBN_PEER_MEMORY=1 for the lanes; without GPUs the same runs by gloo, in few steps. One line a check: the largest deviation of each
-quantity on any rank, and what it may be. The exit status is 1 where one is larger; a check that hangs ends at its limit, with stacks.
+quantity on any rank, and what it may be. The exit status is 1 where one is larger or a check raised, which does not keep the next from
+running; a check that hangs ends all at its limit, with stacks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import datetime
 import faulthandler
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +97,7 @@ def replays(ranks: Ranks, worst: Worst, sizes: list[int], turns: int, every: int
         got.update(y=y, gradients=torch.autograd.grad(y, [x, *ours.parameters()], dy))
         got["lane"] = lanes.lane_of(link_of(None), ranks.device)
 
-    replay = captured(ranks, step)
+    replay = captured(ranks, step, got.clear)
     assert bool(got["lane"]) == has_lanes(ranks), "the graph must take the transport that the group has"
     with torch.no_grad():
         # The warm-up moved the statistics.
@@ -117,20 +120,27 @@ def replays(ranks: Ranks, worst: Worst, sizes: list[int], turns: int, every: int
             worst.same_bits(ours, parameters=False)
 
 
-def captured(ranks: Ranks, step: Callable[[], None]) -> Callable[[], None]:
-    """The step as a graph to replay; where there are none, the step."""
-    step()
-    if ranks.device.type != "cuda":
-        return step
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+def captured(ranks: Ranks, step: Callable[[], None], forget: Callable[[], None]) -> Callable[[], None]:
+    """The step as a graph to replay; where there are none, the step.
+
+    The nodes that take the leaves' gradients belong to the stream of the first step that made them, for as long as anything holds
+    what that step left, and a capture may not wait for the default stream: so none runs there, and all is forgotten.
+    """
+    on_gpu = ranks.device.type == "cuda"
+    stream = torch.cuda.Stream() if on_gpu else None
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
+            forget()
+    if stream is None:
+        step()
+        return step
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # The watchdog of NCCL asks for events meanwhile, in a thread of its own.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
@@ -316,10 +326,38 @@ def has_lanes(ranks: Ranks) -> bool:
     return lanes.lane_of(link_of(None), ranks.device) is not None
 
 
+def attempt(ranks: Ranks, name: str) -> bool:
+    """Runs a check and prints its line; the same answer on all ranks. What it raises on any of them is said, and the next can run."""
+    check, limit = CHECKS[name]
+    faulthandler.dump_traceback_later(limit, exit=True)
+    worst, note, raised = Worst(ranks), "", ""
+    try:
+        note = check(ranks, worst)
+        synchronize(ranks)
+    except Exception as error:
+        traceback.print_exc()
+        raised = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    failures = [f"rank {r}: {text}" for r, text in enumerate(everybody_says(ranks, name, raised, limit)) if text]
+    right = not failures and worst.all_right(name, note)
+    if failures and ranks.rank == 0:
+        print(f"{name}: FAILED: {'; '.join(failures)}", flush=True)
+    faulthandler.cancel_dump_traceback_later()
+    return right
+
+
+def everybody_says(ranks: Ranks, name: str, text: str, limit: int) -> list[str]:
+    """Every rank's text, through the store: a collective would meet whatever a check that raised has left behind."""
+    store = dist.distributed_c10d._get_default_store()
+    keys = [f"training.py/{name}/{r}" for r in range(ranks.size)]
+    store.set(keys[ranks.rank], text)
+    store.wait(keys, datetime.timedelta(seconds=limit))
+    return [store.get(key).decode() for key in keys]
+
+
 def main() -> None:
     # The newer name is younger than the oldest torch that we serve.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
-    names = sys.argv[1:] or list(CHECKS)
+    names = list(dict.fromkeys(sys.argv[1:])) or list(CHECKS)
     if set(names) - set(CHECKS):
         sys.exit(f"Checks are {', '.join(CHECKS)}. Received: {' '.join(names)}")
     ranks = meet()
@@ -328,14 +366,7 @@ def main() -> None:
         print(f"{ranks.size} ranks on {ranks.device.type}, {transport}", flush=True)
     if ranks.device.type == "cuda" and os.environ.get("SYNCBN_PEER_MEMORY") == "1" and transport != "peer memory":
         sys.exit("SYNCBN_PEER_MEMORY=1, and the ranks cannot reach each other's memory")
-    right = []
-    for name in names:
-        check, limit = CHECKS[name]
-        faulthandler.dump_traceback_later(limit, exit=True)
-        worst = Worst(ranks)
-        note = check(ranks, worst)
-        right.append(worst.all_right(name, note))
-        faulthandler.cancel_dump_traceback_later()
+    right = [attempt(ranks, name) for name in names]
     with contextlib.suppress(RuntimeError):
         dist.destroy_process_group()
     sys.exit(0 if all(right) else 1)

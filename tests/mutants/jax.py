@@ -10,9 +10,10 @@ LAYER, DISTRIBUTION, FUNCTIONAL = "layers/keras.py", "layers/distribution.py", "
 ENGINE_TESTS, LAYER_TESTS, FUNCTIONAL_TESTS = "test_engine_jax.py", "test_layer_jax.py", "test_functional_jax.py"
 MUTANTS = [
     Mutant("no collective", AXES, "return self.size == 1 and not self.checked", "return True", ENGINE_TESTS, "batch and ragged-unchecked"),
-    Mutant("mean of means", MAPPED, "    counts = rows[..., :1] if members is True", "    rows = rows.at[..., 0].set(jnp.minimum(rows[..., 0], 1))\n    counts = rows[..., :1] if members is True",
+    Mutant("mean of means", MAPPED, "    counts = counts if members is True", "    counts = jnp.minimum(counts, 1)\n    counts = counts if members is True",
            ENGINE_TESTS, "batch and ragged-checked"),
-    Mutant("E[x²] − E[x]² in float32", MAPPED, "    k = rounded(layout.sum(_where(mask, x)) / at_least_one)\n", "    k = jnp.zeros(layout.sum(x).shape, wide)\n",
+    Mutant("E[x²] − E[x]² in float32", MAPPED, "    k = _pivot(x, layout) if mask is None else rounded(layout.sum(_where(mask, x)) / at_least_one)\n",
+           "    k = jnp.zeros(layout.sum(x).shape, wide)\n",
            ENGINE_TESTS, "batch and large and -checked"),
     Mutant("mean rounded before the merge", MAPPED, "    return n, k, s / at_least_one,", "    k, s = rounded(k + s / at_least_one), 0 * s\n    return n, k, s / at_least_one,",
            ENGINE_TESTS, "batch and large and -checked"),

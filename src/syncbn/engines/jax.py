@@ -60,12 +60,14 @@ def normalize(
     """activation(scale·(x − mean)/√(variance + epsilon) + offset + residual); one sum over replicas, in the backward pass."""
     x = jnp.asarray(x)
     sharded = None if moments.count is None else _sharded(x, axes, group)
+    # Rounded once, at the end.
+    dtype = x.dtype if residual is None and activation is None else arithmetic_dtype(x)
     if moments.count is None:
-        y = jax_mapped.normalize(x, moments, scale, offset, axes, epsilon, mask, Replicas())
+        y = jax_mapped.normalize(x, moments, scale, offset, axes, epsilon, mask, Replicas(), dtype)
     elif sharded is None:
-        y = jax_mapped.normalize(x, moments, scale, offset, axes, epsilon, mask, _replicas(x, group))
+        y = jax_mapped.normalize(x, moments, scale, offset, axes, epsilon, mask, _replicas(x, group), dtype)
     else:
-        y = _normalize_sharded(x, mask, moments[:3], scale, offset, axes, epsilon, sharded)
+        y = _normalize_sharded(x, mask, moments[:3], scale, offset, axes, epsilon, sharded, dtype)
     if residual is not None:
         y = y + residual.astype(y.dtype)
     if activation is not None:
@@ -95,7 +97,7 @@ def _moments_sharded(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]
     return n, mean, variance, average
 
 
-@partial(jax.jit, static_argnums=(5, 6, 7))
+@partial(jax.jit, static_argnums=(5, 6, 7, 8))
 def _normalize_sharded(
     x: jax.Array,
     mask: jax.Array | None,
@@ -105,6 +107,7 @@ def _normalize_sharded(
     axes: tuple[int, ...],
     epsilon: float,
     sharded: policy.Sharded,
+    dtype: Any,
 ) -> jax.Array:
     specs = _Specs(sharded, axes, x.ndim)
 
@@ -112,7 +115,7 @@ def _normalize_sharded(
         # [1, C] is this replica's own.
         n, hi, lo, variance, scale, offset = (v[0] if v.ndim == 2 else v for v in vectors)
         own = Moments(n, (hi, lo), variance)
-        return jax_mapped.normalize(x, own, scale, offset, axes, epsilon, mask, replicas_of(specs.axes))
+        return jax_mapped.normalize(x, own, scale, offset, axes, epsilon, mask, replicas_of(specs.axes), dtype)
 
     n, mean, variance = own
     n = n if n.ndim == variance.ndim else n[..., None]

@@ -17,10 +17,13 @@ from jax.ad_checkpoint import checkpoint_name
 from syncbn import maths
 from syncbn.engines import Moments
 from syncbn.engines.jax_axes import Replicas, vary, varying
-from syncbn.engines.jax_xla import materialised, rounded
+from syncbn.engines.jax_xla import materialised, rounded, summed
 
 # What `jax.checkpoint` policies call the moments: where they are saved, recomputation sends nothing.
 MOMENTS = "syncbn_moments"
+# A pivot k is the mean of one value in so many, which saves a pass over x. The mean of any m of n values has (k − mean)² ≤
+# (n/m)·variance (Jensen), however the batch is ordered: sums about it lose five bits at the very most.
+VALUES_PER_PIVOTS_VALUE = 16
 
 
 def arithmetic_dtype(x: jax.Array) -> Any:
@@ -36,7 +39,19 @@ class Layout(NamedTuple):
 
     def sum(self, v: jax.Array) -> jax.Array:
         """Over all but the channels: [C]. XLA sums by a tree: no blocks are needed."""
-        return jnp.sum(v, [i for i in range(len(self.shape)) if i not in self.axes]).reshape(-1)
+        return jnp.sum(v, self.summed()).reshape(-1)
+
+    def summed(self) -> list[int]:
+        """The axes without channels."""
+        return [i for i in range(len(self.shape)) if i not in self.axes]
+
+    def some(self) -> tuple[slice, ...]:
+        """Which of each channel's values a pivot is made of: the beginning of the longest axis."""
+        if not self.summed():
+            return ()
+        # A symbolic size compares with none.
+        longest = max(self.summed(), key=lambda i: self.shape[i] if isinstance(self.shape[i], int) else 0)
+        return *[slice(None)] * longest, slice(-(-self.shape[longest] // VALUES_PER_PIVOTS_VALUE))
 
     def spread(self, v: jax.Array) -> jax.Array:
         """[C] with 1 in the place of every other axis."""
@@ -51,7 +66,10 @@ def moments(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, replica
     """Measures the batch of all replicas: one gather of (n, k, s/n, m2); above 64 replicas two sums."""
     x = materialised(lax.stop_gradient(vary(x, frozenset(replicas.names) if replicas.checked else frozenset())))
     n, k, r, m2 = _local_moments(x, Layout(axes, x.shape), mask)
-    measured = (_merge_gathered if replicas.gathered else _merge_by_two_sums)(replicas, n, k, r, m2)
+    if replicas.gathered:
+        measured = _merge_gathered(replicas, n, k, r, m2, mask is None)
+    else:
+        measured = _merge_by_two_sums(replicas, n, k, r, m2)
     measured = checkpoint_name(measured, MOMENTS)
     average = None if replicas.table is None else _average(*measured)
     count, hi, lo, variance = (v[replicas.own_group()] for v in measured)
@@ -67,22 +85,34 @@ def _local_moments(x: jax.Array, layout: Layout, mask: jax.Array | None) -> tupl
     else:
         n = jnp.sum(jnp.broadcast_to(mask, [1 if i in layout.axes else size for i, size in enumerate(x.shape)]), dtype=int)
     at_least_one = jnp.maximum(n, 1).astype(wide)
-    k = rounded(layout.sum(_where(mask, x)) / at_least_one)
+    k = _pivot(x, layout) if mask is None else rounded(layout.sum(_where(mask, x)) / at_least_one)
     rest = _where(mask, x - layout.spread(k))
-    s, q = layout.sum(rest), layout.sum(rest * rest)
+    s, q = summed(layout.sum(rest), layout.sum(rest * rest))
     return n, k, s / at_least_one, maths.local_m2(n.astype(wide), s, q, maximum=jnp.maximum)
 
 
-def _merge_gathered(replicas: Replicas, n: jax.Array, k: jax.Array, r: jax.Array, m2: jax.Array) -> tuple[jax.Array, ...]:
-    """(count, hi, lo, variance), a row each group, from every replica's own."""
+def _pivot(x: jax.Array, layout: Layout) -> jax.Array:
+    part = x[layout.some()]
+    of_part = Layout(layout.axes, part.shape)
+    return rounded(of_part.sum(part) / jnp.maximum(of_part.values(), 1).astype(x.dtype))
+
+
+def _merge_gathered(
+    replicas: Replicas, n: jax.Array, k: jax.Array, r: jax.Array, m2: jax.Array, as_many: bool
+) -> tuple[jax.Array, ...]:
+    """(count, hi, lo, variance), a row each group, from every replica's own; `as_many`: all replicas have this count."""
     # Counts above 2²⁴ are not exact in float32, and an integer's bits in a float payload are a denormal that adding
     # flushes to 0: so the floats travel as the bits of integers.
     bits = jnp.int64 if k.dtype == jnp.float64 else jnp.int32
     floats = lax.bitcast_convert_type(jnp.concatenate([k, r, m2]), bits)
     rows, members = replicas.by_group(replicas.gather(jnp.concatenate([n.astype(bits)[None], floats])))
-    counts = rows[..., :1] if members is True else jnp.where(members[..., None], rows[..., :1], 0)
+    counts = jnp.full_like(rows[..., :1], n) if as_many else rows[..., :1]  # a constant, where XLA can make use of it
+    counts = counts if members is True else jnp.where(members[..., None], counts, 0)
     ks, rs, m2s = jnp.split(lax.bitcast_convert_type(rows[..., 1:], k.dtype), 3, axis=-1)
-    pivot = jnp.take_along_axis(ks, jnp.argmax(counts, 1, keepdims=True), 1)
+    # The largest of those that are not empty: any would do, and this one need not be looked up. 0 where all are empty.
+    lowest = jnp.finfo(k.dtype).min
+    pivot = jnp.where(counts > 0, ks, lowest).max(1, keepdims=True)
+    pivot = jnp.where(pivot > lowest, pivot, 0.0)
     _, (hi, lo), variance = maths.merge(
         counts.astype(k.dtype), ks, rs, m2s, pivot, add=lambda v: v.sum(1, keepdims=True), maximum=jnp.maximum, where=jnp.where
     )
@@ -118,6 +148,7 @@ class Plan(NamedTuple):
     layout: Layout
     epsilon: float
     replicas: Replicas
+    dtype: Any  # of the output, and so of its gradient
     scale_is_total: bool  # whether the gradient of a replicated scale is the total of all replicas'
     offset_is_total: bool
 
@@ -140,14 +171,15 @@ def normalize(
     epsilon: float,
     mask: jax.Array | None,
     replicas: Replicas,
+    dtype: Any,
 ) -> jax.Array:
-    """scale·(x − mean)/√(variance + epsilon) + offset, in the arithmetic's dtype; one sum over replicas, in the backward pass."""
+    """scale·(x − mean)/√(variance + epsilon) + offset, rounded to `dtype`; one sum over replicas, in the backward pass."""
     wide, layout = arithmetic_dtype(x), Layout(axes, x.shape)
     hi, lo = moments.mean if isinstance(moments.mean, tuple) else (moments.mean, jnp.zeros_like(moments.mean))
     hi, lo, variance = (jnp.asarray(v, wide) for v in (hi, lo, moments.variance))
     scale, offset = jnp.asarray(scale, wide), jnp.asarray(offset, wide)
     if moments.count is None:
-        plan = Plan(layout, epsilon, replicas, False, False)
+        plan = Plan(layout, epsilon, replicas, dtype, False, False)
         return _affine(plan, x, Measured(jnp.zeros([], wide), hi, lo, variance), scale, offset)
     names = frozenset(replicas.names) if replicas.checked else frozenset()
     everything = names.union(*(varying(v) for v in (x, scale, offset)))
@@ -156,7 +188,7 @@ def normalize(
     measured = Measured(moments.count.astype(wide), hi, lo, variance)
     measured = Measured(*(vary(v, everything - names) for v in measured))
     replicated = [replicas.checked and not varying(v) & names for v in (scale, offset)]
-    return _normalized(Plan(layout, epsilon, replicas, *replicated), x, mask, measured, scale, offset)
+    return _normalized(Plan(layout, epsilon, replicas, dtype, *replicated), x, mask, measured, scale, offset)
 
 
 def _parameter(v: jax.Array, everything: frozenset[str], names: frozenset[str]) -> jax.Array:
@@ -182,12 +214,12 @@ def _forward(
 def _backward(plan: Plan, saved: Any, dy: jax.Array) -> tuple[Any, ...]:
     """The gradients; made of differentiable operators, with the moments, which came in as constants, hung on x again."""
     x, mask, measured, scale = saved
-    dy = materialised(dy)
+    dy = materialised(dy).astype(scale.dtype)  # kept as it came: in half precision the wide one is twice as much to read
     layout, replicas = plan.layout, plan.replicas
     n, hi, lo, variance = _attach(plan, x, mask, measured)
     rstd = lax.rsqrt(variance + plan.epsilon)
     rest = x.astype(dy.dtype) - layout.spread(hi)
-    sum_dy, sum_dy_x = layout.sum(dy), layout.sum(dy * rest)
+    sum_dy, sum_dy_x = summed(layout.sum(dy), layout.sum(dy * rest))
     dscale = maths.scale_gradient(lo, rstd, sum_dy, sum_dy_x)
     if plan.scale_is_total:
         own, total = replicas.sums(jnp.concatenate([sum_dy, dscale]))
@@ -215,7 +247,7 @@ _normalized.defvjp(_forward, _backward)
 def _affine(plan: Plan, x: jax.Array, measured: Measured, scale: jax.Array, offset: jax.Array) -> jax.Array:
     rstd = lax.rsqrt(measured.variance + plan.epsilon)
     a, b = (plan.layout.spread(v) for v in maths.affine_coefficients(measured.lo, rstd, scale, offset))
-    return (x.astype(scale.dtype) - plan.layout.spread(measured.hi)) * a + b
+    return ((x.astype(scale.dtype) - plan.layout.spread(measured.hi)) * a + b).astype(plan.dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -36,6 +36,15 @@ def _behind_a_call(v: jax.Array) -> Any:
         return _kept(v)
 
 
+def summed(*sums: jax.Array) -> Any:
+    """Sums over what is made of the same arrays, kept apart from what reads them.
+
+    XLA on GPUs else puts one of them into its reader, where a single thread adds all that a channel has, and the others into
+    a pass of their own. On the CPU the barrier is gone before XLA fuses.
+    """
+    return lax.optimization_barrier(sums)
+
+
 def rounded(v: jax.Array) -> jax.Array:
     """v, for a subtraction that needs the rounded value: compilers make x − total·(1/n) one operation that rounds once."""
     return jnp.maximum(v, jnp.finfo(v.dtype).min)

@@ -48,9 +48,10 @@ def whole(
     kernels = cuda_kernels()
     if kernels is None or not kernels.serves(x, mask):
         return None
-    lane = None if link is None else lanes.lane_for(link, x)
     speaker = debug.speaker()
+    # Before lanes are set up, where all ranks wait for each other: a rank that is absent is named.
     debug.announce(link, "forward", speaker, x.shape[1])
+    lane = None if link is None else lanes.lane_for(link, x)
     if moving is not None:
         mean, variance, batches, weight_of_new = moving
         moving = (mean, variance, batches, -1.0 if weight_of_new is None else weight_of_new) if context.is_first_pass() else None
