@@ -39,8 +39,10 @@ class Replicas:
     def each(self, step):
         """step(rank) on every replica's stream; not awaited."""
         now = torch.cuda.current_stream()
-        for rank, stream in enumerate(self.streams):
+        # All before any: streams come from a pool, and the current one may be one of these.
+        for stream in self.streams:
             stream.wait_stream(now)
+        for rank, stream in enumerate(self.streams):
             with torch.cuda.stream(stream):
                 step(rank)
 

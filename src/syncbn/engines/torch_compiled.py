@@ -73,18 +73,23 @@ for _name, _function, _fake in (
     torch.library.register_fake(f"syncbn::{_name}", _fake, lib=_library)
 
 
+def _as_torch_does(x: Tensor, mask: Tensor | None, group: str) -> bool:
+    """Whether torch's own operators serve: on a GPU, alone, nothing else compiles to fewer or better passes."""
+    return x.is_cuda and not group and mask is None and x.dtype != torch.float64 and eager.count(x, None) > 1
+
+
 def moments(x: Tensor, mask: Tensor | None, size: int, group: str) -> Moments:
     """The global batch's, of `size` replicas."""
     if group:
         stats = torch.ops.syncbn.batch_moments(x, mask, _states[group], group)
         mean, variance, count = stats.split([x.shape[1], x.shape[1], 1])
         return Moments(count[0], mean, variance, size)
-    n = eager.count(x, mask)
-    if not x.is_cuda or mask is not None or x.dtype == torch.float64 or n == 0:
+    if not _as_torch_does(x, mask, group):
         return Moments(*eager.moments_of_sums(eager.local_sums(x, mask)), 1)
-    # On one GPU the reduction that the compiler does best, in one pass; as exact as torch's own layer, no more.
-    variance, mean = torch.var_mean(x.to(torch.float32), [0, *range(2, x.dim())], correction=0)
-    return Moments(torch.full((), n, dtype=torch.float64, device=x.device), mean, variance, 1)
+    # What batch_norm is decomposed into, so that it is done once.
+    variance, mean = torch.var_mean(x.to(torch.float32), [0, *range(2, x.dim())], correction=0, keepdim=True)
+    count = torch.full((), eager.count(x, None), dtype=torch.float64, device=x.device)
+    return Moments(count, mean.flatten(), variance.flatten(), 1)
 
 
 def _narrowed(x: Tensor, norm: Normalization) -> Normalization:
@@ -113,6 +118,9 @@ def normalize(
     group: str,
 ) -> Tensor:
     """activation(scale·x_hat + offset + residual)."""
+    if _as_torch_does(x, mask, group):
+        y = torch.nn.functional.batch_norm(x, None, None, scale, offset, True, 0.0, epsilon)
+        return eager.activated(y if residual is None else y + residual, activation).to(x.dtype)
     norm = _narrowed(x, Normalization(moments.mean, moments.variance, scale, offset, epsilon, activation))
     hi, lo = norm.mean if isinstance(norm.mean, tuple) else (norm.mean, None)
     name, slope = (None, 0.0) if activation is None else tuple(activation)
@@ -144,7 +152,7 @@ class _Normalized(Function):
         norm = Normalization(hi if lo is None else (hi, lo), variance, scale, offset, epsilon, chosen)
         y = eager.normalize(x, norm, residual)
         kept = kept_for_backward(norm, y, residual)
-        ctx.has = [v is not None for v in (lo, mask, kept)]
+        ctx.has_lo, ctx.has_mask, ctx.has_kept = lo is not None, mask is not None, kept is not None
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.save_for_backward(x, scale, offset, count, hi, variance, *[v for v in (lo, mask, kept) if v is not None])
         ctx.epsilon, ctx.activation, ctx.group = epsilon, chosen, group
@@ -154,7 +162,9 @@ class _Normalized(Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         """As `Normalized.backward`."""
         x, scale, offset, count, hi, variance, *optional = ctx.saved_tensors
-        lo, mask, kept = [optional.pop(0) if has else None for has in ctx.has]
+        lo = optional[0] if ctx.has_lo else None
+        mask = optional[int(ctx.has_lo)] if ctx.has_mask else None
+        kept = optional[-1] if ctx.has_kept else None
         norm = Normalization(hi if lo is None else (hi, lo), variance, scale, offset, ctx.epsilon, ctx.activation)
         dz, doffset, dscale = eager.local_gradients(dy, x, norm, kept)
         sums: tuple[Tensor, ...] = (scale.to(doffset.dtype) * doffset, scale.to(dscale.dtype) * dscale)

@@ -139,11 +139,14 @@ def _first_pass(like: Tensor, required: bool) -> Tensor:
     first = is_first_pass()
     if required and not first:
         raise policy.recomputed_renorm("a compiled layer in a checkpoint", policy.RECORD_MOMENTS)
-    return torch.full((), first, device=like.device)
+    # On the CPU: a launch less, and compiled code takes it as a number.
+    return torch.tensor(first, device="cpu")
 
 
 _library.impl("first_pass", _first_pass, "CompositeExplicitAutograd")
-torch.library.register_fake("syncbn::first_pass", lambda like, required: like.new_empty((), dtype=torch.bool), lib=_library)
+torch.library.register_fake(
+    "syncbn::first_pass", lambda like, required: torch.empty((), dtype=torch.bool, device="cpu"), lib=_library
+)
 
 
 def first_pass_when_compiled(like: Tensor, required: bool) -> Tensor:

@@ -219,7 +219,7 @@ def finish(
             g, gx_hat = exchange.sums(lane, own, epoch, poisoned, block, g, gx_hat, limit, tag, rank, X, W)
             if PDL:
                 tiles.lead()
-        hi, a, b, through, rest = pointwise.gradient_coefficients(stats, scale, offset, c, g, gx_hat, epsilon, C, SCALE, RAW)
+        hi, a, b, through, rest = pointwise.gradient_coefficients(stats, scale, offset, c, g, gx_hat, epsilon, C, SCALE)
         tl.store(coefficients + c, hi, mask=inside)
         tl.store(coefficients + C + c, a, mask=inside)
         tl.store(coefficients + 2 * C + c, b, mask=inside)
