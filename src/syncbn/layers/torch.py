@@ -280,7 +280,8 @@ class SyncBatchNorm(_BatchNorm):
         # track_running_stats may be switched off later: torch's own layers read it at every call.
         if self.running_mean is None or not self.track_running_stats:
             return
-        may_move = engine.may_move(moments.count, self.renorm)
+        # Asked about a tensor that lies in memory: compiled code would write the count there first.
+        may_move = engine.may_move(self.num_batches_tracked, self.renorm)
         if may_move is False:
             return
         count, mean, variance = moments.count, _rounded(moments.mean), moments.variance
