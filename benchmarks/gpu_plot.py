@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from gpu_cases import COPY_BANDWIDTH
 from readme import geometric_mean
 from rows import read
 
@@ -29,7 +30,8 @@ def table(rows: list[dict[str, Any]]) -> tuple[dict[str, dict[str, float]], dict
     for row in rows:
         if row["what"] == "graph":
             found.setdefault(row["case"], {})[row["peer"]] = row["us"]
-            floors[row["case"]] = row["floor"]
+            # Rows of an H200 from before floors were kept.
+            floors[row["case"]] = row.get("floor") or 8e12 * row["megabytes"] / COPY_BANDWIDTH
             if row["megabytes"] > SMALL_MEGABYTES:
                 large.add(row["case"])
     return found, floors, large
@@ -85,7 +87,8 @@ def plot(name: str, rows: list[dict[str, Any]]) -> None:
     axes.set_ylabel("time / floor (8 tensors at the copy bandwidth)")
     axes.set_yscale("log")
     axes.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
-    replicas = rows[0]["replicas"]
+    axes.minorticks_off()
+    replicas = rows[0].get("replicas", 1)
     many = "one replica" if replicas == 1 else f"{replicas} replicas, {rows[0]['transport']}"
     axes.set_title(f"Forward + backward in a CUDA graph, {many}, {rows[0]['device']}; cases over {SMALL_MEGABYTES} MB")
     axes.legend(frameon=False)

@@ -176,11 +176,14 @@ def main() -> None:
         found[images] = measure(images, device, size)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    rows = rows_of(found, device, size)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        path = write("gpu-resnet", rows, given.out)
-        print(f"{world()} × {rows[0]['device']}, {rows[0]['transport']}, {time.time() - begin:.0f} s; {len(rows)} rows in {path}")
-        print(table(rows), flush=True)
+        # After each size: a run that is cut off leaves what it found.
+        rows = rows_of(found, device, size)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            path = write("gpu-resnet", rows, given.out)
+            print(
+                f"{world()} × {rows[0]['device']}, {rows[0]['transport']}, {time.time() - begin:.0f} s; {len(rows)} rows in {path}"
+            )
+            print(table(rows), flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -29,6 +29,13 @@ def ratios(name: str, peer: str, only: Callable[[dict[str, Any]], bool]) -> list
     ]
 
 
+def training(replicas: int, peer: str) -> list[float]:
+    """Ours over the peer's time for a step of ResNet-50, by the number of images."""
+    rows = [row for row in read("gpu-resnet") if row["replicas"] == replicas]
+    rate = {(row["peer"], row["images"]): row["median"] for row in rows}
+    return [rate[peer, images] / rate["syncbn", images] for images in dict.fromkeys(row["images"] for row in rows)]
+
+
 def line(where: str, peer: str, found: list[float]) -> str:
     each = " ".join(f"{r:.2f}" for r in found) if len(found) <= 5 else f"{min(found):.2f} to {max(found):.2f}"
     return f"| {where} | {peer} | {geometric_mean(found):.2f} | {each} |"
@@ -54,11 +61,11 @@ def table() -> str:
         ),
         line("PyTorch, one H200, in a graph", "`nn.BatchNorm2d`", ratios("gpu", "BatchNorm2d", graph)),
         line("— the same", "`nn.BatchNorm2d`, compiled", ratios("gpu", "BatchNorm2d, compiled", graph)),
-        line(
-            "PyTorch, 2 × H100, bfloat16, peer memory (not yet the default)",
-            "`nn.SyncBatchNorm`",
-            ratios("gpu-x2", "torch SyncBatchNorm", graph),
-        ),
+        line("PyTorch, 2 × H100, in a graph", "`nn.SyncBatchNorm`", ratios("gpu-x2", "torch SyncBatchNorm", graph)),
+        line("— the same", "`nn.BatchNorm2d`, unsynchronised", ratios("gpu-x2", "BatchNorm2d", graph)),
+        line("ResNet-50, 2 × H100, 8 and 32 images each", "`nn.SyncBatchNorm`", training(2, "torch SyncBatchNorm")),
+        line("— the same", "`nn.BatchNorm2d`, unsynchronised", training(2, "BatchNorm2d")),
+        line("ResNet-50, one H100, 8, 32 and 128 images", "`nn.BatchNorm2d`", training(1, "BatchNorm2d")),
     ]
     for program in ("20 in a scan", "10 with 1×1 convolutions between", "20 bare, unrolled"):
         found = ratios("jax-cpu", "flax axis_name", timed(f"seconds per step, {program}"))

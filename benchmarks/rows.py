@@ -1,4 +1,4 @@
-"""Rows of data: what was measured, where, with which versions, at which commit (SYNCBN_COMMIT where there is no git)."""
+"""Rows of data: what was measured, where, with which versions, at which commit (SYNCBN_COMMIT, where there is no repository)."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ def provenance(*packages: str) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    here = _git("rev-parse", "--short", "HEAD")
-    dirty = "-dirty" if _git("status", "--porcelain", "--", "../src") else ""
-    return here + dirty if here else os.environ.get("SYNCBN_COMMIT", "")
+    given = os.environ.get("SYNCBN_COMMIT")
+    if given:
+        return given
+    return _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--", "../src") else "")
 
 
 def _git(*words: str) -> str:

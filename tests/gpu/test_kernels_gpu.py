@@ -169,8 +169,9 @@ def test_compiled_module(dtype, layout, activation, residual, masked):
         parameters = [(layer if function is layer else again).weight, (layer if function is layer else again).bias]
         y = function(inputs[0], mask, *inputs[1:])
         found.append((y, *torch.autograd.grad(y, [*inputs, *parameters], dy)))
-    rough = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-4}
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, **rough)
+        # In bfloat16 the two round in other places, and a parameter's gradient is a sum of many.
+        assert a.dtype == b.dtype
+        assert (a - b).abs().max() <= (3e-2 if dtype == torch.bfloat16 else 1e-4) * b.abs().max()
     for name, value in layer.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-4, atol=1e-5)

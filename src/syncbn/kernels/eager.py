@@ -63,7 +63,9 @@ def moments_of_sums(message: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def normalize(x: Tensor, norm: Normalization, residual: Tensor | None) -> Tensor:
     """activation(scale·x_hat + offset + residual)."""
-    return activated(pre_activation(x, norm, residual), norm.activation).to(x.dtype)
+    y = activated(pre_activation(x, norm, residual), norm.activation)
+    # Not a cast to its own dtype: torch 2.11 compiles that to a second name of the output, and sends the gradient to the other.
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def pre_activation(x: Tensor, norm: Normalization, residual: Tensor | None) -> Tensor:

@@ -74,9 +74,9 @@ def affine_coefficients(stats, scale, offset, c, epsilon, C: tl.constexpr, SCALE
 
 
 @triton.jit
-def gradient_coefficients(stats, scale, offset, c, g, gx_hat, epsilon, C: tl.constexpr, SCALE: tl.constexpr, RAW: tl.constexpr):
+def gradient_coefficients(stats, scale, offset, c, g, gx_hat, epsilon, C: tl.constexpr, SCALE: tl.constexpr):
     """(hi, a, b, through, rest) in float32, from Σscale·g and Σscale·g·x_hat of all replicas."""
-    mean, variance = moments_at(stats, c, C, RAW)
+    mean, variance = moments_at(stats, c, C, False)
     lo = mean - mean.to(tl.float32).to(tl.float64)
     rstd = 1.0 / tl.sqrt(variance + epsilon)
     n = tl.maximum(count_of(stats, C, False), 1.0)

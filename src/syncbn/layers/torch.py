@@ -280,7 +280,9 @@ class SyncBatchNorm(_BatchNorm):
         # track_running_stats may be switched off later: torch's own layers read it at every call.
         if self.running_mean is None or not self.track_running_stats:
             return
-        may_move = engine.may_move(moments.count, self.renorm)
+        assert self.num_batches_tracked is not None
+        # Asked about a tensor that lies in memory: compiled code would write the count there first.
+        may_move = engine.may_move(self.num_batches_tracked, self.renorm)
         if may_move is False:
             return
         count, mean, variance = moments.count, _rounded(moments.mean), moments.variance
@@ -290,7 +292,6 @@ class SyncBatchNorm(_BatchNorm):
             sound = sound & (mean + variance).isfinite().all()
         if may_move is not True:
             sound = sound & may_move
-        assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(sound)
         weight: Any = self.momentum
         if weight is None:
