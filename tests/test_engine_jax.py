@@ -122,6 +122,39 @@ def test_a_batch_whose_beginning_lies_apart():
     assert (np.abs(hi.astype("float64") + lo - mean) / np.sqrt(variance)).max() < 2e-6
 
 
+def test_a_value_that_is_all_that_a_replica_has():
+    """It lies as far from the rest as a value can; means are not subtracted about it."""
+    xs = Case("a value apart", (16_384,) * 4, (3,), mean=1e4).inputs(4)
+    xs[3][:] = 1e4 + np.sqrt(3 * 16_384)
+    masks = [np.ones((len(x), 1), bool) for x in xs]
+    masks[3][1:] = False
+    got = JaxWorld(4).run(lambda x, mask: engine.moments(x, axes=(1,), mask=mask, group=policy.Axes((AXIS,)))[:3], xs, masks)
+    _, mean, variance = oracle.BatchNorm(xs, axes=(1,), masks=masks).moments[0]
+    _, (hi, lo), got_variance = got[0]
+    assert np.abs(got_variance / variance - 1).max() < 2e-6
+    assert (np.abs(hi.astype("float64") + lo - mean) / np.sqrt(variance)).max() < 2e-6
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_global_arrays_are_summed_where_they_are(kind):
+    """XLA's partitioner adds up what each device holds of a batch, and moves none of it."""
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    case = Case("global", (64,) * 4, (3,))
+    (x,), (scale, offset) = case.inputs(1), case.parameters(1)
+    x = jax.device_put(x, jax.sharding.NamedSharding(mesh, PartitionSpec("batch")))
+
+    @jax.jit
+    def normalized(x):
+        moments = engine.moments(x, axes=(1,))
+        return engine.normalize(x, moments, scale[0], offset[0], axes=(1,), epsilon=EPSILON)
+
+    text = normalized.lower(x).compile().as_text()
+    assert "all-reduce" in text
+    assert not any(name in text for name in ("collective-permute", "all-to-all", "all-gather"))
+    truth = oracle.BatchNorm([np.asarray(x)], axes=(1,), epsilon=EPSILON)
+    close([np.asarray(normalized(x))], truth.forward(scale, offset), case, "output")
+
+
 GROUPED = named("equal", "an empty replica", "masked, float64", "large mean")
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from syncbn import policy
 from syncbn.engines import Moments, found_once, jax_mapped, may_move, speak_as
-from syncbn.engines.jax_axes import Replicas, manual_axes, replicas_of
+from syncbn.engines.jax_axes import Replicas, manual_axes, on_one_device, replicas_of
 from syncbn.engines.jax_mapped import arithmetic_dtype
 
 __all__ = ["arithmetic_dtype", "found_once", "may_move", "moments", "normalize", "speak_as", "supports_jit"]
@@ -35,7 +35,7 @@ def supports_jit() -> bool:
 
 
 def moments(x: jax.Array, *, axes: tuple[int, ...], mask: jax.Array | None = None, group: policy.Group = None) -> Moments:
-    """Measures the global batch: one gather, of integers that hold (n, k, s/n, m2); above 64 replicas two sums."""
+    """Measures the global batch: one gather, of integers that hold (n, k, r, m2); above 64 replicas two sums."""
     x = jnp.asarray(x)
     sharded = _sharded(x, axes, group)
     if sharded is None:
@@ -170,12 +170,6 @@ def _replicas(x: jax.Array, group: policy.Group) -> Replicas:
         if group.batch in manual_axes():
             return replicas_of(policy.Axes((group.batch,), group.size))
         group = group.size
-    if isinstance(group, int) and not _on_one_device(x):
+    if isinstance(group, int) and not on_one_device(x):
         raise policy.groups_of_unknown_replicas(group)
     return replicas_of(group)
-
-
-def _on_one_device(x: jax.Array) -> bool:
-    if isinstance(x, jax.core.Tracer):
-        return jax.device_count() == 1
-    return len(x.sharding.device_set) == 1

@@ -127,6 +127,21 @@ def manual_axes() -> tuple[str, ...]:
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def is_local(x: jax.Array) -> bool:
+    """Whether one device holds all of x: mapped along a whole mesh, or in a program of one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.axis_names:
+        return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
+    return on_one_device(x)
+
+
+def on_one_device(x: jax.Array) -> bool:
+    """Whether a global array is known to be on one device; of a traced one nobody knows where there are several."""
+    if isinstance(x, jax.core.Tracer):
+        return jax.device_count() == 1
+    return len(x.sharding.device_set) == 1
+
+
 def _bound(name: str) -> bool:
     try:
         lax.axis_size(name)

@@ -16,13 +16,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from syncbn import maths
 from syncbn.engines import Moments
-from syncbn.engines.jax_axes import Replicas, vary, varying
+from syncbn.engines.jax_axes import Replicas, is_local, vary, varying
 from syncbn.engines.jax_xla import materialised, rounded, summed
 
 # What `jax.checkpoint` policies call the moments: where they are saved, recomputation sends nothing.
 MOMENTS = "syncbn_moments"
 # A pivot k is the mean of one value in so many, which saves a pass over x. The mean of any m of n values has (k − mean)² ≤
-# (n/m)·variance (Jensen), however the batch is ordered: sums about it lose five bits at the very most.
+# (n/m)·variance (Jensen), however the batch is ordered: sums about it lose five bits at the very most. Not of an array that
+# devices may share: of its beginning some of them hold nothing, and XLA would send it around.
 VALUES_PER_PIVOTS_VALUE = 16
 
 
@@ -63,9 +64,10 @@ class Layout(NamedTuple):
 
 
 def moments(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, replicas: Replicas) -> Moments:
-    """Measures the batch of all replicas: one gather of (n, k, s/n, m2); above 64 replicas two sums."""
+    """Measures the batch of all replicas: one gather of (n, k, r, m2); above 64 replicas two sums."""
+    sampled = mask is None and is_local(x)
     x = materialised(lax.stop_gradient(vary(x, frozenset(replicas.names) if replicas.checked else frozenset())))
-    n, k, r, m2 = _local_moments(x, Layout(axes, x.shape), mask)
+    n, k, r, m2 = _local_moments(x, Layout(axes, x.shape), mask, sampled)
     if replicas.gathered:
         measured = _merge_gathered(replicas, n, k, r, m2, mask is None)
     else:
@@ -76,8 +78,11 @@ def moments(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, replica
     return Moments(count[0], (hi, lo), variance, replicas.size, average)
 
 
-def _local_moments(x: jax.Array, layout: Layout, mask: jax.Array | None) -> tuple[jax.Array, ...]:
-    """(n, k, s/n, m2) of this replica: an integer, and [C] each of the arithmetic's dtype."""
+def _local_moments(x: jax.Array, layout: Layout, mask: jax.Array | None, sampled: bool) -> tuple[jax.Array, ...]:
+    """(n, k, r, m2) of this replica: an integer, and [C] each of the arithmetic's dtype, k + r its mean and k that rounded.
+
+    sampled: the sums are about the mean of some values only.
+    """
     wide = arithmetic_dtype(x)
     x = x.astype(wide)
     if mask is None:
@@ -85,10 +90,12 @@ def _local_moments(x: jax.Array, layout: Layout, mask: jax.Array | None) -> tupl
     else:
         n = jnp.sum(jnp.broadcast_to(mask, [1 if i in layout.axes else size for i, size in enumerate(x.shape)]), dtype=int)
     at_least_one = jnp.maximum(n, 1).astype(wide)
-    k = _pivot(x, layout) if mask is None else rounded(layout.sum(_where(mask, x)) / at_least_one)
+    k = _pivot(x, layout) if sampled else rounded(layout.sum(_where(mask, x)) / at_least_one)
     rest = _where(mask, x - layout.spread(k))
     s, q = summed(layout.sum(rest), layout.sum(rest * rest))
-    return n, k, s / at_least_one, maths.local_m2(n.astype(wide), s, q, maximum=jnp.maximum)
+    # The sums' pivot may be far away, and another replica's mean from it: what is said is about the mean.
+    k, r = maths.two_sum(k, s / at_least_one)
+    return n, k, r, maths.local_m2(n.astype(wide), s, q, maximum=jnp.maximum)
 
 
 def _pivot(x: jax.Array, layout: Layout) -> jax.Array:
@@ -109,10 +116,8 @@ def _merge_gathered(
     counts = jnp.full_like(rows[..., :1], n) if as_many else rows[..., :1]  # a constant, where XLA can make use of it
     counts = counts if members is True else jnp.where(members[..., None], counts, 0)
     ks, rs, m2s = jnp.split(lax.bitcast_convert_type(rows[..., 1:], k.dtype), 3, axis=-1)
-    # The largest of those that are not empty: any would do, and this one need not be looked up. 0 where all are empty.
-    lowest = jnp.finfo(k.dtype).min
-    pivot = jnp.where(counts > 0, ks, lowest).max(1, keepdims=True)
-    pivot = jnp.where(pivot > lowest, pivot, 0.0)
+    # Of one that has as many as any other: the pivot of a few values may be √(N/n) standard deviations away, at the cost of r.
+    pivot = ks[:, :1] if as_many else jnp.take_along_axis(ks, jnp.argmax(counts, 1, keepdims=True), 1)
     _, (hi, lo), variance = maths.merge(
         counts.astype(k.dtype), ks, rs, m2s, pivot, add=lambda v: v.sum(1, keepdims=True), maximum=jnp.maximum, where=jnp.where
     )
