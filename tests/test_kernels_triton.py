@@ -13,7 +13,7 @@ from kernel_checks import EPSILON, MATRIX, KernelCase, check
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
-from syncbn import maths
+from syncbn import SyncBatchNorm, maths
 from syncbn.kernels import Normalization, cuda, eager, fused, plans
 from syncbn.kernels.plans import Tile
 from syncbn.policy import Activation
@@ -184,3 +184,42 @@ def test_plans_cover_every_value(layout):
             assert tile.T & (tile.T - 1) == tile.K & (tile.K - 1) == 0
             assert tile.share * -(-steps // tile.share) >= steps
             assert tile.share * tile.T <= 2 * plans.MOST_VALUES
+
+
+# ------------------------------------------------------------------------------------------------- a layer in whole
+
+
+def whole_step(layer, x, dy):
+    """Output and gradients by the kernels, as on a GPU."""
+    x = x.detach().requires_grad_()
+    y = layer._in_whole(x, None, None)
+    return [y, *torch.autograd.grad(y, [x, layer.weight, layer.bias], dy)]
+
+
+def test_saved_tensors_may_come_back_in_another_layout():
+    """As `save_on_cpu(pin_memory=True)` hands them back."""
+    x = torch.randn(4, 3, 5, 6).contiguous(memory_format=torch.channels_last)
+    dy, layer = torch.randn(4, 3, 5, 6), SyncBatchNorm(3)
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: v, lambda v: v.clone(memory_format=torch.contiguous_format)):
+        got = whole_step(layer, x, dy)
+    x.requires_grad_()
+    y = torch.nn.functional.batch_norm(x, None, None, layer.weight, layer.bias, True, 0.0, layer.eps)
+    for a, b in zip(got, [y, *torch.autograd.grad(y, [x, layer.weight, layer.bias], dy)], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_that_are_not_to_be_tracked_stay():
+    layer = SyncBatchNorm(3)
+    layer.track_running_stats = False
+    whole_step(layer, torch.randn(4, 3, 5), torch.randn(4, 3, 5))
+    assert layer.num_batches_tracked == 0
+    assert (layer.running_mean == 0).all()
+
+
+def test_vectors_that_the_kernels_cannot_walk_over_go_another_way():
+    layer, x = SyncBatchNorm(3), torch.randn(4, 3, 5)
+    layer.weight = torch.nn.Parameter(torch.randn(3, 2)[:, 0])
+    assert layer._in_whole(x, None, None) is None
+    layer = SyncBatchNorm(3)
+    layer.bias = torch.nn.Parameter(layer.bias.double())
+    assert layer._in_whole(x, None, None) is None

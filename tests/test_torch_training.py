@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn import SyncBatchNorm
+from syncbn.engines import torch_compiled
 
 # ------------------------------------------------------------------------------------------------- compiled
 
@@ -112,6 +113,28 @@ def test_compiled_equals_eager(arguments):
         torch.testing.assert_close(ys[0], ys[1])
         torch.testing.assert_close(xs[0].grad, xs[1].grad)
         torch.testing.assert_close(ours.state_dict(), again.state_dict())
+
+
+@pytest.mark.parametrize(("mean", "activation"), [(0, None), (1e4, "relu"), (1e4, None)])
+def test_compiled_as_alone_on_a_gpu(monkeypatch, mean, activation):
+    """By torch's own operators, about a value: exact at a large mean too, where they are not."""
+    monkeypatch.setattr(torch_compiled, "_as_torch_does", lambda x, mask, group: True)
+    torch._dynamo.reset()
+    layer, plain = SyncBatchNorm(5, activation=activation), nn.BatchNorm2d(5).double()
+    x, dy, r = (torch.randn(6, 5, 4, 3) for _ in range(3))
+    x = (x + mean).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, None, r)
+    right = plain(wide) + r
+    right = torch.relu(right) if activation else right
+    torch.testing.assert_close(y.double(), right, rtol=0, atol=2e-5)
+    for a, b in zip(
+        torch.autograd.grad(y, [x, *layer.parameters()], dy), torch.autograd.grad(right, [wide, *plain.parameters()], dy.double()),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.running_mean.double(), plain.running_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.running_var.double(), plain.running_var, rtol=1e-5, atol=0)
 
 
 def compiled_locally(x):

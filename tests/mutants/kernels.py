@@ -23,6 +23,8 @@ MUTANTS = [
     Mutant("momentum rounded to float32", "kernels/fused.py", "return rounded, weight - rounded", "return rounded, 0.0", KERNELS, "bits_of_the_other"),
     Mutant("the message without its mean's square", MOMENTS, "m2 + n * mean * mean, mask", "m2, mask", KERNELS, "agrees_with and first"),
     Mutant("means of replicas taken for one", EXCHANGE, "its_m2 + d * d * n * part", "its_m2", PEERS, "agree_with"),
+    Mutant("saved tensors taken for what they were", "kernels/cuda.py", "if x.stride() == strides and x.data_ptr() % 16 == 0:\n        return x\n    return torch.empty_strided",
+           "if True:\n        return x\n    return torch.empty_strided", KERNELS, "another_layout"),
     Mutant("rows of another epoch taken", EXCHANGE, "((words >> 32) == stamp).to", "((words >> 32) >= 0).to", PEERS, "agree_with"),
     Mutant("another call's message taken", EXCHANGE, "(heard == tag.to(tl.int64))", "(heard == heard)", PEERS, "another_call"),
     Mutant("absent replicas not noticed", EXCHANGE, "bad = tl.where(all_sound, 0.0, nothing)\n    return n + bad", "bad = 0.0\n    return n + bad",

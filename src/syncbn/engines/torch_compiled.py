@@ -1,6 +1,6 @@
 """What the compiler sees of a normalization: plain operators, which it fuses, and operators of ours where replicas meet.
 
-Those mutate, by their signatures, one state tensor a group. The compiler then drops none of them (an empty replica has no use
+Those mutate, by their signatures, one state tensor. The compiler then drops none of them (an empty replica has no use
 for the sums, but the others wait for them), takes no two for one, and keeps their order, which must be the same on every rank.
 """
 
@@ -19,7 +19,8 @@ from syncbn.engines.torch_groups import Link, link_of
 from syncbn.kernels import Normalization, eager, kept_for_backward
 from syncbn.policy import Activation
 
-_states: dict[str, Tensor] = {}
+# One for all groups: the order of exchanges of different groups must be the same everywhere too. Nothing is ever written to it.
+_state = torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 @torch.compiler.assume_constant_result
@@ -28,11 +29,7 @@ def link_at_trace_time(group: Any) -> tuple[int, str]:
     if isinstance(group, str):
         group = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
     link = link_of(group)
-    if link is None:
-        return 1, ""
-    # What it holds does not matter: no replica writes to it.
-    _states.setdefault(link.name, torch.zeros((), dtype=torch.int64, device="cpu"))
-    return link.size, link.name
+    return (1, "") if link is None else (link.size, link.name)
 
 
 # A second library of the same name as in torch_context.py: fragments of one.
@@ -78,16 +75,28 @@ def _as_torch_does(x: Tensor, mask: Tensor | None, group: str) -> bool:
     return x.is_cuda and not group and mask is None and x.dtype != torch.float64 and eager.count(x, None) > 1
 
 
+def _about_a_value(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x − k, k) in float32, k a value of each channel, out of the middle, where no padding is.
+
+    What is measured about it loses little at a large mean, and is normalised to the same.
+    """
+    middle: Any = (x.shape[0] // 2, slice(None), *(size // 2 for size in x.shape[2:]))
+    k = x[middle].detach().to(torch.float32).view(-1, *[1] * (x.dim() - 2))
+    return x.to(torch.float32) - k, k
+
+
 def moments(x: Tensor, mask: Tensor | None, size: int, group: str) -> Moments:
     """The global batch's, of `size` replicas."""
     if group:
-        stats = torch.ops.syncbn.batch_moments(x, mask, _states[group], group)
+        stats = torch.ops.syncbn.batch_moments(x, mask, _state, group)
         mean, variance, count = stats.split([x.shape[1], x.shape[1], 1])
         return Moments(count[0], mean, variance, size)
     if not _as_torch_does(x, mask, group):
         return Moments(*eager.moments_of_sums(eager.local_sums(x, mask)), 1)
     # What batch_norm is decomposed into, so that it is done once.
-    variance, mean = torch.var_mean(x.to(torch.float32), [0, *range(2, x.dim())], correction=0, keepdim=True)
+    rest, k = _about_a_value(x)
+    variance, mean = torch.var_mean(rest, [0, *range(2, x.dim())], correction=0, keepdim=True)
+    mean = mean + k
     count = torch.full((), eager.count(x, None), dtype=torch.float64, device=x.device)
     return Moments(count, mean.flatten(), variance.flatten(), 1)
 
@@ -119,7 +128,7 @@ def normalize(
 ) -> Tensor:
     """activation(scale·x_hat + offset + residual)."""
     if _as_torch_does(x, mask, group):
-        y = torch.nn.functional.batch_norm(x, None, None, scale, offset, True, 0.0, epsilon)
+        y = torch.nn.functional.batch_norm(_about_a_value(x)[0], None, None, scale, offset, True, 0.0, epsilon)
         return eager.activated(y if residual is None else y + residual, activation).to(x.dtype)
     norm = _narrowed(x, Normalization(moments.mean, moments.variance, scale, offset, epsilon, activation))
     hi, lo = norm.mean if isinstance(norm.mean, tuple) else (norm.mean, None)
@@ -170,7 +179,7 @@ class _Normalized(Function):
         sums: tuple[Tensor, ...] = (scale.to(doffset.dtype) * doffset, scale.to(dscale.dtype) * dscale)
         if ctx.group:
             message = torch.cat(sums).to(torch.float64)
-            torch.ops.syncbn.exchange_sums(message, _states[ctx.group], ctx.group)
+            torch.ops.syncbn.exchange_sums(message, _state, ctx.group)
             total = message.to(doffset.dtype)
             if total.dtype != message.dtype:
                 # For the same reason as in `_narrowed`.

@@ -51,7 +51,7 @@ def whole(
     speaker = debug.speaker()
     # Before lanes are set up, where all ranks wait for each other: a rank that is absent is named.
     debug.announce(link, "forward", speaker, x.shape[1])
-    lane = None if link is None else lanes.lane_for(link, x)
+    lane = None if link is None else lanes.lane_for(link, x.device, x.shape[1])
     if moving is not None:
         mean, variance, batches, weight_of_new = moving
         moving = (mean, variance, batches, -1.0 if weight_of_new is None else weight_of_new) if context.is_first_pass() else None
@@ -100,6 +100,7 @@ class Whole(Function):
             between=(lambda message: sum_in_place(message, link)) if sent else None,
         )
         ctx.call, ctx.plan, ctx.residual_dtype = call, plan, None if residual is None else residual.dtype
+        ctx.strides = dense.stride()
         kept = None
         if residual is not None and activation is not None:
             kept = residual if name == "silu" else y
@@ -115,7 +116,9 @@ class Whole(Function):
         if torch.is_grad_enabled():
             return _differentiable(ctx, dy)
         fused, plan = kernels.fused, ctx.plan
-        dense, keep = kernels.dense_or_copy(x), None if mask is None else kernels.keep_of(mask, x)
+        # As the forward pass walked over it: a hook may have saved it in another layout, or at another address.
+        dense = kernels.with_strides(x, ctx.strides)
+        keep = None if mask is None else kernels.keep_of(mask, x)
         slope = 0.0 if activation is None else activation.slope
         given = fused.in_layout_of(dense, dy if dy.dtype == dense.dtype else dy.to(dense.dtype))
         saved = None if kept is None else fused.in_layout_of(dense, kept)

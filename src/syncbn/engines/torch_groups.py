@@ -36,10 +36,9 @@ def link_of(group: Any) -> Link | None:
     if _made_in is not world:
         _links.clear()
         _made_in = world
-    try:
-        return _links[group]
-    except KeyError:
-        return _links.setdefault(group, _make(group))
+    if group not in _links:
+        _links[group] = _make(group)
+    return _links[group]
 
 
 def _make(group: Any) -> Link | None:

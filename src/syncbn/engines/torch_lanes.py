@@ -76,26 +76,27 @@ _lanes: dict[str, tuple[Any, Lanes | None]] = {}
 
 def lane_of(link: Link | None, device: torch.device) -> Lane | None:
     """The lane of the current stream, or None where the group's backend carries the messages."""
-    if link is None or not ENABLED or device.type != "cuda":
+    if link is None or device.type != "cuda":
         return None
     group, found = _lanes.get(link.name, (None, None))
     if group is not link.process_group:
         if torch.cuda.is_current_stream_capturing():
             raise policy_torch.first_call_in_capture()
-        found = _set_up(link, device)
+        with torch.cuda.device(device):
+            found = _set_up(link, device)
         _lanes[link.name] = link.process_group, found
     return None if found is None else found.of(_user(device))
 
 
-def lane_for(link: Link | None, x: Tensor) -> Lane | None:
-    """`lane_of`, where it has room for the channels of x."""
-    return lane_of(link, x.device) if ENABLED and x.shape[1] <= MOST_CHANNELS else None
+def lane_for(link: Link | None, device: torch.device, channels: int) -> Lane | None:
+    """`lane_of`, where it has room for so many channels."""
+    return lane_of(link, device) if channels <= MOST_CHANNELS else None
 
 
 def measured(x: Tensor, mask: Tensor | None, link: Link | None) -> tuple[Tensor, Tensor, Tensor]:
     """(count, mean, variance) of the global batch, float64: one message of (n, Σx, Σx²), or what stands for it in a lane."""
     kernels = kernels_for(x, mask)
-    lane = lane_for(link, x)
+    lane = lane_for(link, x.device, x.shape[1])
     if lane is not None:
         return _exchanged_moments(lane, *kernels.moments_of_sums(kernels.local_sums(x, mask)))
     return kernels.moments_of_sums(sum_in_place(kernels.local_sums(x, mask), link))
@@ -112,7 +113,7 @@ def _exchanged_moments(lane: Lane, count: Tensor, mean: Tensor, variance: Tensor
 def exchange_sums(message: Tensor, link: Link | None) -> Tensor:
     """The backward message [2C] of all replicas, by the group's lane or, in place, its backend."""
     channels = message.numel() // 2
-    lane = lane_of(link, message.device) if channels <= MOST_CHANNELS else None
+    lane = lane_for(link, message.device, channels)
     if lane is None:
         return sum_in_place(message, link)
     from syncbn.kernels.fused import exchange_alone
@@ -122,7 +123,8 @@ def exchange_sums(message: Tensor, link: Link | None) -> Tensor:
 
 def _user(device: torch.device) -> Any:
     stream = torch._C._cuda_getCurrentRawStream(device.index)
-    return ("graph", _capture_id(stream)) if torch.cuda.is_current_stream_capturing() else stream
+    # The streams of one capture become branches that run at once.
+    return ("graph", _capture_id(stream), stream) if torch.cuda.is_current_stream_capturing() else stream
 
 
 def _capture_id(stream: int) -> int:
@@ -141,16 +143,19 @@ def _set_up(link: Link, device: torch.device) -> Lanes | None:
     """Agrees with the other ranks whether to have lanes, and maps them."""
     if not agreed(_said_by_all(link, _facts(link, device))):
         return None
+    found: Lanes | None = None
+    mine: int | str
     try:
-        found: Lanes | str = _map(link, device)
+        found, mine = _map(link, device)
     except Exception as error:
-        found = f"{type(error).__name__}: {error}"
-    # Where one rank cannot, none does.
-    reasons = [said for said in _said_by_all(link, None if isinstance(found, Lanes) else found) if said is not None]
-    if reasons:
-        warnings.warn(policy_torch.no_peer_memory(reasons[0]), stacklevel=2)
+        mine = f"{type(error).__name__}: {error}"
+    # Where one rank cannot, none does; and one offset serves all buffers.
+    said = _said_by_all(link, mine)
+    if found is None or len(set(said)) > 1:
+        reason = next((one for one in said if isinstance(one, str)), f"allocations at the offsets {said}")
+        warnings.warn(policy_torch.no_peer_memory(reason), stacklevel=2)
         return None
-    return found if isinstance(found, Lanes) else None
+    return found
 
 
 def _said_by_all(link: Link, what: Any) -> list[Any]:
@@ -159,8 +164,8 @@ def _said_by_all(link: Link, what: Any) -> list[Any]:
     return said
 
 
-def _map(link: Link, device: torch.device) -> Lanes:
-    """One allocation of every rank, mapped by all."""
+def _map(link: Link, device: torch.device) -> tuple[Lanes, int]:
+    """One allocation of every rank, mapped by all; and its offset in what was mapped."""
     import torch.distributed._symmetric_memory as symmetric_memory
 
     from syncbn.kernels import exchange
@@ -175,13 +180,18 @@ def _map(link: Link, device: torch.device) -> Lanes:
     limit = calibrated_limit(device, timeout_of(link.process_group).total_seconds())
     torch.cuda.synchronize(device)
     buffers = [address + offset for address in handle.buffer_ptrs]
-    return Lanes(buffers, words, handle.rank, limit, link.name, device, (memory, handle))
+    return Lanes(buffers, words, handle.rank, limit, link.name, device, (memory, handle)), offset
 
 
 def _facts(link: Link, device: torch.device) -> dict[str, Any]:
-    """What a rank has, for `agreed`."""
+    """What a rank has, for `agreed`. Raises nothing: the others wait for it."""
     from syncbn.kernels.choice import cuda_kernels
 
+    try:
+        triton = cuda_kernels() is not None
+    except Exception:
+        # Raised again by the call that this is for.
+        triton = False
     return {
         "host": socket.gethostname(),
         "device": device.index,
@@ -189,7 +199,7 @@ def _facts(link: Link, device: torch.device) -> dict[str, Any]:
             i for i in range(torch.cuda.device_count()) if i == device.index or torch.cuda.can_device_access_peer(device.index, i)
         ],
         "backend": link.process_group._get_backend(device).name(),
-        "triton": cuda_kernels() is not None,
+        "triton": triton,
         "wants": ENABLED,
     }
 

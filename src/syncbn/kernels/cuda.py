@@ -32,6 +32,13 @@ def dense_or_copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """x, or a copy that lies like this, aligned."""
+    if x.stride() == strides and x.data_ptr() % 16 == 0:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
 def plan_for(
     x: Tensor,
     masked: bool = False,

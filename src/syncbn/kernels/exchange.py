@@ -16,8 +16,8 @@ and a row of 8-byte words. Each word carries 32 bits of the message and, above t
 
 Epochs are counted by the device, since a number from the host would be frozen in a CUDA graph. The wait is bounded by an
 iteration count: at the bound the results are NaN, a word in pinned host memory says who was missing, and the lane is
-poisoned: it never waits again. Few programs wait, one a block of channels, so that they cannot keep other kernels, a
-peer's or their own, from running.
+poisoned: it neither waits nor sends again (who does not wait could be two epochs ahead), so that the others come to their bound
+too. Few programs wait, one a block of channels, so that they cannot keep other kernels, a peer's or their own, from running.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def whole(low, high):
 
 
 @triton.jit
-def send(lane, block, n, a, b, epoch, tag, rank, X: tl.constexpr, W: tl.constexpr):
-    """Writes this replica's row into every other buffer."""
+def send(lane, block, n, a, b, epoch, tag, rank, sends, X: tl.constexpr, W: tl.constexpr):
+    """Writes this replica's row into every other buffer, where it still `sends`."""
     # 31 bits of the epoch: it stays positive.
     stamp = (epoch & 0x7FFFFFFF) << 32
     i = tl.arange(0, X)
@@ -111,7 +111,7 @@ def send(lane, block, n, a, b, epoch, tag, rank, X: tl.constexpr, W: tl.constexp
     a_low, a_high = halves(a)
     b_low, b_high = halves(b)
     for replica in range(W):
-        if replica != rank:
+        if (replica != rank) & sends:
             row = row_at(words_at(lane, replica), epoch, rank, block, W)
             tl.store(row + i, stamp | a_low)
             tl.store(row + ROOM + i, stamp | a_high)
@@ -168,8 +168,8 @@ def moments(lane, own, epoch, poisoned, block, n, mean, m2, limit, tag, rank, X:
     n, the same for all channels, comes in and goes out as [X].
     """
     nothing = float("nan")
-    mine = tl.where(poisoned, nothing, tl.max(n, 0))
-    send(lane, block, mine, mean, m2, epoch, tag, rank, X, W)
+    mine = tl.max(n, 0)
+    send(lane, block, mine, mean, m2, epoch, tag, rank, poisoned == 0, X, W)
     limit = tl.where(poisoned, 0, limit)
     all_sound = poisoned == 0
     n = tl.zeros([X], tl.float64)
@@ -178,6 +178,8 @@ def moments(lane, own, epoch, poisoned, block, n, mean, m2, limit, tag, rank, X:
     for replica in range(W):
         more, its_mean, its_m2, sound = hear(lane, own, block, replica, epoch, limit, tag, rank, mine, mean, m2, X, W)
         all_sound = all_sound & sound
+        # One bound for all of them, and the first reason stays.
+        limit = tl.where(sound, limit, 0)
         d = its_mean - all_mean
         both = n + more
         part = more / tl.where(both == 0, 1.0, both)
@@ -194,7 +196,7 @@ def sums(lane, own, epoch, poisoned, block, a, b, limit, tag, rank, X: tl.conste
     """a and b summed over the replicas, in their order; NaN where one did not come."""
     nothing = float("nan")
     zero = tl.full([], 0.0, tl.float64)
-    send(lane, block, zero, tl.where(poisoned, nothing, a), b, epoch, tag, rank, X, W)
+    send(lane, block, zero, a, b, epoch, tag, rank, poisoned == 0, X, W)
     limit = tl.where(poisoned, 0, limit)
     all_sound = poisoned == 0
     all_a = tl.zeros([X], tl.float64)
@@ -202,6 +204,8 @@ def sums(lane, own, epoch, poisoned, block, a, b, limit, tag, rank, X: tl.conste
     for replica in range(W):
         _, its_a, its_b, sound = hear(lane, own, block, replica, epoch, limit, tag, rank, zero, a, b, X, W)
         all_sound = all_sound & sound
+        # One bound for all of them, and the first reason stays.
+        limit = tl.where(sound, limit, 0)
         all_a += its_a
         all_b += its_b
     tl.store(own + block, epoch)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -145,7 +145,7 @@ def _normalize(
     return y
 
 
-@cache
+@lru_cache(64)
 def _halves(weight: float) -> tuple[float, float]:
     """A number as what float32 arguments can say, and the rest of it."""
     rounded = ctypes.c_float(weight).value

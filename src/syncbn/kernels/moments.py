@@ -164,7 +164,9 @@ def moments_about(pivot, n, s, q):
     at_least_one = tl.maximum(n, 1.0)
     wide = s.to(tl.float64)
     mean = tl.where(n == 0, 0.0, pivot.to(tl.float64) + wide / at_least_one)
-    return mean, tl.maximum(q.to(tl.float64) - wide * wide / at_least_one, 0.0)
+    m2 = q.to(tl.float64) - wide * wide / at_least_one
+    # Not maximum(m2, 0), which on a GPU turns NaN into 0.
+    return mean, tl.where(m2 < 0, 0.0, m2)
 
 
 @triton.jit

@@ -196,8 +196,11 @@ class SyncBatchNorm(_BatchNorm):
         if (weight is None) != (bias is None):
             weight, bias = self._scale_and_offset(x)
         moving = None
-        if buffers["running_mean"] is not None and not context.is_local():
+        if buffers["running_mean"] is not None and self.track_running_stats and not context.is_local():
             moving = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"], self.momentum
+        # The kernels take addresses.
+        if not _alike(x, weight, bias) or (moving and (moving[2] is None or not _alike(x, *moving[:2]))):
+            return None
         engine.speak_as(self._name_in_model)
         fused = policy_torch.ACTIVATIONS[self.activation] if isinstance(self.activation, str) else None
         return engine.whole(x, weight, bias, mask, residual, fused, self.eps, self._group(), moving)
@@ -344,6 +347,13 @@ def _full_rank(mask: Tensor, shape: Any) -> Tensor:
     if policy.mask_omits_channels(mask.shape, shape, (1,)):
         mask = mask.unsqueeze(1)
     return mask.to(torch.bool)
+
+
+def _alike(x: Tensor, a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two vectors, or neither, lie close packed, in one dtype, on the device of x."""
+    if a is None or b is None:
+        return a is b
+    return a.is_contiguous() and b.is_contiguous() and a.dtype is b.dtype and a.device == b.device == x.device
 
 
 def _rounded(mean: Any) -> Tensor:
