@@ -9,7 +9,7 @@ PYTEST := $(BIN)/pytest
 REPLICATED := tests/test_engine_tensorflow.py tests/test_layer_tensorflow.py
 TESTS := test-house test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-conversion test-mutants
 
-.PHONY: demo test check lint mutants gpu benchmark clean $(TESTS)
+.PHONY: demo test check lint mutants gpu gpu-ranks benchmark clean $(TESTS)
 
 demo: $(SETUP)
 	$(BIN)/syncbn demo
@@ -70,6 +70,16 @@ check: lint test
 # On a machine with a GPU, PyTorch and Triton.
 gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
+
+# On a machine with several: RANKS of them.
+RANKS ?= 2
+RUN := PYTHONPATH=src $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(RANKS)
+gpu-ranks:
+	$(RUN) -m syncbn.cli doctor
+	$(RUN) tests/gpu/ranks.py
+	$(RUN) tests/gpu/training.py
+	PYTHONPATH=src $(PYTHON) tests/gpu/dead_peers.py
+	SYNCBN_TEST_DEVICE=cuda PYTHONPATH=src $(PYTHON) -m pytest tests/test_engine_torch.py tests/test_layer_torch_ranks.py --replicas $(RANKS)
 
 benchmark: $(SETUP)
 	$(BIN)/python benchmarks/run.py tensorflow-cpu
