@@ -1,6 +1,6 @@
 """What training brings, on several GPUs: `torchrun --standalone --nproc-per-node 2 tests/gpu/training.py [CHECK …]`.
 
-SYNCBN_PEER_MEMORY=1 for the lanes; without GPUs the same runs by gloo, in few steps. One line a check: the largest deviation of each
+SYNCBN_PEER_MEMORY=0 without the lanes; without GPUs the same runs by gloo, in few steps. One line a check: the largest deviation of each
 quantity on any rank, and what it may be. The exit status is 1 where one is larger or a check raised, which does not keep the next from
 running; a check that hangs ends all at its limit, with stacks.
 """
