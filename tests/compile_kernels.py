@@ -46,6 +46,10 @@ def main() -> None:
         moving=torch.float32, moves=2, replicas=2,
     )  # fmt: skip
     plans.Plan(plans.Fold(4, 64, 49), torch.float16, device, moving=torch.float32, moves=2, sent=True, raw=True)
+    plans.Plan(
+        plans.Fold(32 * 49, 2048, 1), torch.bfloat16, device, masked=True, scale=torch.float32, activation="silu",
+        residual=torch.float32, moving=torch.float32, moves=1, at_once=True,
+    )  # fmt: skip
     numbers = {"C": 256, "X": 64, "W": 8}
     Compiled(exchange.exchange_moments_kernel, (torch.float64, torch.float64, torch.int64, 1, 1, 1), numbers, 1, 4, device)
     Compiled(exchange.exchange_sums_kernel, (torch.float64, torch.float64, torch.int64, 1, 1, 1), numbers, 1, 4, device)

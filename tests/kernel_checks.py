@@ -75,6 +75,12 @@ MATRIX = [
 ]
 
 
+def fits_registers(case):
+    """Whether a case can be done in one launch each way."""
+    x = case.tensor(np.random.default_rng(0))
+    return plans.resident_tile(plans.fold(x), x.element_size()) is not None
+
+
 def slopes(z, activation):
     """activation'(z) in numpy."""
     if activation is None:
@@ -104,8 +110,13 @@ def near(got, expected, dtype, quantity, factor=1.0):
     ), quantity
 
 
-def check(case, device="cpu", tiles=None, sent=False):
-    """All four launches of one case against the oracle; tiles: in place of the plan's own; sent: by messages, as of one replica."""
+# How a step goes: moments merged within the kernel; by messages, as of one replica; in one launch each way.
+WAYS = ("within", "sent", "at once")
+
+
+def check(case, device="cpu", tiles=None, way="within"):
+    """All launches of one case against the oracle; tiles: in place of the plan's own."""
+    sent = way == "sent"
     rng = np.random.default_rng([*map(ord, case.name)])
     x, dy = case.tensor(rng, case.mean).to(device), case.tensor(rng).to(device)
     residual = case.tensor(rng).to(device) if case.residual else None
@@ -123,21 +134,22 @@ def check(case, device="cpu", tiles=None, sent=False):
     plan = plans.Plan(
         plans.fold(x), x.dtype, x.device, masked=case.mask, scale=None if scale is None else scale.dtype, activation=case.activation,
         residual=None if residual is None else residual.dtype, moving=torch.float32, moves=1, tiles=tiles, sent=sent, raw=sent,
+        at_once=way == "at once",
     )  # fmt: skip
-    stats = fused.measure(plan, x, keep)
-    y = fused.normalize(
-        plan, x, stats, scale, offset, EPSILON, keep=keep, residual=residual, slope=SLOPE, moving=fused.Moving(*moving, 0.1)
+    assert plan.resident == (way == "at once")
+    y, stats = fused.forward(
+        plan, x, scale, offset, EPSILON, keep=keep, residual=residual, slope=SLOPE, moving=fused.Moving(*moving, 0.1), lane=None
     )
     saved = None
     if case.residual and case.activation:
         saved = residual if case.activation == "silu" else y
-    dscale, doffset, message = fused.gradient_sums(
-        plan, x, dy, stats, scale, offset, EPSILON, keep=keep, saved=saved, slope=SLOPE
-    )
     dresidual = torch.empty_like(x) if saved is not None else None
-    dx = fused.input_gradient(
-        plan, x, dy, message, stats, scale, offset, EPSILON, keep=keep, saved=saved, slope=SLOPE, dresidual=dresidual
-    )
+    others = {"keep": keep, "saved": saved, "slope": SLOPE}
+    if plan.resident:
+        dx, dscale, doffset = fused.backward_at_once(plan, x, dy, stats, scale, offset, EPSILON, dresidual=dresidual, **others)
+    else:
+        dscale, doffset, message = fused.gradient_sums(plan, x, dy, stats, scale, offset, EPSILON, **others)
+        dx = fused.input_gradient(plan, x, dy, message, stats, scale, offset, EPSILON, dresidual=dresidual, **others)
 
     truth = oracle.BatchNorm([wide(x)], axes=(1,), masks=None if mask is None else [mask.cpu().numpy()], epsilon=EPSILON)
     n, mean, variance = truth.moments[0]

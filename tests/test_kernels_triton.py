@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from kernel_checks import EPSILON, MATRIX, KernelCase, check
+from kernel_checks import EPSILON, MATRIX, WAYS, KernelCase, check
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
@@ -30,10 +30,10 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-@pytest.mark.parametrize("sent", [False, True], ids=["within", "sent"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", MATRIX, ids=lambda c: c.name)
-def test_equals_oracle(case, sent):
-    check(case, sent=sent)
+def test_equals_oracle(case, way):
+    check(case, way=way)
 
 
 # Many splits, cut tiles, several turns a program, the order of turns: what small inputs would not make.

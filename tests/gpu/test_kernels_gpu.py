@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from kernel_checks import MATRIX, KernelCase, check
+from kernel_checks import MATRIX, WAYS, KernelCase, check, fits_registers
 
 import syncbn
 from syncbn.kernels import fused, plans
@@ -23,14 +23,22 @@ LARGE = [
     KernelCase((8, 64, 31, 29), mask=True, last=True, mean=1e4),
     KernelCase((8, 64, 31, 29), activation="silu", residual=True, mask=True),
     KernelCase((8, 64, 28, 28), dtype="bfloat16", activation="relu", residual=True, last=True),
+    KernelCase((4, 64, 32, 32), dtype="bfloat16", last=True),
+    KernelCase((4, 64, 32, 32), last=True, activation="silu", residual=True, mask=True, mean=1e4),
+    KernelCase((32, 40, 14, 14), activation="relu", residual=True),
+    KernelCase((32, 200, 7, 7), dtype="bfloat16", last=True, activation="leaky_relu"),
+    KernelCase((3000, 37), mean=1e4),
 ]
 
 
-@pytest.mark.parametrize("sent", [False, True], ids=["within", "sent"])
-@pytest.mark.parametrize("case", [*MATRIX, *LARGE], ids=lambda c: c.name)
-def test_equals_oracle(case, sent):
-    first = check(case, "cuda", sent=sent)
-    second = check(case, "cuda", sent=sent)
+@pytest.mark.parametrize(
+    ("case", "way"),
+    [(c, way) for c in [*MATRIX, *LARGE] for way in WAYS if way != "at once" or fits_registers(c)],
+    ids=lambda v: getattr(v, "name", v),
+)
+def test_equals_oracle(case, way):
+    first = check(case, "cuda", way=way)
+    second = check(case, "cuda", way=way)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "bits differ between runs"
 
 

@@ -1,4 +1,4 @@
-"""A whole torch normalization in two launches each way, on CUDA: moments, moving statistics, output; their gradients.
+"""A whole torch normalization in two launches each way, or one, on CUDA: moments, moving statistics, output; their gradients.
 
 Used where a layer asks for nothing between the moments and the output. Replicas meet inside the kernels (torch_lanes.py), or
 their group's backend adds the kernels' messages up between them. Everything else takes the two verbs.
@@ -60,7 +60,7 @@ def whole(
 
 
 class Whole(Function):
-    """Two launches each way, and nothing saved but x and what is O(channels), besides one tensor with a residual and an
+    """One launch or two each way, and nothing saved but x and what is O(channels), besides one tensor with a residual and an
     activation. Between the launches, where there is a link and no lane, one all-reduce."""
 
     @staticmethod
@@ -84,6 +84,8 @@ class Whole(Function):
             None,
             sent,
             sent,
+            # 1/batches cannot be read by some programs while another counts.
+            link is None and (moving is None or moving[3] >= 0),
         )
         keep = None if mask is None else kernels.keep_of(mask, x)
         y, stats = kernels.fused.forward(
@@ -122,22 +124,6 @@ class Whole(Function):
         slope = 0.0 if activation is None else activation.slope
         given = fused.in_layout_of(dense, dy if dy.dtype == dense.dtype else dy.to(dense.dtype))
         saved = None if kept is None else fused.in_layout_of(dense, kept)
-        # Sent whatever this replica needs: the others wait for it.
-        dweight, dbias, message = fused.gradient_sums(
-            plan,
-            dense,
-            given,
-            stats,
-            weight,
-            bias,
-            epsilon,
-            keep=keep,
-            saved=saved,
-            slope=slope,
-            lane=None if lane is None else lane.take(x.shape[1], True),
-        )
-        if plan.sent:
-            sum_in_place(message, link)
         needs_x, _, _, needs_residual, _, _ = ctx.needs_input_grad
         dx = dresidual = None
         if saved is not None:
@@ -145,21 +131,21 @@ class Whole(Function):
         elif needs_residual:
             # Without an activation it is dy itself.
             dresidual = dy.to(ctx.residual_dtype)
-        if needs_x or saved is not None:
-            dx = fused.input_gradient(
-                plan,
-                dense,
-                given,
-                message,
-                stats,
-                weight,
-                bias,
-                epsilon,
-                keep=keep,
-                saved=saved,
-                slope=slope,
-                dresidual=dresidual,
+        others: dict[str, Any] = {"keep": keep, "saved": saved, "slope": slope}
+        if plan.resident:
+            dx, dweight, dbias = fused.backward_at_once(
+                plan, dense, given, stats, weight, bias, epsilon, dresidual=dresidual, **others
             )
+        else:
+            # Sent whatever this replica needs: the others wait for it.
+            mine = None if lane is None else lane.take(x.shape[1], True)
+            dweight, dbias, message = fused.gradient_sums(plan, dense, given, stats, weight, bias, epsilon, lane=mine, **others)
+            if plan.sent:
+                sum_in_place(message, link)
+            if needs_x or saved is not None:
+                dx = fused.input_gradient(
+                    plan, dense, given, message, stats, weight, bias, epsilon, dresidual=dresidual, **others
+                )
         return dx, dweight, dbias, dresidual if needs_residual else None, None, None
 
 

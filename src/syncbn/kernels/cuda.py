@@ -51,6 +51,7 @@ def plan_for(
     gradients: torch.dtype | None = None,
     sent: bool = False,
     raw: bool = False,
+    at_once: bool = False,
 ) -> plans.Plan:
     """The plan of a call, made once for its shape, strides, dtypes and device; x is dense."""
     key = (
@@ -68,6 +69,7 @@ def plan_for(
         gradients,
         sent,
         raw,
+        at_once,
     )
     found = _plans.get(key)
     if found is None:
@@ -87,6 +89,7 @@ def plan_for(
             gradients=gradients,
             sent=sent,
             raw=raw,
+            at_once=at_once,
         )
     return found
 

@@ -5,6 +5,8 @@
     gradient_sums(…)      dscale, doffset and the coefficients of
     input_gradient(…)     dx
 
+or, where registers hold the batch (`Plan.resident`), in one: forward(…) and backward_at_once(…).
+
 No autograd and no group in here: `lane` is a table of addresses that the engine made.
 """
 
@@ -90,6 +92,8 @@ def forward(
     """(y, stats): `measure`, `between` (adds the message up over replicas) and `normalize`."""
     device = x.device
     stream, at_x, at_keep = stream_of(device), address(x), address(keep)
+    if plan.resident:
+        return _forward_at_once(plan, stream, x, at_x, at_keep, scale, offset, epsilon, residual, slope, moving)
     stats = _measure(plan, stream, at_x, at_keep, device, lane)
     if between is not None:
         between(stats)
@@ -143,6 +147,80 @@ def _normalize(
         slope,
     )
     return y
+
+
+def _forward_at_once(
+    plan: Plan,
+    stream: int,
+    x: Tensor,
+    at_x: Any,
+    at_keep: Any,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    epsilon: float,
+    residual: Tensor | None,
+    slope: float,
+    moving: Any,
+) -> tuple[Tensor, Tensor]:
+    stats = torch.empty(plan.stats_size, dtype=torch.float64, device=x.device)
+    y = torch.empty_like(x)
+    mean, variance, tracked, weight = moving or NOT_MOVING
+    plan.forward(
+        stream,
+        at_x,
+        address(y),
+        address(residual),
+        at_keep,
+        address(stats),
+        address(scale),
+        address(offset),
+        address(mean),
+        address(variance),
+        address(tracked),
+        plan.fold.A,
+        epsilon,
+        *_halves(weight),
+        slope,
+    )
+    return y, stats
+
+
+def backward_at_once(
+    plan: Plan,
+    x: Tensor,
+    dy: Tensor,
+    stats: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    epsilon: float,
+    *,
+    keep: Tensor | None = None,
+    saved: Tensor | None = None,
+    slope: float = 0.0,
+    dresidual: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dx, dscale, doffset), from a plan that is `resident`."""
+    dx, dscale, doffset = torch.empty_like(x), None, None
+    if scale is not None:
+        dscale, doffset = torch.empty_like(scale), torch.empty_like(scale)
+    plan.backward(
+        stream_of(x.device),
+        address(x),
+        address(dy),
+        address(dx),
+        address(saved),
+        address(dresidual),
+        address(keep),
+        address(stats),
+        address(scale),
+        address(offset),
+        address(dscale),
+        address(doffset),
+        plan.fold.A,
+        epsilon,
+        slope,
+    )
+    return dx, dscale, doffset
 
 
 @lru_cache(64)

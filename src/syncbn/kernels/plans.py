@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.kernels import exchange, moments, pointwise, sums
+from syncbn.kernels import exchange, moments, pointwise, resident, sums
 from syncbn.kernels.launch import INTERPRETED, Launch, power_of_2
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -121,6 +121,24 @@ def tile_for(kernel: str, f: Fold, itemsize: int, processors: int) -> Tile:
     return Tile(T, K, warps, -(-steps // splits), unroll)
 
 
+# Values that a program's registers hold of one tensor, and how many positions a channel may have.
+HELD, LONGEST = 1 << 14, 1 << 13
+HELD_BY_WARP = 1 << 10
+
+
+def resident_tile(f: Fold, itemsize: int) -> Tile | None:
+    """The tile that is all of its channels, of a fold that registers can hold."""
+    T = power_of_2(f.A * f.B)
+    if f.A * f.B == 0 or T > LONGEST or T * f.C >= 2**31:
+        return None
+    # Channels last a sector of memory a row, if that can be.
+    K = min(32 // itemsize, HELD // T) if f.B == 1 else max(1, 2048 // T)
+    K = min(K, power_of_2(f.C))
+    if f.B == 1 and 8 > K * itemsize and f.C > K:
+        return None
+    return Tile(T, K, max(1, min(16, T * K // HELD_BY_WARP)), 1)
+
+
 class Reduction:
     """Moments or gradient sums of one fold: a launch, and the scratch that it needs."""
 
@@ -178,7 +196,8 @@ class Plan:
     """All launches of one kind of call. `replicas` of them exchange inside the kernels; 1: none does.
 
     sent: what moments and gradient sums write is a message, which replicas add up before the next launch. raw: the moments come
-    in as that sum.
+    in as that sum. at_once: nobody comes between the moments and the output; then `resident` says whether it is one launch
+    each way, `forward` and `backward`, which are then all that the plan has.
     scale, residual, moving, gradients: the dtypes of scale and offset, of the residual, of the moving statistics and of scale's
     and offset's gradients; None where there are none (gradients: scale's).
     """
@@ -199,11 +218,17 @@ class Plan:
         gradients: torch.dtype | None = None,
         sent: bool = False,
         raw: bool = False,
+        at_once: bool = False,
         tiles: dict[str, Tile] | None = None,
     ):
         self.fold, self.device, self.sent = f, device, sent
-        # The moments, and room for five float32 coefficients a channel.
-        self.stats_size = 2 * f.C + 1 if sent else 2 * f.C + 2 + -(-5 * f.C // 2)
+        held = ((tiles or {}).get("resident") or resident_tile(f, dtype.itemsize)) if at_once else None
+        self.resident = held is not None
+        # The moments, and room for five float32 coefficients a channel where a launch leaves them for the next.
+        self.stats_size = 2 * f.C + 1 if sent or self.resident else 2 * f.C + 2 + -(-5 * f.C // 2)
+        if held is not None:
+            self._hold(held, dtype, masked, scale, activation, residual, moving, moves)
+            return
         processors = 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
         chosen = {k: (tiles or {}).get(k) or tile_for(k, f, dtype.itemsize, processors) for k in CHOICES}
         of_moments, of_sums = chosen["moments"], chosen["sums"]
@@ -303,6 +328,52 @@ class Plan:
             pointwise_programs(f, backward, of_sums),
             backward.warps,
             device,
+        )
+
+
+    def _hold(
+        self,
+        tile: Tile,
+        dtype: torch.dtype,
+        masked: bool,
+        scale: torch.dtype | None,
+        activation: str | None,
+        residual: torch.dtype | None,
+        moving: torch.dtype | None,
+        moves: int,
+    ) -> None:
+        """The two launches of a fold that registers hold."""
+        f, byte, f32, f64 = self.fold, torch.uint8, torch.float32, torch.float64
+        vector, other = scale or f32, residual or dtype
+        saved = other if activation == "silu" else dtype
+        constants = {
+            "C": f.C,
+            "B": f.B,
+            "T": tile.T,
+            "K": tile.K,
+            "EVEN": f.A * f.B == tile.T,
+            "PDL": PDL,
+            "MASKED": masked,
+            "SCALE": scale is not None,
+            "ACTIVATION": pointwise.ACTIVATIONS[activation],
+            "RESIDUAL": residual is not None,
+        }
+        programs, moved = -(-f.C // tile.K), (moving or f32, moving or f32, torch.int64)
+        self.forward = Launch(
+            resident.forward_kernel,
+            (dtype, dtype, other, byte, f64, vector, vector, *moved, 1, 0.5, 0.5, 0.5, 0.5),
+            {**constants, "MOVES": moves},
+            programs,
+            tile.warps,
+            self.device,
+        )
+        self.backward = Launch(
+            resident.backward_kernel,
+            (dtype, dtype, dtype, saved, other, byte, f64, vector, vector, vector, vector, 1, 0.5, 0.5),
+            constants,
+            programs,
+            tile.warps,
+            self.device,
         )
 
 

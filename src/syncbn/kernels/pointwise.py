@@ -61,16 +61,24 @@ def moments_near(stats, c, C: tl.constexpr, RAW: tl.constexpr):
 @triton.jit
 def affine_coefficients(stats, scale, offset, c, epsilon, C: tl.constexpr, SCALE: tl.constexpr, RAW: tl.constexpr):
     """(hi, a, b) in float32 for channels c."""
-    inside = c < C
     mean, variance = moments_near(stats, c, C, RAW)
+    hi, _, _, a, b = affine(mean, variance, scale, offset, c, epsilon, C, SCALE)
+    return hi, a, b
+
+
+@triton.jit
+def affine(mean, variance, scale, offset, c, epsilon, C: tl.constexpr, SCALE: tl.constexpr):
+    """(hi, lo, rstd, a, b) in float32, from moments in float64."""
+    inside = c < C
     hi = mean.to(tl.float32)
     lo = (mean - hi.to(tl.float64)).to(tl.float32)
-    a = 1.0 / tl.sqrt_rn(variance.to(tl.float32) + epsilon)
+    rstd = 1.0 / tl.sqrt_rn(variance.to(tl.float32) + epsilon)
+    a = rstd
     b = -lo * a
     if SCALE:
         a *= tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(offset + c, mask=inside, other=0.0).to(tl.float32) - lo * a
-    return hi, a, b
+    return hi, lo, rstd, a, b
 
 
 @triton.jit
@@ -78,12 +86,17 @@ def gradient_coefficients(stats, scale, offset, c, g, gx_hat, epsilon, C: tl.con
     """(hi, a, b, through, rest) in float32, from Σscale·g and Σscale·g·x_hat of all replicas."""
     mean, variance = moments_at(stats, c, C, False)
     lo = mean - mean.to(tl.float32).to(tl.float64)
-    rstd = 1.0 / tl.sqrt(variance + epsilon)
     n = tl.maximum(count_of(stats, C, False), 1.0)
-    through = -rstd * rstd * gx_hat / n
-    rest = -rstd * g / n - lo * through
+    through, rest = path_coefficients(g / n, gx_hat / n, lo, 1.0 / tl.sqrt(variance + epsilon))
     hi, a, b = affine_coefficients(stats, scale, offset, c, epsilon, C, SCALE, False)
     return hi, a, b, through.to(tl.float32), rest.to(tl.float32)
+
+
+@triton.jit
+def path_coefficients(mean_g, mean_gx, lo, rstd):
+    """(through, rest): what the moments' own dependence on x adds to dx is through·(x − hi) + rest."""
+    through = -rstd * rstd * mean_gx
+    return through, -rstd * mean_g - lo * through
 
 
 @triton.jit
@@ -211,11 +224,17 @@ def move(stats, moving_mean, moving_variance, tracked, weight, C: tl.constexpr, 
         c = start + tl.arange(0, P)
         there = (c < C) & (moves > 0)
         mean, variance = moments_at(stats, c, C, RAW)
-        variance *= n / tl.maximum(n - 1, 1.0)
-        old = tl.load(moving_mean + c, mask=there, other=0.0).to(tl.float64)
-        tl.store(moving_mean + c, tiles.narrowed(old * (1 - weight) + mean * weight, moving_mean), mask=there)
-        old = tl.load(moving_variance + c, mask=there, other=0.0).to(tl.float64)
-        tl.store(moving_variance + c, tiles.narrowed(old * (1 - weight) + variance * weight, moving_variance), mask=there)
+        move_channels(mean, variance, n, moving_mean, moving_variance, weight, c, there)
+
+
+@triton.jit
+def move_channels(mean, variance, n, moving_mean, moving_variance, weight, c, there):
+    """The same for channels c, from their moments in float64."""
+    variance *= n / tl.maximum(n - 1, 1.0)
+    old = tl.load(moving_mean + c, mask=there, other=0.0).to(tl.float64)
+    tl.store(moving_mean + c, tiles.narrowed(old * (1 - weight) + mean * weight, moving_mean), mask=there)
+    old = tl.load(moving_variance + c, mask=there, other=0.0).to(tl.float64)
+    tl.store(moving_variance + c, tiles.narrowed(old * (1 - weight) + variance * weight, moving_variance), mask=there)
 
 
 @triton.jit(do_not_specialize=["A", "share", "across", "length"], do_not_specialize_on_alignment=VECTORS)
@@ -263,13 +282,11 @@ def input_gradient_kernel(
         # As `gradient_coefficients`, but in float32 where that is enough: every program does it, and float64 would cost more than
         # the tensor.
         mean, variance = moments_near(stats, c, C, RAW)
-        hi, a, b = affine_coefficients(stats, scale, offset, c, epsilon, C, SCALE, RAW)
+        hi, lo, rstd, a, b = affine(mean, variance, scale, offset, c, epsilon, C, SCALE)
         each = 1.0 / tl.maximum(count_of(stats, C, RAW), 1.0)
         mean_g = (tl.load(coefficients + c, mask=inside, other=0.0) * each).to(tl.float32)
         mean_gx = (tl.load(coefficients + C + c, mask=inside, other=0.0) * each).to(tl.float32)
-        rstd = 1.0 / tl.sqrt_rn(variance.to(tl.float32) + epsilon)
-        through = -rstd * rstd * mean_gx
-        rest = -rstd * mean_g - (mean - hi.to(tl.float64)).to(tl.float32) * through
+        through, rest = path_coefficients(mean_g, mean_gx, lo, rstd)
     else:
         hi = tl.load(coefficients + c, mask=inside, other=0.0)
         a = tl.load(coefficients + C + c, mask=inside, other=0.0)
