@@ -136,14 +136,18 @@ def copy_bandwidth() -> float:
 
 
 def kernels(case: Case) -> dict[str, float]:
-    """µs of each of our four launches alone, its input in L2 or not as the step leaves it."""
-    from gpu_tiles import calls, make
+    """µs of each of our launches alone, its input in L2 or not as the step leaves it."""
+    from gpu_tiles import calls, make, one_launch
 
     t = tensors(case)
     moments, normalize, sums, input_gradient = calls(make(case, {}), t)
     both, back = graph_time(lambda: (moments(), normalize())), graph_time(lambda: (sums(), input_gradient()))
     first, third = graph_time(moments), graph_time(sums)
-    return {"moments": first, "normalize": both - first, "sums": third, "input_gradient": back - third}
+    found = {"moments": first, "normalize": both - first, "sums": third, "input_gradient": back - third}
+    held = make(case, {}, at_once=True)
+    if held.resident:
+        found |= dict(zip(("forward", "backward"), map(graph_time, one_launch(held, t)), strict=True))
+    return found
 
 
 def between_cost(case: Case) -> float:

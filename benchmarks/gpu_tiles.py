@@ -11,7 +11,8 @@ import torch
 from gpu_cases import CASES, graph_time, tensors
 
 from syncbn.kernels import fused, plans
-from syncbn.kernels.plans import Tile
+from syncbn.kernels.launch import power_of_2
+from syncbn.kernels.tiling import Tile
 
 EPSILON = 1e-5
 
@@ -27,7 +28,7 @@ def reductions(f, itemsize):
     J = f.A * f.B
     if f.B == 1:
         vector = 16 // itemsize
-        for K, elements, warps, waves, unroll in [
+        for K, elements, warps, waves, unroll, *stages in [
             (64, 2048, 4, 4, 1),
             (64, 2048, 4, 6, 1),
             (64, 2048, 4, 6, 2),
@@ -48,8 +49,12 @@ def reductions(f, itemsize):
             (16, 1024, 4, 8, 2),
             (16, 2048, 8, 3, 2),
             (16, 2048, 4, 4, 2),
+            (64, 4096, 4, 3, 1, 5),
+            (64, 2048, 4, 3, 1, 5),
+            (64, 4096, 8, 3, 1, 5),
+            (32, 2048, 4, 4, 1, 3),
         ]:
-            found.append((max(elements // K, 1), min(K, plans.power_of_2(f.C)), warps, waves, unroll))
+            found.append((max(elements // K, 1), min(K, power_of_2(f.C)), warps, waves, unroll, *stages))
         if J <= 8192:
             found += [
                 (512, vector, 8, 0, 1),
@@ -59,7 +64,7 @@ def reductions(f, itemsize):
                 (256, vector, 4, 0, 2),
             ]
     elif f.B >= 512:
-        for T, K, warps, waves, unroll in [
+        for T, K, warps, waves, unroll, *stages in [
             (1024, 1, 4, 8, 1),
             (2048, 1, 4, 4, 1),
             (2048, 1, 4, 8, 1),
@@ -79,8 +84,10 @@ def reductions(f, itemsize):
             (512, 1, 4, 8, 4),
             (512, 1, 2, 16, 2),
             (1024, 1, 4, 12, 2),
+            (2048, 1, 4, 4, 1, 4),
+            (1024, 1, 4, 8, 1, 3),
         ]:
-            found.append((T, K, warps, waves, unroll))
+            found.append((T, K, warps, waves, unroll, *stages))
         if J <= 8192:
             found += [
                 (4096, 1, 8, 0, 1),
@@ -122,14 +129,14 @@ def reductions(f, itemsize):
             (2048, 1, 8, 0, 1),
         ]
     tiles = []
-    for T, K, warps, waves, unroll in found:
-        T = min(T, plans.power_of_2(J))
-        tiles.append(Tile(T, K, warps, share_for(f, T, K, waves) if waves else -(-J // T), unroll))
+    for T, K, warps, waves, unroll, *stages in found:
+        T = min(T, power_of_2(J))
+        tiles.append(Tile(T, K, warps, share_for(f, T, K, waves) if waves else -(-J // T), unroll, *stages))
     return list(dict.fromkeys(tiles))
 
 
 def pointwises(f, itemsize):
-    cap = plans.power_of_2(f.C)
+    cap = power_of_2(f.C)
     if f.B == 1:
         found = [(4096 // K if K <= 4096 else 1, K, w) for K, w in [(64, 4), (128, 4), (256, 4), (512, 4)]] + [
             (2048 // 128, 128, 4),
@@ -153,23 +160,32 @@ def pointwises(f, itemsize):
             (2048, 1, 4),
         ]
     tiles = [
-        Tile(min(T, plans.power_of_2(f.A * f.B)), min(K, cap), w, share)
+        Tile(min(T, power_of_2(f.A * f.B)), min(K, cap), w, share)
         for T, K, w in found
         for share in ((1, 2) if f.B == 1 and T * K == 4096 else (1,))
     ]
     return list(dict.fromkeys(tiles))
 
 
-def make(case, tiles):
-    f, dtype = case.fold(), case.torch_dtype()
-    return plans.Plan(f, dtype, torch.device("cuda", 0), scale=torch.float32, moving=torch.float32, moves=1, tiles=tiles)
+def residents(f):
+    """Tiles of one launch each way, 8 to 32 values a thread."""
+    T, cap = power_of_2(f.A * f.B), power_of_2(f.C)
+    if T > 8192:
+        return []
+    return [Tile(T, K, w, 1) for K in (1, 2, 4, 8, 16) for w in (1, 2, 4, 8, 16) if cap >= K and 256 * w <= T * K <= 1024 * w]
+
+
+def make(case, tiles, at_once=False):
+    f, device = case.fold(), torch.device("cuda", 0)
+    how = {"scale": torch.float32, "moving": torch.float32, "moves": 1, "tiles": tiles, "at_once": at_once}
+    return plans.Plan(f, case.torch_dtype(), device, **how)
 
 
 def candidates(case):
     f = case.fold()
     size = case.torch_dtype().itemsize
     r, p = reductions(f, size), pointwises(f, size)
-    return {"moments": r, "sums": r, "normalize": p, "input_gradient": p}
+    return {"moments": r, "sums": r, "normalize": p, "input_gradient": p, "resident": residents(f)}
 
 
 def settle(knobs: tuple[bool]) -> None:
@@ -180,7 +196,7 @@ def warm(job):
     index, tiles, knobs = job
     settle(knobs)
     try:
-        make(CASES[index], tiles)
+        make(CASES[index], tiles, "resident" in tiles)
     except Exception as error:  # a tile that does not compile is no candidate
         return repr(error)[:200]
 
@@ -204,6 +220,18 @@ def calls(plan, t):
         return fused.input_gradient(plan, t.x, t.dy, message, stats, t.weight, t.bias, EPSILON)
 
     return moments, normalize, sums, input_gradient
+
+
+def one_launch(plan, t):
+    """(forward, backward) of a plan that is resident."""
+    moving = fused.Moving(t.running_mean, t.running_var, t.tracked, 0.1)
+
+    def forward():
+        given = {"keep": None, "residual": None, "slope": 0.0, "lane": None}
+        return fused.forward(plan, t.x, t.weight, t.bias, EPSILON, moving=moving, **given)
+
+    stats = forward()[1]
+    return forward, lambda: fused.backward_at_once(plan, t.x, t.dy, stats, t.weight, t.bias, EPSILON)
 
 
 def check(case, plan, t):
@@ -246,8 +274,12 @@ def main(out):
             times = []
             for tile in tiles:
                 try:
-                    plan = make(case, {kind: tile})
+                    plan = make(case, {kind: tile}, kind == "resident")
                 except Exception:
+                    continue
+                if kind == "resident":
+                    both = one_launch(plan, t)
+                    times.append((graph_time(lambda both=both: [f() for f in both], 6, 5), tile))
                     continue
                 m, n, s, g = calls(plan, t)
                 # After the kernel that comes before it, and that leaves it its input in L2 or not.
@@ -258,6 +290,8 @@ def main(out):
                     "input_gradient": lambda: (s(), g()),
                 }[kind]
                 times.append((graph_time(fn, 6, 5), tile))
+            if not times:
+                continue
             times.sort()
             best[kind], seen[kind] = times[0][1], [(round(us, 2), *tile) for us, tile in times]
         found.append(
@@ -272,7 +306,11 @@ def main(out):
         del t
     print("swept at", round(time.time() - start), flush=True)
     knobs = [(True,), (False,)]
-    jobs = [(i, {k: Tile(*v) for k, v in found[i]["best"].items()}, kn) for i, case in enumerate(CASES) for kn in knobs]
+    jobs = [
+        (i, {k: Tile(*v) for k, v in found[i]["best"].items() if k != "resident"}, kn)
+        for i, case in enumerate(CASES)
+        for kn in knobs
+    ]
     list(pool.imap_unordered(warm, jobs, chunksize=2))
     pool.close()
     for i, case in enumerate(CASES):

@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from syncbn.kernels import exchange, plans
+from syncbn.kernels import exchange, plans, tiling
 
 NAMES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.int32: "*i32",
@@ -40,14 +40,14 @@ def main() -> None:
     plans.Launch = Compiled
     torch.cuda.get_device_properties = lambda device: type("Properties", (), {"multi_processor_count": 132})
     device = torch.device("cuda", 0)
-    plans.Plan(plans.Fold(32, 64, 3136), torch.bfloat16, device, scale=torch.float32, moving=torch.float32, moves=1)
+    plans.Plan(tiling.Fold(32, 64, 3136), torch.bfloat16, device, scale=torch.float32, moving=torch.float32, moves=1)
     plans.Plan(
-        plans.Fold(32 * 49, 2048, 1), torch.float32, device, masked=True, scale=torch.float32, activation="silu", residual=torch.float32,
+        tiling.Fold(32 * 49, 2048, 1), torch.float32, device, masked=True, scale=torch.float32, activation="silu", residual=torch.float32,
         moving=torch.float32, moves=2, replicas=2,
     )  # fmt: skip
-    plans.Plan(plans.Fold(4, 64, 49), torch.float16, device, moving=torch.float32, moves=2, sent=True, raw=True)
+    plans.Plan(tiling.Fold(4, 64, 49), torch.float16, device, moving=torch.float32, moves=2, sent=True, raw=True)
     plans.Plan(
-        plans.Fold(32 * 49, 2048, 1), torch.bfloat16, device, masked=True, scale=torch.float32, activation="silu",
+        tiling.Fold(8 * 49, 2048, 1), torch.bfloat16, device, masked=True, scale=torch.float32, activation="silu",
         residual=torch.float32, moving=torch.float32, moves=1, at_once=True,
     )  # fmt: skip
     numbers = {"C": 256, "X": 64, "W": 8}

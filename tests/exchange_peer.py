@@ -12,8 +12,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import torch
 
-from syncbn.kernels import exchange, fused, plans
-from syncbn.kernels.plans import Tile
+from syncbn.kernels import exchange, fused, plans, tiling
+from syncbn.kernels.tiling import Tile
 
 BATCHES = [(3, 2), (1, 0), (2, 5), (4, 1)]
 CHANNELS = 70
@@ -41,7 +41,7 @@ def main():
         # Processes start when they like: the first round waits.
         limit = bound if turn else 10**9
         x, dy = data(turn, rank)
-        plan = plans.Plan(plans.fold(x), x.dtype, x.device, replicas=2, gradients=torch.float64, tiles=tile)
+        plan = plans.Plan(tiling.fold(x), x.dtype, x.device, replicas=2, gradients=torch.float64, tiles=tile)
         stats = fused.measure(plan, x, None, fused.Lane(table, rank, limit, tag))
         fused.gradient_sums(plan, x, dy, stats, None, None, 1e-3, lane=fused.Lane(table, rank, limit, tag + 1), wide=True)
         said = {

@@ -9,7 +9,7 @@ import oracle
 import torch
 from cases import TOLERANCE
 
-from syncbn.kernels import fused, plans
+from syncbn.kernels import fused, plans, tiling
 
 EPSILON = 1e-3
 SLOPE = 0.01
@@ -75,10 +75,18 @@ MATRIX = [
 ]
 
 
+# How a step goes: moments merged within the kernel; by messages, as of one replica; in one launch each way.
+WAYS = ("within", "sent", "at once")
+
+
+def each_way(cases):
+    """(case, way) for all that can be: registers do not hold every case."""
+    return [(case, way) for case in cases for way in WAYS if way != "at once" or fits_registers(case)]
+
+
 def fits_registers(case):
-    """Whether a case can be done in one launch each way."""
     x = case.tensor(np.random.default_rng(0))
-    return plans.resident_tile(plans.fold(x), x.element_size()) is not None
+    return tiling.resident_tile(tiling.fold(x), x.element_size(), 132) is not None
 
 
 def slopes(z, activation):
@@ -110,10 +118,6 @@ def near(got, expected, dtype, quantity, factor=1.0):
     ), quantity
 
 
-# How a step goes: moments merged within the kernel; by messages, as of one replica; in one launch each way.
-WAYS = ("within", "sent", "at once")
-
-
 def check(case, device="cpu", tiles=None, way="within"):
     """All launches of one case against the oracle; tiles: in place of the plan's own."""
     sent = way == "sent"
@@ -132,7 +136,7 @@ def check(case, device="cpu", tiles=None, way="within"):
         scale = offset = None
     moving = [torch.zeros(C, device=device), torch.ones(C, device=device), torch.zeros(1, dtype=torch.int64, device=device)]
     plan = plans.Plan(
-        plans.fold(x), x.dtype, x.device, masked=case.mask, scale=None if scale is None else scale.dtype, activation=case.activation,
+        tiling.fold(x), x.dtype, x.device, masked=case.mask, scale=None if scale is None else scale.dtype, activation=case.activation,
         residual=None if residual is None else residual.dtype, moving=torch.float32, moves=1, tiles=tiles, sent=sent, raw=sent,
         at_once=way == "at once",
     )  # fmt: skip

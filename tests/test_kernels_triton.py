@@ -9,13 +9,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from kernel_checks import EPSILON, MATRIX, WAYS, KernelCase, check
+from kernel_checks import EPSILON, MATRIX, KernelCase, check, each_way
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 from syncbn import SyncBatchNorm, maths
-from syncbn.kernels import Normalization, cuda, eager, fused, plans
-from syncbn.kernels.plans import Tile
+from syncbn.kernels import Normalization, cuda, eager, fused, plans, tiling
+from syncbn.kernels.tiling import Tile
 from syncbn.policy import Activation
 
 
@@ -30,8 +30,7 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("case", MATRIX, ids=lambda c: c.name)
+@pytest.mark.parametrize(("case", "way"), each_way(MATRIX), ids=lambda v: getattr(v, "name", v))
 def test_equals_oracle(case, way):
     check(case, way=way)
 
@@ -64,7 +63,7 @@ def statistics(x, mask=None, moves=1):
     x = x.contiguous()
     moving = [torch.full((x.shape[1],), 3.0), torch.full((x.shape[1],), 5.0), torch.zeros(1, dtype=torch.int64)]
     keep = None if mask is None else mask.to(torch.uint8)
-    plan = plans.Plan(plans.fold(x), x.dtype, x.device, masked=mask is not None, moving=torch.float32, moves=moves)
+    plan = plans.Plan(tiling.fold(x), x.dtype, x.device, masked=mask is not None, moving=torch.float32, moves=moves)
     stats = fused.measure(plan, x, keep)
     y = fused.normalize(plan, x, stats, None, None, EPSILON, keep=keep, moving=fused.Moving(*moving, 0.5))
     return stats, y, moving
@@ -107,7 +106,7 @@ def test_statistics_move_to_the_bits_of_the_other_code(sent):
     x = torch.tensor(rng.normal(size=(3, 400, 2)), dtype=torch.float32)
     old = torch.tensor(rng.random(400), dtype=torch.float32)
     moving = fused.Moving(old.clone(), old.clone(), torch.zeros(1, dtype=torch.int64), 0.4)
-    plan = plans.Plan(plans.fold(x), x.dtype, x.device, moving=torch.float32, moves=2, sent=sent, raw=sent)
+    plan = plans.Plan(tiling.fold(x), x.dtype, x.device, moving=torch.float32, moves=2, sent=sent, raw=sent)
     stats = fused.measure(plan, x, None)
     fused.normalize(plan, x, stats, None, None, EPSILON, moving=moving)
     if sent:
@@ -121,7 +120,7 @@ def test_statistics_move_to_the_bits_of_the_other_code(sent):
 def test_cumulative_average():
     x = torch.randn(8, 3, 2)
     moving = fused.Moving(torch.zeros(3), torch.ones(3), torch.tensor([3]), -1.0)
-    plan = plans.Plan(plans.fold(x), x.dtype, x.device, moving=torch.float32, moves=1)
+    plan = plans.Plan(tiling.fold(x), x.dtype, x.device, moving=torch.float32, moves=1)
     fused.normalize(plan, x, fused.measure(plan, x, None), None, None, EPSILON, moving=moving)
     np.testing.assert_allclose(moving.mean, x.mean((0, 2)) / 4, rtol=1e-5)
     assert moving.tracked.item() == 4
@@ -161,6 +160,56 @@ def test_interface_agrees_with_the_reference(layout, activation, residual, whole
     torch.testing.assert_close(cuda.input_gradient(got_dz, x, mask, norm, 2 * count, 3 * sent), dx, rtol=1e-5, atol=1e-5)
 
 
+# As if registers held hardly more than this.
+HELD = {"resident": Tile(64, 2, 1, 1)}
+
+
+def in_one_launch(x, mask=None, weight=0.5):
+    """(stats, y, moving statistics) of x, in registers, without scale and offset."""
+    moving = [torch.full((x.shape[1],), 3.0), torch.full((x.shape[1],), 5.0), torch.zeros(1, dtype=torch.int64)]
+    keep = None if mask is None else mask.to(torch.uint8)
+    plan = plans.Plan(
+        tiling.fold(x), x.dtype, x.device, masked=mask is not None, moving=torch.float32, moves=1, at_once=True, tiles=HELD
+    )
+    given = {"keep": keep, "residual": None, "slope": 0.0, "lane": None}
+    y, stats = fused.forward(plan, x, None, None, EPSILON, moving=fused.Moving(*moving, weight), **given)
+    return stats, y, moving
+
+
+def test_in_registers_a_batch_masked_everywhere_says_nothing():
+    stats, y, (mean, variance, batches) = in_one_launch(torch.full((2, 3, 4), 7.0), torch.zeros(2, 1, 4, dtype=torch.bool))
+    assert stats.tolist() == [0, 0, 0, 1, 1, 1, 0]
+    assert torch.isfinite(y).all()
+    assert (mean.tolist(), variance.tolist(), batches.item()) == ([3.0] * 3, [5.0] * 3, 0)
+
+
+def test_in_registers_a_stray_value_under_the_mask_does_not_spread():
+    x, mask = torch.randn(3, 2, 4), torch.ones(3, 1, 4, dtype=torch.bool)
+    x[1, :, 2], mask[1, :, 2] = float("nan"), False
+    stats, y, (mean, _, batches) = in_one_launch(x, mask)
+    assert torch.isfinite(stats).all()
+    assert torch.isfinite(y).all()
+    np.testing.assert_allclose(mean, (3 + torch.where(mask, x, 0).sum((0, 2)) / 11) / 2, rtol=1e-5)
+    assert batches.item() == 1
+
+
+def test_in_registers_what_is_not_finite_shows():
+    x = torch.randn(4, 3, 2)
+    x[0, 1, 0] = float("inf")
+    stats, y, (mean, variance, batches) = in_one_launch(x)
+    assert stats[:6].isfinite().tolist() == [True, False, True, True, False, True]
+    assert y.isfinite().all((0, 2)).tolist() == [True, False, True]
+    assert mean.isfinite().tolist() == variance.isfinite().tolist() == [True, False, True]
+    assert batches.item() == 1
+
+
+def test_values_whose_sum_is_too_large():
+    x = torch.randn(4, 3, 8) * 1e30 + 3e37
+    stats, y, _ = in_one_launch(x)
+    np.testing.assert_allclose(stats[:3], x.double().mean((0, 2)), rtol=1e-6)
+    assert torch.isfinite(y).all()
+
+
 def test_turns_visit_every_tile_once():
     for across, length in itertools.product(range(1, 5), range(1, 6)):
         seen = [turn % across * length + (length - 1 - turn // across) for turn in range(across * length)]
@@ -168,8 +217,8 @@ def test_turns_visit_every_tile_once():
 
 
 def test_an_empty_replica_has_a_program_that_moves_its_statistics():
-    for f in (plans.Fold(0, 3, 49), plans.Fold(0, 3, 1)):
-        tile, before = (plans.tile_for(kernel, f, 4, 132) for kernel in ("normalize", "moments"))
+    for f in (tiling.Fold(0, 3, 49), tiling.Fold(0, 3, 1)):
+        tile, before = (tiling.tile_for(kernel, f, 4, 132) for kernel in ("normalize", "moments"))
         assert plans.pointwise_programs(f, tile, before) >= 1
 
 
@@ -177,13 +226,13 @@ def test_an_empty_replica_has_a_program_that_moves_its_statistics():
 def test_plans_cover_every_value(layout):
     for shape in [(32, 64, 112, 112), (2, 8192, 1, 1), (1, 1, 333, 333), (7, 3, 7, 7), (1, 1, 1, 1), (300, 5, 1, 1)]:
         n, c, h, w = shape
-        f = plans.Fold(n * h * w, c, 1) if layout == "NHWC" else plans.Fold(n, c, h * w)
-        for kernel, size in itertools.product(plans.CHOICES, (2, 4)):
-            tile = plans.tile_for(kernel, f, size, 132)
+        f = tiling.Fold(n * h * w, c, 1) if layout == "NHWC" else tiling.Fold(n, c, h * w)
+        for kernel, size in itertools.product(tiling.CHOICES, (2, 4)):
+            tile = tiling.tile_for(kernel, f, size, 132)
             steps = -(-f.A * f.B // tile.T)
             assert tile.T & (tile.T - 1) == tile.K & (tile.K - 1) == 0
             assert tile.share * -(-steps // tile.share) >= steps
-            assert tile.share * tile.T <= 2 * plans.MOST_VALUES
+            assert tile.share * tile.T <= 2 * tiling.MOST_VALUES
 
 
 # ------------------------------------------------------------------------------------------------- a layer in whole

@@ -24,10 +24,9 @@ import torch.distributed as dist
 
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 TRANSPORTS = ("backend", "peer memory")
-# Seconds: how long ranks wait for each other; what may come on top (NCCL's watchdog looks now and then, and writes its dump
-# first); how long all may take to start and to compile.
+# Seconds: how long ranks wait for each other; what may come on top; how long all may take to start and to compile.
 TIMEOUT = 15
-MARGINS = {"backend": 60, "peer memory": 20}
+MARGINS = {"backend": 30, "peer memory": 20}
 START = 150
 # Steps before the death, each compared, and steps that a survivor would make if it noticed nothing.
 SOUND, MORE = 3, 5
@@ -112,6 +111,8 @@ def ends(how: str, transport: str, world: int) -> tuple[list[End], int | None]:
     """Runs the ranks; how the survivors ended, and the exit status of the one that died (None: it is there, stopped)."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {**os.environ, "SYNCBN_PEER_MEMORY": str(TRANSPORTS.index(transport)), "OMP_NUM_THREADS": "1"}
+    # NCCL's watchdog leaves four times this for its dump, a minute by default, before it ends the process.
+    environment["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] = "1000"
     with contextlib.ExitStack() as files:
         outs, errors = ([files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(world)] for _ in range(2))
         ranks = [

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from kernel_checks import KernelCase, check
 
-from syncbn.kernels.plans import Tile
+from syncbn.kernels.tiling import Tile
 
 SPLIT = {
     "moments": Tile(64, 4, 4, 2),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from syncbn.kernels import exchange, fused, plans
+from syncbn.kernels import exchange, fused, plans, tiling
 
 
 class Replicas:
@@ -34,7 +34,7 @@ class Replicas:
 
     def plan(self, x, **flags):
         """A plan, its kernels loaded."""
-        return plans.Plan(plans.fold(x), x.dtype, x.device, replicas=self.size, **flags)
+        return plans.Plan(tiling.fold(x), x.dtype, x.device, replicas=self.size, **flags)
 
     def each(self, step):
         """step(rank) on every replica's stream; not awaited."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutants import Mutant
 
-MOMENTS, POINTWISE, EXCHANGE = (f"kernels/{name}.py" for name in ("moments", "pointwise", "exchange"))
+MOMENTS, POINTWISE, RESIDENT, EXCHANGE = (f"kernels/{name}.py" for name in ("moments", "pointwise", "resident", "exchange"))
 KERNELS, PEERS = "test_kernels_triton.py", "test_exchange.py"
 
 MUTANTS = [
@@ -19,7 +19,13 @@ MUTANTS = [
            "tl.load(offset + c, mask=inside, other=0.0).to(tl.float32)", KERNELS, "small_tiles and large"),
     Mutant("a turn left out", POINTWISE, "last = length - 1 - turn // across", "last = length - 2 - turn // across", KERNELS, "small_tiles and 7"),
     Mutant("statistics move at count 0", POINTWISE, "moves = (n != 0).to(tl.int32)", "moves = (n == n).to(tl.int32)", KERNELS, "masked_everywhere"),
-    Mutant("dropped term in the input gradient", POINTWISE, "through = -rstd * rstd * gx_hat / n", "through = 0 * gx_hat / n", KERNELS, "small_tiles and 7"),
+    Mutant("dropped term in the input gradient", POINTWISE, "through = -rstd * rstd * mean_gx", "through = 0 * mean_gx", KERNELS, "small_tiles and 7"),
+    Mutant("what registers hold past the end taken for values", RESIDENT, "if MASKED or not EVEN:", "if MASKED:", KERNELS, "equals_oracle and bfloat16 and once"),
+    Mutant("moments in registers of masked values too", RESIDENT, "part = tl.where(counted[:, None], part, 0.0)", "part += 0", KERNELS, "registers_a_stray"),
+    Mutant("statistics move in registers at count 0", RESIDENT, "(c < C) & (n != 0))", "c < C)", KERNELS, "registers_a_batch"),
+    Mutant("sums in registers before the scale dropped", RESIDENT, "        sum_g *= gamma", "        sum_g *= 1", KERNELS, "equals_oracle and bfloat16 and once"),
+    Mutant("lo dropped in registers", RESIDENT, "(tl.sum(g * v, 0) - lo * sum_g)", "tl.sum(g * v, 0)", KERNELS, "equals_oracle and large and once"),
+    Mutant("a sum in registers that is too large", RESIDENT, "part = v * each", "part = v", KERNELS, "too_large"),
     Mutant("momentum rounded to float32", "kernels/fused.py", "return rounded, weight - rounded", "return rounded, 0.0", KERNELS, "bits_of_the_other"),
     Mutant("the message without its mean's square", MOMENTS, "m2 + n * mean * mean, mask", "m2, mask", KERNELS, "agrees_with and first"),
     Mutant("means of replicas taken for one", EXCHANGE, "its_m2 + d * d * n * part", "its_m2", PEERS, "agree_with"),

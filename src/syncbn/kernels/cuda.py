@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.kernels import Normalization, eager, fused, plans
+from syncbn.kernels import Normalization, eager, fused, plans, tiling
 from syncbn.kernels.launch import INTERPRETED
 from syncbn.policy import Activation
 
@@ -73,7 +73,7 @@ def plan_for(
     )
     found = _plans.get(key)
     if found is None:
-        f = plans.fold(x)
+        f = tiling.fold(x)
         assert f is not None
         found = _plans[key] = plans.Plan(
             f,

@@ -33,6 +33,7 @@ def accumulate(
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     U: tl.constexpr,
+    S: tl.constexpr,
 ):
     """(k, s, q, n) of one program's share, tiles first to last: k, s, q of shape [K], n a scalar or, masked, [K]."""
     J = tiles.positions_of(A, B, WIDE)
@@ -42,7 +43,7 @@ def accumulate(
     q = tl.zeros([T, K], tl.float32)
     # How many values lie behind each lane.
     n = (j < J).to(tl.float32)
-    for tile in tl.range(first + 1, last, loop_unroll_factor=U):
+    for tile in tl.range(first + 1, last, loop_unroll_factor=U, num_stages=S):
         j = tiles.positions(tile, T, WIDE)
         v = tiles.load(x, j, c, J, C, B, K, EVEN, "") - pivot
         if not EVEN:
@@ -71,6 +72,7 @@ def accumulate_masked(
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     U: tl.constexpr,
+    S: tl.constexpr,
 ):
     """The same where a mask says what counts: a lane's pivot is its first value that does."""
     J = tiles.positions_of(A, B, WIDE)
@@ -78,7 +80,7 @@ def accumulate_masked(
     pivot = tl.zeros([T, K], tl.float32)
     s = tl.zeros([T, K], tl.float32)
     q = tl.zeros([T, K], tl.float32)
-    for tile in tl.range(first, last, loop_unroll_factor=U):
+    for tile in tl.range(first, last, loop_unroll_factor=U, num_stages=S):
         j = tiles.positions(tile, T, WIDE)
         kept = tiles.load_kept(keep, j, J, EVEN)
         v = tiles.load(x, j, c, J, C, B, K, EVEN, "")
@@ -199,6 +201,7 @@ def moments_kernel(
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     U: tl.constexpr,  # steps unrolled
+    S: tl.constexpr,  # steps whose loads are under way at once, through shared memory; 1: none but the present one
     MASKED: tl.constexpr,
     PDL: tl.constexpr,
     ALONE: tl.constexpr,  # one split and one replica: a program has all of its channels
@@ -218,9 +221,9 @@ def moments_kernel(
     first = tl.minimum(split * share, all_tiles)
     last = tl.minimum(first + share, all_tiles)
     if MASKED:
-        k, s, q, n = accumulate_masked(x, keep, c, first, last, A, C, B, T, K, EVEN, WIDE, U)
+        k, s, q, n = accumulate_masked(x, keep, c, first, last, A, C, B, T, K, EVEN, WIDE, U, S)
     else:
-        k, s, q, n = accumulate(x, keep, c, first, last, A, C, B, T, K, EVEN, WIDE, U)
+        k, s, q, n = accumulate(x, keep, c, first, last, A, C, B, T, K, EVEN, WIDE, U, S)
     if ALONE:
         # The only program of its channels: what it found is all there is.
         if MASKED:

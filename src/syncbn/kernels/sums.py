@@ -48,6 +48,7 @@ def sums_kernel(
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     U: tl.constexpr,  # steps unrolled
+    S: tl.constexpr,  # steps whose loads are under way at once, through shared memory; 1: none but the present one
     MASKED: tl.constexpr,
     SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -75,7 +76,7 @@ def sums_kernel(
     last = tl.minimum(first + share, all_tiles)
     sum_g = tl.zeros([T, K], tl.float32)
     sum_gx = tl.zeros([T, K], tl.float32)
-    for tile in tl.range(first, last, loop_unroll_factor=U):
+    for tile in tl.range(first, last, loop_unroll_factor=U, num_stages=S):
         j = tiles.positions(tile, T, WIDE)
         v = tiles.load(x, j, c, J, C, B, K, EVEN, "")
         g = tiles.load(dy, j, c, J, C, B, K, EVEN, "")
