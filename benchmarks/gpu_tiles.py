@@ -225,13 +225,13 @@ def calls(plan, t):
 def one_launch(plan, t):
     """(forward, backward) of a plan that is resident."""
     moving = fused.Moving(t.running_mean, t.running_var, t.tracked, 0.1)
+    given = {"keep": None, "slope": 0.0, "lane": None}
 
     def forward():
-        given = {"keep": None, "residual": None, "slope": 0.0, "lane": None}
-        return fused.forward(plan, t.x, t.weight, t.bias, EPSILON, moving=moving, **given)
+        return fused.forward(plan, t.x, t.weight, t.bias, EPSILON, moving=moving, residual=None, **given)
 
     stats = forward()[1]
-    return forward, lambda: fused.backward_at_once(plan, t.x, t.dy, stats, t.weight, t.bias, EPSILON)
+    return forward, lambda: fused.backward(plan, t.x, t.dy, stats, t.weight, t.bias, EPSILON, saved=None, dresidual=None, **given)
 
 
 def check(case, plan, t):

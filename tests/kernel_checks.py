@@ -148,12 +148,9 @@ def check(case, device="cpu", tiles=None, way="within"):
     if case.residual and case.activation:
         saved = residual if case.activation == "silu" else y
     dresidual = torch.empty_like(x) if saved is not None else None
-    others = {"keep": keep, "saved": saved, "slope": SLOPE}
-    if plan.resident:
-        dx, dscale, doffset = fused.backward_at_once(plan, x, dy, stats, scale, offset, EPSILON, dresidual=dresidual, **others)
-    else:
-        dscale, doffset, message = fused.gradient_sums(plan, x, dy, stats, scale, offset, EPSILON, **others)
-        dx = fused.input_gradient(plan, x, dy, message, stats, scale, offset, EPSILON, dresidual=dresidual, **others)
+    dx, dscale, doffset = fused.backward(
+        plan, x, dy, stats, scale, offset, EPSILON, keep=keep, saved=saved, slope=SLOPE, dresidual=dresidual, lane=None
+    )
 
     truth = oracle.BatchNorm([wide(x)], axes=(1,), masks=None if mask is None else [mask.cpu().numpy()], epsilon=EPSILON)
     n, mean, variance = truth.moments[0]

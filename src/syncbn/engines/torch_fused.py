@@ -117,35 +117,37 @@ class Whole(Function):
         debug.announce(link, "backward", speaker, x.shape[1])
         if torch.is_grad_enabled():
             return _differentiable(ctx, dy)
-        fused, plan = kernels.fused, ctx.plan
+        plan = ctx.plan
         # As the forward pass walked over it: a hook may have saved it in another layout, or at another address.
         dense = kernels.with_strides(x, ctx.strides)
         keep = None if mask is None else kernels.keep_of(mask, x)
         slope = 0.0 if activation is None else activation.slope
-        given = fused.in_layout_of(dense, dy if dy.dtype == dense.dtype else dy.to(dense.dtype))
-        saved = None if kept is None else fused.in_layout_of(dense, kept)
+        given = kernels.fused.in_layout_of(dense, dy if dy.dtype == dense.dtype else dy.to(dense.dtype))
+        saved = None if kept is None else kernels.fused.in_layout_of(dense, kept)
         needs_x, _, _, needs_residual, _, _ = ctx.needs_input_grad
-        dx = dresidual = None
+        dresidual = None
         if saved is not None:
             dresidual = torch.empty_like(dense, dtype=ctx.residual_dtype)
         elif needs_residual:
             # Without an activation it is dy itself.
             dresidual = dy.to(ctx.residual_dtype)
-        others: dict[str, Any] = {"keep": keep, "saved": saved, "slope": slope}
-        if plan.resident:
-            dx, dweight, dbias = fused.backward_at_once(
-                plan, dense, given, stats, weight, bias, epsilon, dresidual=dresidual, **others
-            )
-        else:
-            # Sent whatever this replica needs: the others wait for it.
-            mine = None if lane is None else lane.take(x.shape[1], True)
-            dweight, dbias, message = fused.gradient_sums(plan, dense, given, stats, weight, bias, epsilon, lane=mine, **others)
-            if plan.sent:
-                sum_in_place(message, link)
-            if needs_x or saved is not None:
-                dx = fused.input_gradient(
-                    plan, dense, given, message, stats, weight, bias, epsilon, dresidual=dresidual, **others
-                )
+        # The sums are sent whatever this replica needs: the others wait for them.
+        dx, dweight, dbias = kernels.fused.backward(
+            plan,
+            dense,
+            given,
+            stats,
+            weight,
+            bias,
+            epsilon,
+            keep=keep,
+            saved=saved,
+            slope=slope,
+            dresidual=dresidual,
+            lane=None if lane is None else lane.take(x.shape[1], True),
+            between=(lambda message: sum_in_place(message, link)) if plan.sent else None,
+            needs_dx=needs_x or saved is not None,
+        )
         return dx, dweight, dbias, dresidual if needs_residual else None, None, None
 
 

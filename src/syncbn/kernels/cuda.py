@@ -27,7 +27,7 @@ def serves(x: Tensor, mask: Tensor | None) -> bool:
 
 def dense_or_copy(x: Tensor) -> Tensor:
     """x, or a copy that the kernels can walk over: contiguous or channels last, and aligned."""
-    if x.data_ptr() % 16 == 0 and (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
+    if x.data_ptr() % 16 == 0 and (x.is_contiguous() or tiling.is_channels_last(x)):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

@@ -5,7 +5,7 @@
     gradient_sums(…)      dscale, doffset and the coefficients of
     input_gradient(…)     dx
 
-or, where registers hold the batch (`Plan.resident`), in one: forward(…) and backward_at_once(…).
+and `forward(…)` and `backward(…)`, which do both, or, where registers hold the batch (`Plan.resident`), one launch instead.
 
 No autograd and no group in here: `lane` is a table of addresses that the engine made.
 """
@@ -185,44 +185,6 @@ def _forward_at_once(
     return y, stats
 
 
-def backward_at_once(
-    plan: Plan,
-    x: Tensor,
-    dy: Tensor,
-    stats: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    epsilon: float,
-    *,
-    keep: Tensor | None = None,
-    saved: Tensor | None = None,
-    slope: float = 0.0,
-    dresidual: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dx, dscale, doffset), from a plan that is `resident`."""
-    dx, dscale, doffset = torch.empty_like(x), None, None
-    if scale is not None:
-        dscale, doffset = torch.empty_like(scale), torch.empty_like(scale)
-    plan.backward(
-        stream_of(x.device),
-        address(x),
-        address(dy),
-        address(dx),
-        address(saved),
-        address(dresidual),
-        address(keep),
-        address(stats),
-        address(scale),
-        address(offset),
-        address(dscale),
-        address(doffset),
-        plan.fold.A,
-        epsilon,
-        slope,
-    )
-    return dx, dscale, doffset
-
-
 @lru_cache(64)
 def _halves(weight: float) -> tuple[float, float]:
     """A number as what float32 arguments can say, and the rest of it."""
@@ -250,26 +212,39 @@ def gradient_sums(
     From a plan that sends, the message, float64 [2C]: add it up over replicas. Otherwise what `input_gradient` needs lies behind
     `stats`: an allocation less costs the host as much less as a launch.
     """
-    r, f, device = plan.sums, plan.fold, x.device
+    inputs = address(x), address(dy), address(saved), address(keep)
+    vectors = address(stats), address(scale), address(offset)
     dscale = doffset = None
     if wide:
-        dscale = torch.empty(f.C, dtype=torch.float64, device=device)
+        dscale = torch.empty(plan.fold.C, dtype=torch.float64, device=x.device)
         doffset = torch.empty_like(dscale)
     elif scale is not None:
         dscale, doffset = torch.empty_like(scale), torch.empty_like(scale)
+    message = _sums(plan, stream_of(x.device), x.device, inputs, stats, vectors, dscale, doffset, epsilon, slope, lane)
+    return dscale, doffset, message
+
+
+def _sums(
+    plan: Plan,
+    stream: int,
+    device: torch.device,
+    inputs: tuple[Any, ...],
+    stats: Tensor,
+    vectors: tuple[Any, ...],
+    dscale: Tensor | None,
+    doffset: Tensor | None,
+    epsilon: float,
+    slope: float,
+    lane: Lane | None,
+) -> Tensor | None:
+    r, f = plan.sums, plan.fold
     message = torch.empty(2 * f.C, dtype=torch.float64, device=device) if plan.sent else None
-    stream = stream_of(device)
     parts, arrivals = scratch_for(device, stream, r.parts, r.blocks)
     table, rank, limit, tag = NO_LANE if lane is None else lane
     r.launch(
         stream,
-        address(x),
-        address(dy),
-        address(saved),
-        address(keep),
-        address(stats),
-        address(scale),
-        address(offset),
+        *inputs,
+        *vectors,
         parts,
         arrivals,
         address(dscale),
@@ -285,7 +260,7 @@ def gradient_sums(
         epsilon,
         slope,
     )
-    return dscale, doffset, message
+    return message
 
 
 if INTERPRETED:
@@ -317,24 +292,78 @@ def input_gradient(
     dresidual: Tensor | None = None,
 ) -> Tensor:
     """dx; with a residual and an activation also the residual's gradient, into `dresidual`."""
+    inputs = address(x), address(dy), address(saved), address(keep)
+    vectors = address(stats), address(scale), address(offset)
+    return _input_gradient(plan, stream_of(x.device), x, inputs, message, stats, vectors, epsilon, slope, dresidual)
+
+
+def _input_gradient(
+    plan: Plan,
+    stream: int,
+    x: Tensor,
+    inputs: tuple[Any, ...],
+    message: Tensor | None,
+    stats: Tensor,
+    vectors: tuple[Any, ...],
+    epsilon: float,
+    slope: float,
+    dresidual: Tensor | None,
+) -> Tensor:
     dx = torch.empty_like(x)
+    at_x, at_dy, at_saved, at_keep = inputs
     plan.input_gradient(
-        stream_of(x.device),
-        address(x),
-        address(dy),
+        stream,
+        at_x,
+        at_dy,
         address(dx),
-        address(saved),
+        at_saved,
         address(dresidual),
-        address(keep),
+        at_keep,
         coefficients_at(stats, plan.fold.C) if message is None else address(message),
-        address(stats),
-        address(scale),
-        address(offset),
+        *vectors,
         *plan.gradient_numbers,
         epsilon,
         slope,
     )
     return dx
+
+
+def backward(
+    plan: Plan,
+    x: Tensor,
+    dy: Tensor,
+    stats: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    epsilon: float,
+    *,
+    keep: Tensor | None,
+    saved: Tensor | None,
+    slope: float,
+    dresidual: Tensor | None,
+    lane: Lane | None,
+    between: Callable[[Tensor], object] | None = None,
+    needs_dx: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dscale, doffset): `gradient_sums`, `between` (adds the message up over replicas) and `input_gradient`."""
+    device = x.device
+    stream = stream_of(device)
+    inputs = at_x, at_dy, at_saved, at_keep = address(x), address(dy), address(saved), address(keep)
+    vectors = address(stats), address(scale), address(offset)
+    dscale = doffset = None
+    if scale is not None:
+        dscale, doffset = torch.empty_like(scale), torch.empty_like(scale)
+    if plan.resident:
+        dx = torch.empty_like(x)
+        at_dx, at_dresidual, sums = address(dx), address(dresidual), (address(dscale), address(doffset))
+        plan.backward(stream, at_x, at_dy, at_dx, at_saved, at_dresidual, at_keep, *vectors, *sums, plan.fold.A, epsilon, slope)
+        return dx, dscale, doffset
+    message = _sums(plan, stream, device, inputs, stats, vectors, dscale, doffset, epsilon, slope, lane)
+    if message is not None and between is not None:
+        between(message)
+    if not needs_dx:
+        return None, dscale, doffset
+    return _input_gradient(plan, stream, x, inputs, message, stats, vectors, epsilon, slope, dresidual), dscale, doffset
 
 
 def in_layout_of(x: Tensor, other: Any) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from syncbn.kernels.launch import power_of_2
@@ -40,9 +41,17 @@ def fold(x: Tensor) -> Fold | None:
     N, C, rest = x.shape[0], x.shape[1], x.shape[2:].numel()
     if x.is_contiguous():
         return Fold(N * rest, C, 1) if rest == 1 else Fold(N, C, rest)
-    if x.movedim(1, -1).is_contiguous():
+    if is_channels_last(x):
         return Fold(N * rest, C, 1)
     return None
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x [N, C, …] lies as [N, …, C] in memory."""
+    if x.dim() == 4:
+        # Without making a view, which costs the host half a launch.
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
 
 
 class Choice(NamedTuple):
@@ -57,12 +66,16 @@ class Choice(NamedTuple):
     stages: int = 1
 
 
-# Found on an H200 by benchmarks/gpu_tiles.py; docs/kernels.md has what each costs. By kernel, and: channels last; planes of
-# 512 values and more; smaller planes; few channels; channels of few values. Two columns: 2-byte and 4-byte dtypes.
+# Found on an H100 and an H200 by benchmarks/gpu_tiles.py; docs/kernels.md has what each costs. By kernel, and: channels last, with
+# few positions or channels too; planes of 512 values and more; smaller planes; channels of few values. Two columns: 2-byte and
+# 4-byte dtypes.
 FEW = 8192
+# So few positions that a program has no time to get its loads under way.
+SHORT = 4096
 CHOICES = {
     "moments": {
         "last": (Choice(64, 64, 4, 3, 1, 5), Choice(64, 64, 4, 3, 1, 5)),
+        "last, short": (Choice(16, 32, 4, 8, 4), Choice(128, 16, 4, 4, 2)),
         "planes": (Choice(2048, 1, 4, 4, 1, 4), Choice(512, 2, 4, 8, 2)),
         "small planes": (Choice(128, 8, 4, 8), Choice(128, 8, 4, 6, 2)),
         "last, narrow": (Choice(64, 64, 4, 3, 1, 5), Choice(64, 32, 4, 4)),
@@ -72,6 +85,7 @@ CHOICES = {
     },
     "sums": {
         "last": (Choice(64, 64, 4, 3, 1, 5), Choice(64, 64, 4, 3, 1, 5)),
+        "last, short": (Choice(64, 32, 4, 5), Choice(64, 32, 4, 6)),
         "planes": (Choice(1024, 1, 4, 12, 2), Choice(2048, 1, 8, 4, 2)),
         "small planes": (Choice(512, 1, 2, 16, 2), Choice(512, 1, 2, 16, 2)),
         "last, narrow": (Choice(128, 32, 8, 3), Choice(128, 32, 8, 3)),
@@ -101,6 +115,8 @@ def tile_for(kernel: str, f: Fold, itemsize: int, processors: int) -> Tile:
     few = f"{kind}, few"
     if kind == "last" and f.C <= 64:
         kind = "last, narrow"
+    elif kind == "last" and J <= SHORT and kernel in ("moments", "sums"):
+        kind = "last, short"
     # Few values a channel and enough channels for all processors, or a tensor so small that splits would cost more.
     most = FEW // 4 if kernel == "moments" and kind == "small planes" else FEW
     if few in CHOICES[kernel] and most >= J and (J * f.C <= 1 << 20 or (f.B > 1 and processors <= f.C)):

@@ -353,7 +353,8 @@ def _alike(x: Tensor, a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two vectors, or neither, lie close packed, in one dtype, on the device of x."""
     if a is None or b is None:
         return a is b
-    return a.is_contiguous() and b.is_contiguous() and a.dtype is b.dtype and a.device == b.device == x.device
+    # get_device(): a number, where two devices take longer to compare.
+    return a.is_contiguous() and b.is_contiguous() and a.dtype is b.dtype and a.get_device() == b.get_device() == x.get_device()
 
 
 def _rounded(mean: Any) -> Tensor:
