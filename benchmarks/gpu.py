@@ -240,7 +240,7 @@ def main() -> None:
     # A part of the name, to try something out.
     chosen = [i for i, case in enumerate(CASES) if os.environ.get("SYNCBN_CASES", "") in case.name]
     jobs = [(i, p) for i, case in enumerate(CASES) if i in chosen for p in peers if measured(case, p) and not several()]
-    with multiprocessing.get_context("spawn").Pool(14) as pool:
+    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
         failed = [e for e in pool.imap_unordered(warm, jobs, chunksize=2) if e]
     print("compiled in", round(time.time() - start), "s", failed[:2], flush=True)
     bandwidth = copy_bandwidth()

@@ -79,10 +79,9 @@ def one_empty(ranks: Ranks, step: int = 0) -> list[int]:
 def graph(ranks: Ranks, worst: Worst) -> str:
     """Inputs change from replay to replay; every 100th is compared."""
     turns, every = ranks.steps(1000, 20), ranks.steps(100, 5)
-    stamp = time.perf_counter()
     for sizes in (ragged(ranks), one_empty(ranks)):
         replays(ranks, worst, sizes, turns, every)
-    return f"2 × {turns} replays, ragged and with an empty rank, {time.perf_counter() - stamp:.0f} s"
+    return f"2 × {turns} replays, ragged and with an empty rank"
 
 
 def replays(ranks: Ranks, worst: Worst, sizes: list[int], turns: int, every: int) -> None:
@@ -248,7 +247,7 @@ def ddp_compile(ranks: Ranks, worst: Worst) -> str:
     inner = copy.deepcopy(eager)
     nets = [DistributedDataParallel(net, broadcast_buffers=False) for net in (torch.compile(inner, dynamic=False), eager)]
     optimizers = [torch.optim.SGD(net.parameters(), 0.02, momentum=0.9) for net in nets]
-    stamp, steps, sizes = time.perf_counter(), 10, ragged(ranks)
+    steps, sizes = 10, ragged(ranks)
     for step in range(steps):
         xs, targets = problem(ranks, step, sizes)
         losses = []
@@ -258,7 +257,7 @@ def ddp_compile(ranks: Ranks, worst: Worst) -> str:
         worst.see_all("trained statistics", inner.buffers(), eager.buffers())
     worst.see_all("trained parameters", inner.parameters(), eager.parameters())
     worst.same_bits(inner, parameters=True)
-    return f"{steps} steps, {time.perf_counter() - stamp:.0f} s with the compilation"
+    return f"{steps} steps"
 
 
 # ------------------------------------------------------------------------------------------------- smallest buckets
@@ -330,7 +329,7 @@ def attempt(ranks: Ranks, name: str) -> bool:
     """Runs a check and prints its line; the same answer on all ranks. What it raises on any of them is said, and the next can run."""
     check, limit = CHECKS[name]
     faulthandler.dump_traceback_later(limit, exit=True)
-    worst, note, raised = Worst(ranks), "", ""
+    worst, note, raised, stamp = Worst(ranks), "", "", time.perf_counter()
     try:
         note = check(ranks, worst)
         synchronize(ranks)
@@ -338,7 +337,7 @@ def attempt(ranks: Ranks, name: str) -> bool:
         traceback.print_exc()
         raised = f"{type(error).__name__}: {' '.join(str(error).split())}"
     failures = [f"rank {r}: {text}" for r, text in enumerate(everybody_says(ranks, name, raised, limit)) if text]
-    right = not failures and worst.all_right(name, note)
+    right = not failures and worst.all_right(name, f"{note}; {time.perf_counter() - stamp:.0f} s in all")
     if failures and ranks.rank == 0:
         print(f"{name}: FAILED: {'; '.join(failures)}", flush=True)
     faulthandler.cancel_dump_traceback_later()

@@ -66,9 +66,9 @@ class Choice(NamedTuple):
     stages: int = 1
 
 
-# Found on an H100 and an H200 by benchmarks/gpu_tiles.py; docs/kernels.md has what each costs. By kernel, and: channels last, with
-# few positions or channels too; planes of 512 values and more; smaller planes; channels of few values. Two columns: 2-byte and
-# 4-byte dtypes.
+# Found on an H100 and an H200 by benchmarks/gpu_tiles.py; docs/kernels.md has what each costs. By kernel, and: channels last,
+# also those of few positions or few channels; planes of 512 values and more; smaller planes; channels of few values. Two columns:
+# 2-byte and 4-byte dtypes.
 FEW = 8192
 # So few positions that a program has no time to get its loads under way.
 SHORT = 4096
