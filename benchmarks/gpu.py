@@ -6,7 +6,6 @@ Each layer runs as a user runs it; "graph" is the same call captured once and re
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import statistics
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from gpu_cases import CASES, Case, graph_time, tensors
-from rows import provenance
+from rows import provenance, write
 
 import syncbn
 
@@ -250,6 +249,14 @@ def main() -> None:
         name = {} if case is None else {"case": case.name, "megabytes": case.megabytes(), "floor": case.floor(bandwidth)}
         rows.append({"benchmark": "gpu", "what": what, "peer": peer, "us": us, **name, **more})
 
+    def save() -> None:
+        """After each case: a run that is cut off leaves what it found."""
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            write("gpu", [{**r, **more} for r in rows], Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+
+    replicas = torch.distributed.get_world_size() if several() else 1
+    device = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "bytes per second": bandwidth}
+    more = {"replicas": replicas, "transport": transport(), **device, **provenance("torch", "triton", "numpy")}
     if "host" in only:
         x = torch.randn(4, 64, 8, 8, device="cuda")
         for _ in range(2):
@@ -279,17 +286,13 @@ def main() -> None:
             row("virtual replicas", "without", case, b)
             line.append(f"exchange {a - b:+.1f} of {b:.1f}")
         print(case.name, f"floor {case.floor(bandwidth):.0f}:", "; ".join(line), flush=True)
+        save()
     if "eager" in only:
         for case in CASES[::3]:
             for peer in ("syncbn", "BatchNorm2d"):
                 step = step_of(case, peer)
                 row("eager", peer, case, eager_time(step))
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        replicas = torch.distributed.get_world_size() if several() else 1
-        device = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "bytes per second": bandwidth}
-        more = {"replicas": replicas, "transport": transport(), **device, **provenance("torch", "triton", "numpy")}
-        out = sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).parent / "results" / "gpu.jsonl")
-        Path(out).write_text("".join(json.dumps({**r, **more}) + "\n" for r in rows))
+    save()
     print("done at", round(time.time() - start))
 
 
