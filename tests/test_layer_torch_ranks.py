@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import time
+import weakref
 
 import numpy as np
 import oracle
@@ -423,18 +424,21 @@ def trains(steps, seconds):
 
 
 def alone_and_again(port):
-    """A layer that is older than its process group: alone it sends nothing, then it finds the new group."""
+    """A layer that is older than its process group: alone it sends nothing, then it finds the new group. Whether that one is gone:
+    kept, its threads would abort the process at its end."""
     rank, size, backend = dist.get_rank(), dist.get_world_size(), dist.get_backend()
     layer = SyncBatchNorm(3)
     x = torch.randn(4, 3)
     with counting() as sent:
         # As numbers, so that the device has done with the group before it goes.
         numbers(layer(x))
+        groups = [weakref.ref(group) for group in dist.distributed_c10d._world.pg_map]
         dist.destroy_process_group()
+        gone = len(groups) == 2 and all(group() is None for group in groups)
         layer(x)
         dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
         numbers(layer(x))
-    return sent
+    return sent, gone
 
 
 @pytest.fixture
@@ -447,7 +451,7 @@ def three_ranks():
 
 def test_groups_that_go_and_come_and_a_rank_that_is_absent(three_ranks):
     """Absent in the debug mode: named."""
-    assert three_ranks.run(alone_and_again, common=(free_ports(1)[0],)) == [[(torch.float64, 7)] * 2] * 3
+    assert three_ranks.run(alone_and_again, common=(free_ports(1)[0],)) == [([(torch.float64, 7)] * 2, True)] * 3
     got = three_ranks.run(another_way, [np.ones((2, 3), "float32")] * 3, common=("impatient",))
     for said in (got[0], got[2]):
         assert (

@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from syncbn.engines import Moments
 from syncbn.engines import torch_lanes as lanes
-from syncbn.engines.torch_groups import Link, link_of
+from syncbn.engines.torch_groups import Link, link_of, link_over
 from syncbn.kernels import Normalization, eager, kept_for_backward
 from syncbn.policy import Activation
 
@@ -57,8 +57,7 @@ def _exchange_sums(message: Tensor, state: Tensor, group: str) -> None:
 
 
 def _link_named(group: str) -> Link:
-    process_group: Any = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
-    return Link(process_group.size(), group, process_group)
+    return link_over(dist.distributed_c10d._resolve_process_group(group))  # type: ignore[arg-type]
 
 
 for _name, _function, _fake in (

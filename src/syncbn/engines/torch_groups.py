@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -13,16 +14,25 @@ from syncbn import policy, policy_torch
 
 
 class Link(NamedTuple):
-    """The replicas that a layer's messages reach, two at least, by a process group and by its name."""
+    """The replicas that a layer's messages reach, two at least, by a process group and by its name.
+
+    The group is torch's: a group that outlives destroy_process_group, held by a module's global, aborts the process at its end.
+    """
 
     size: int
     name: str
-    process_group: Any
+    reference: Any
+
+    @property
+    def process_group(self) -> Any:
+        """None once torch has destroyed it."""
+        return self.reference()
 
 
-# Links are made once, by all ranks in the same order, and forgotten when the default group is another one.
+# Links are made once, by all ranks in the same order, and forgotten when the default group is another one. By what a layer was
+# given, a process group by a reference to it.
 _links: dict[Any, Link | None] = {}
-_made_in: Any = None
+_made_in: Any = lambda: None  # noqa: E731 (a dead reference)
 AVAILABLE = dist.is_available()
 
 
@@ -33,19 +43,20 @@ def link_of(group: Any) -> Link | None:
     if world is None or isinstance(group, policy.Alone):
         return None
     global _made_in
-    if _made_in is not world:
+    if _made_in() is not world:
         _links.clear()
-        _made_in = world
-    if group not in _links:
-        _links[group] = _make(group)
-    return _links[group]
+        _made_in = weakref.ref(world)
+    key = group if group is None or not isinstance(group, dist.ProcessGroup) else weakref.ref(group)
+    if key not in _links:
+        _links[key] = _make(group)
+    return _links[key]
 
 
 def _make(group: Any) -> Link | None:
     if group is None or (isinstance(group, int) and group > 0):
         world = dist.get_world_size()
         size = world // policy.groups(world, group)
-        return None if size == 1 else _link(_own_group(size, world))
+        return None if size == 1 else link_over(_own_group(size, world))
     if isinstance(group, policy.Axes | policy.Sharded):
         if dist.get_world_size() > 1:
             raise policy.axis_name_elsewhere(group, "PyTorch", dist.get_world_size())
@@ -53,7 +64,7 @@ def _make(group: Any) -> Link | None:
     # What new_group returns on a rank that is not in the group is a negative number.
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
         raise policy_torch.not_in_group(group)
-    return None if group.size() == 1 else _link(group)
+    return None if group.size() == 1 else link_over(group)
 
 
 def _own_group(size: int, world: int) -> Any:
@@ -74,8 +85,9 @@ def timeout_of(process_group: Any) -> Any:
     return process_group._get_backend(process_group._device_types[0]).options._timeout
 
 
-def _link(process_group: Any) -> Link:
-    return Link(process_group.size(), process_group.group_name, process_group)
+def link_over(process_group: Any) -> Link:
+    """The link of a process group that this rank is in."""
+    return Link(process_group.size(), process_group.group_name, weakref.ref(process_group))
 
 
 def sum_in_place(v: Tensor, link: Link | None) -> Tensor:

@@ -70,7 +70,7 @@ class Lanes:
         return self.taken[user]
 
 
-# By the group's name, with the group: after destroy_process_group another one may have the name.
+# By the group's name, with the reference to it: after destroy_process_group another one may have the name.
 _lanes: dict[str, tuple[Any, Lanes | None]] = {}
 
 
@@ -78,13 +78,13 @@ def lane_of(link: Link | None, device: torch.device) -> Lane | None:
     """The lane of the current stream, or None where the group's backend carries the messages."""
     if link is None or device.type != "cuda":
         return None
-    group, found = _lanes.get(link.name, (None, None))
-    if group is not link.process_group:
+    reference, found = _lanes.get(link.name, (None, None))
+    if reference is not link.reference:
         if torch.cuda.is_current_stream_capturing():
             raise policy_torch.first_call_in_capture()
         with torch.cuda.device(device):
             found = _set_up(link, device)
-        _lanes[link.name] = link.process_group, found
+        _lanes[link.name] = link.reference, found
     return None if found is None else found.of(_user(device))
 
 
