@@ -123,7 +123,8 @@ def main() -> None:
             rows.append({"benchmark": "gpu host", "what": name, "forward": forward, "backward": backward})
             print(f"{name:28} forward {forward:6.1f}  backward {backward:6.1f}  both {forward + backward:6.1f}", flush=True)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        more = {**provenance("torch", "triton", "numpy"), "device": torch.cuda.get_device_name()}
+        replicas = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        more = {**provenance("torch", "triton", "numpy"), "device": torch.cuda.get_device_name(), "replicas": replicas}
         out = sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).parent / "results" / "gpu-host.jsonl")
         Path(out).write_text("".join(json.dumps({**row, **more}) + "\n" for row in rows))
 

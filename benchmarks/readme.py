@@ -1,22 +1,18 @@
-"""Writes the README's table of figures from the rows: `python benchmarks/readme.py`; with `--check` it only compares."""
+"""Writes the figures of the README and of docs/kernels.md from the rows: `python benchmarks/readme.py`; `--check` compares."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
-from math import exp, log, prod
+from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from rows import read
+from gpu_figures import one_gpu, two_gpus
+from rows import geometric_mean, read
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 START, END = "<!-- from benchmarks/results, by benchmarks/readme.py -->\n", "<!-- end -->\n"
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return exp(sum(map(log, values)) / len(values))
 
 
 def ratios(name: str, peer: str, only: Callable[[dict[str, Any]], bool]) -> list[float]:
@@ -45,6 +41,12 @@ def timed(quantity: str, replicas: int | None = None) -> Callable[[dict[str, Any
     return lambda row: (row.get("quantity") or row.get("what")) == quantity and replicas in (None, row.get("replicas"))
 
 
+def gpus(name: str) -> str:
+    """How many GPUs of which kind a run had."""
+    row = read(name)[0]
+    return f"{row['replicas']} × {row['device'].removeprefix('NVIDIA ').split()[0]}"
+
+
 def table() -> str:
     step, graph = timed("seconds per step"), timed("graph")
     large = lambda row: step(row) and prod(row["shape"]) > 100_000  # noqa: E731
@@ -59,18 +61,22 @@ def table() -> str:
             "`nn.BatchNorm` and two bare all-reduces",
             ratios("torch-cpu", "torch local + 2 bare all_reduces", timed("seconds per step", 2)),
         ),
-        line("PyTorch, one H200, in a graph", "`nn.BatchNorm2d`", ratios("gpu", "BatchNorm2d", graph)),
+        line(f"PyTorch, {gpus('gpu')}, in a graph", "`nn.BatchNorm2d`", ratios("gpu", "BatchNorm2d", graph)),
         line("— the same", "`nn.BatchNorm2d`, compiled", ratios("gpu", "BatchNorm2d, compiled", graph)),
-        line("PyTorch, 2 × H100, in a graph", "`nn.SyncBatchNorm`", ratios("gpu-x2", "torch SyncBatchNorm", graph)),
+        line(f"PyTorch, {gpus('gpu-x2')}, in a graph", "`nn.SyncBatchNorm`", ratios("gpu-x2", "torch SyncBatchNorm", graph)),
         line("— the same", "`nn.BatchNorm2d`, unsynchronised", ratios("gpu-x2", "BatchNorm2d", graph)),
-        line("ResNet-50, 2 × H100, 8 and 32 images each", "`nn.SyncBatchNorm`", training(2, "torch SyncBatchNorm")),
+        line(f"ResNet-50, {gpus('gpu-x2')}, 8, 32 and 128 images each", "`nn.SyncBatchNorm`", training(2, "torch SyncBatchNorm")),
         line("— the same", "`nn.BatchNorm2d`, unsynchronised", training(2, "BatchNorm2d")),
-        line("ResNet-50, one H100, 8, 32 and 128 images", "`nn.BatchNorm2d`", training(1, "BatchNorm2d")),
+        line(f"ResNet-50, {gpus('gpu')}, 8, 32 and 128 images", "`nn.BatchNorm2d`", training(1, "BatchNorm2d")),
     ]
     for program in ("20 in a scan", "10 with 1×1 convolutions between", "20 bare, unrolled"):
         found = ratios("jax-cpu", "flax axis_name", timed(f"seconds per step, {program}"))
         lines.append(line(f"JAX, CPU, 4 devices: {program}", "Flax `axis_name`", found))
-    lines.append(line("JAX, one H100", "Flax, unsynchronised", ratios("jax-gpu", "flax", timed("seconds per layer"))))
+    layer = timed("seconds per layer")
+    lines.append(line(f"JAX, {gpus('jax-gpu')}", "Flax, unsynchronised", ratios("jax-gpu", "flax", layer)))
+    half = lambda row: layer(row) and row["dtype"] == "bfloat16"  # noqa: E731
+    lines.append(line(f"JAX, {gpus('jax-gpu-x2')}", "Flax `axis_name`", ratios("jax-gpu-x2", "flax axis_name", layer)))
+    lines.append(line("— in bfloat16", "Flax `axis_name`", ratios("jax-gpu-x2", "flax axis_name", half)))
     errors = {
         (r["peer"], r["quantity"]): r["median"] for r in read("tensorflow-cpu") if r["quantity"].startswith("variance error")
     }
@@ -81,14 +87,28 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+# What each document takes from the rows, in its order.
+TABLES: dict[str, list[Callable[[], str]]] = {"README.md": [table], "docs/kernels.md": [two_gpus, one_gpu]}
+
+
+def written(text: str, tables: list[Callable[[], str]]) -> str:
+    """The text with its tables made anew."""
+    head, *parts = text.split(START)
+    if len(parts) != len(tables):
+        raise SystemExit(f"There must be {len(tables)} places for tables. Received: {len(parts)}.")
+    for part, make in zip(parts, tables, strict=True):
+        head += START + "\n" + make() + "\n" + END + part.split(END)[1]
+    return head
+
+
 def main() -> None:
-    text = README.read_text()
-    head, rest = text.split(START)
-    _, tail = rest.split(END)
-    new = head + START + "\n" + table() + "\n" + END + tail
-    if "--check" in sys.argv:
-        sys.exit(0 if new == text else "README.md does not say what the rows say: run benchmarks/readme.py")
-    README.write_text(new)
+    for name, tables in TABLES.items():
+        text = (ROOT / name).read_text()
+        new = written(text, tables)
+        if "--check" not in sys.argv:
+            (ROOT / name).write_text(new)
+        elif new != text:
+            sys.exit(f"{name} does not say what the rows say: run benchmarks/readme.py")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import os
 import platform
 import statistics
 import subprocess
+from collections.abc import Iterable
+from math import exp, log
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,11 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     """Median and quartiles."""
     low, median, high = statistics.quantiles(seconds, n=4)
     return {"p25": low, "median": median, "p75": high}
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return exp(sum(map(log, values)) / len(values))
 
 
 def write(name: str, rows: list[dict[str, Any]], path: Path | None = None) -> Path:
