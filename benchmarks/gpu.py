@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from gpu_cases import CASES, Case, graph_time, tensors
-from rows import provenance, write
+from rows import RESULTS, provenance, write
 
 import syncbn
 
@@ -249,10 +249,13 @@ def main() -> None:
         name = {} if case is None else {"case": case.name, "megabytes": case.megabytes(), "floor": case.floor(bandwidth)}
         rows.append({"benchmark": "gpu", "what": what, "peer": peer, "us": us, **name, **more})
 
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "gpu.jsonl"
+    partial = out.with_suffix(".partial.jsonl")
+
     def save() -> None:
-        """After each case: a run that is cut off leaves what it found."""
+        """After each case: a run that is cut off leaves what it found, beside what was complete."""
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            write("gpu", [{**r, **more} for r in rows], Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+            write("gpu", [{**r, **more} for r in rows], partial)
 
     replicas = torch.distributed.get_world_size() if several() else 1
     device = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "bytes per second": bandwidth}
@@ -293,6 +296,8 @@ def main() -> None:
                 step = step_of(case, peer)
                 row("eager", peer, case, eager_time(step))
     save()
+    if partial.exists():
+        partial.replace(out)
     print("done at", round(time.time() - start))
 
 

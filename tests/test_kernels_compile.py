@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 
-def test_every_kernel_compiles_for_sm_90():
+def test_every_kernel_compiles_and_fits():
     # In a process of its own, where Triton does not interpret.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_kernels.py")
@@ -18,7 +18,7 @@ def test_every_kernel_compiles_for_sm_90():
         [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment, check=False
     )
     assert found.returncode == 0, found.stderr[-2000:]
-    assert len(found.stdout.splitlines()) == 16
+    assert len(found.stdout.splitlines()) == 3 * 22
 
 
 def test_doctor_on_one_replica():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_checks import EPSILON, MATRIX, KernelCase, check, each_way
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
@@ -17,6 +18,8 @@ from syncbn import SyncBatchNorm, maths
 from syncbn.kernels import Normalization, cuda, eager, fused, plans, tiling
 from syncbn.kernels.tiling import Tile
 from syncbn.policy import Activation
+
+MACHINE = tiling.Machine(132, 227 << 10, True)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -200,6 +203,7 @@ def test_in_registers_what_is_not_finite_shows():
     assert stats[:6].isfinite().tolist() == [True, False, True, True, False, True]
     assert y.isfinite().all((0, 2)).tolist() == [True, False, True]
     assert mean.isfinite().tolist() == variance.isfinite().tolist() == [True, False, True]
+    assert (stats[1].item(), mean[1].item()) == (float("inf"), float("inf"))
     assert batches.item() == 1
 
 
@@ -218,7 +222,7 @@ def test_turns_visit_every_tile_once():
 
 def test_an_empty_replica_has_a_program_that_moves_its_statistics():
     for f in (tiling.Fold(0, 3, 49), tiling.Fold(0, 3, 1)):
-        tile, before = (tiling.tile_for(kernel, f, 4, 132) for kernel in ("normalize", "moments"))
+        tile, before = (tiling.tile_for(kernel, f, 4, MACHINE) for kernel in ("normalize", "moments"))
         assert plans.pointwise_programs(f, tile, before) >= 1
 
 
@@ -228,7 +232,7 @@ def test_plans_cover_every_value(layout):
         n, c, h, w = shape
         f = tiling.Fold(n * h * w, c, 1) if layout == "NHWC" else tiling.Fold(n, c, h * w)
         for kernel, size in itertools.product(tiling.CHOICES, (2, 4)):
-            tile = tiling.tile_for(kernel, f, size, 132)
+            tile = tiling.tile_for(kernel, f, size, MACHINE)
             steps = -(-f.A * f.B // tile.T)
             assert tile.T & (tile.T - 1) == tile.K & (tile.K - 1) == 0
             assert tile.share * -(-steps // tile.share) >= steps
@@ -243,6 +247,29 @@ def whole_step(layer, x, dy):
     x = x.detach().requires_grad_()
     y = layer._in_whole(x, None, None)
     return [y, *torch.autograd.grad(y, [x, layer.weight, layer.bias], dy)]
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.0, None])
+def test_moving_statistics_are_torchs(momentum):
+    """1/batches by two launches: within one some programs would read what another has counted."""
+    layer, theirs = SyncBatchNorm(3, momentum=momentum), torch.nn.BatchNorm1d(3, momentum=momentum)
+    for _ in range(3):
+        x = torch.randn(4, 3, 5) * 2 + 1
+        assert layer._in_whole(x, None, None) is not None
+        theirs(x)
+    for got, expected in zip(layer.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_recomputation_saves_what_the_first_pass_saved(momentum):
+    layer, x = SyncBatchNorm(3, momentum=momentum), torch.randn(4, 3, 5, requires_grad=True)
+    dy = torch.randn(4, 3, 5)
+    (expected,) = torch.autograd.grad(layer._in_whole(x, None, None), x, dy)
+    y = checkpoint(lambda x: layer._in_whole(x, None, None), x, use_reentrant=False)
+    (got,) = torch.autograd.grad(y, x, dy)
+    assert torch.equal(got, expected)
+    assert layer.num_batches_tracked.item() == 2
 
 
 def test_saved_tensors_may_come_back_in_another_layout():

@@ -431,7 +431,8 @@ def alone_and_again(port):
     x = torch.randn(4, 3)
     with counting() as sent:
         # As numbers, so that the device has done with the group before it goes.
-        numbers(layer(x))
+        y = layer(x.requires_grad_())
+        numbers(y)
         # Torch's own defaults may hold the group of all.
         ours = [weakref.ref(group) for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
         dist.destroy_process_group()
@@ -439,7 +440,13 @@ def alone_and_again(port):
         layer(x)
         dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
         numbers(layer(x))
-    return sent, gone
+    try:
+        # In the group of all it would be a sum over other replicas.
+        torch.autograd.grad(y, x, torch.randn(4, 3))
+        late = "nothing"
+    except RuntimeError as error:
+        late = str(error)
+    return sent, gone, "must live until its backward pass" in late
 
 
 @pytest.fixture
@@ -452,7 +459,7 @@ def three_ranks():
 
 def test_groups_that_go_and_come_and_a_rank_that_is_absent(three_ranks):
     """Absent in the debug mode: named."""
-    assert three_ranks.run(alone_and_again, common=(free_ports(1)[0],)) == [([(torch.float64, 7)] * 2, [True])] * 3
+    assert three_ranks.run(alone_and_again, common=(free_ports(1)[0],)) == [([(torch.float64, 7)] * 2, [True], True)] * 3
     got = three_ranks.run(another_way, [np.ones((2, 3), "float32")] * 3, common=("impatient",))
     for said in (got[0], got[2]):
         assert (

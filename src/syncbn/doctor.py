@@ -24,7 +24,7 @@ def report() -> tuple[list[tuple[str, str]], bool]:
         lines.append(
             ("device", f"{torch.cuda.get_device_name(device)}, compute capability {torch.cuda.get_device_capability(device)}")
         )
-    lines += [("replicas", _replicas()), ("kernels", _path(device, cuda_kernels() is not None)), ("exchange", _exchange(device))]
+    lines += [("replicas", _replicas()), ("kernels", _path(device, cuda_kernels())), ("exchange", _exchange(device))]
     wrong = _errors(device)
     lines += [
         (f"error of {name}", f"{error:.1e} ({'right' if error <= limit else 'WRONG'}: at most {limit:.0e})")
@@ -69,10 +69,12 @@ def _replicas() -> str:
     return f"{dist.get_world_size()} over {dist.get_backend()}"
 
 
-def _path(device: Any, triton: bool) -> str:
+def _path(device: Any, kernels: Any) -> str:
     if device.type != "cuda":
         return "torch operators on the CPU: there is no CUDA device"
-    return "Triton, on CUDA tensors" if triton else "torch operators: Triton is not there, or SYNCBN_KERNELS=eager"
+    if kernels is None:
+        return "torch operators: Triton is not there, or SYNCBN_KERNELS=eager"
+    return "Triton, on CUDA tensors" if kernels.runs_on(device.index) else "torch operators: the GPU is older than sm_80"
 
 
 def _exchange(device: Any) -> str:

@@ -153,6 +153,14 @@ def lost_replica(group: str, code: int, rank: int) -> RuntimeError:
     )
 
 
+def group_is_gone(group: str) -> RuntimeError:
+    """destroy_process_group between a forward pass and its backward pass."""
+    return RuntimeError(
+        "The process group of a forward pass must live until its backward pass has ended. "
+        f"Received: a message for the group {group!r}, which torch.distributed has destroyed. Run the forward pass again."
+    )
+
+
 def no_peer_memory(reason: str) -> str:
     """A warning: slower, and right."""
     return (

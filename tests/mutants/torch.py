@@ -42,6 +42,7 @@ MUTANTS = [
     Mutant("momentum the wrong way round", LAYER, "maths.moving_average(old, batch, 1 - weight)", "maths.moving_average(old, batch, weight)",
            ALONE, "equals_torch and ours"),
     Mutant("a message in eval", LAYER, "group = self._group() if self.training else policy.ALONE", "group = self._group()", RANKS, "eval_and_local"),
+    Mutant("a group that is gone taken for all", "engines/torch_groups.py", "raise policy_torch.group_is_gone(self.name)", "pass", RANKS, "go_and_come"),
     Mutant("groups kept past their end", "engines/torch_groups.py", "group.size(), process_group.group_name, weakref.ref(process_group))",
            "group.size(), process_group.group_name, lambda: process_group)", RANKS, "go_and_come"),
     Mutant("the backward pass of local statistics is not", ENGINE, "link = None if alone else link_of(group)", "link = link_of(group)", RANKS, "local_in_both"),

@@ -52,11 +52,13 @@ def whole(
     # Before lanes are set up, where all ranks wait for each other: a rank that is absent is named.
     debug.announce(link, "forward", speaker, x.shape[1])
     lane = None if link is None else lanes.lane_for(link, x.device, x.shape[1])
+    # 1/batches cannot be read by some programs while another counts. Also not in a recomputation, which must save what was saved.
+    at_once = link is None and (moving is None or moving[3] is not None)
     if moving is not None:
         mean, variance, batches, weight_of_new = moving
         moving = (mean, variance, batches, -1.0 if weight_of_new is None else weight_of_new) if context.is_first_pass() else None
     # A plain tuple: a named one costs the host as much as an allocation.
-    return _apply(x, weight, bias, residual, mask, (epsilon, activation, link, lane, moving, kernels, speaker))
+    return _apply(x, weight, bias, residual, mask, (epsilon, activation, link, lane, moving, at_once, kernels, speaker))
 
 
 class Whole(Function):
@@ -67,8 +69,8 @@ class Whole(Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mask: Tensor | None, call: Any
     ) -> Tensor:
-        """y. call: (epsilon, activation, link, lane, moving, kernels, speaker)."""
-        epsilon, activation, link, lane, moving, kernels, _ = call
+        """y. call: (epsilon, activation, link, lane, moving, at_once, kernels, speaker)."""
+        epsilon, activation, link, lane, moving, at_once, kernels, _ = call
         sent = link is not None and lane is None
         dense = kernels.dense_or_copy(x)
         name, slope = (None, 0.0) if activation is None else activation
@@ -84,8 +86,7 @@ class Whole(Function):
             None,
             sent,
             sent,
-            # 1/batches cannot be read by some programs while another counts.
-            link is None and (moving is None or moving[3] >= 0),
+            at_once,
         )
         keep = None if mask is None else kernels.keep_of(mask, x)
         y, stats = kernels.fused.forward(
@@ -113,7 +114,7 @@ class Whole(Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         """(dx, dweight, dbias, dresidual): the parameters' gradients are this replica's own sums."""
         x, weight, bias, stats, mask, kept = ctx.saved_tensors
-        epsilon, activation, link, lane, _, kernels, speaker = ctx.call
+        epsilon, activation, link, lane, _, _, kernels, speaker = ctx.call
         debug.announce(link, "backward", speaker, x.shape[1])
         if torch.is_grad_enabled():
             return _differentiable(ctx, dy)
@@ -158,7 +159,7 @@ _apply = super(Function, Whole).apply
 def _differentiable(ctx: Any, dy: Tensor) -> Any:
     """The gradients, differentiable again, by plain operators."""
     x, weight, bias, stats, mask, kept = ctx.saved_tensors
-    epsilon, activation, link, _, _, kernels, speaker = ctx.call
+    epsilon, activation, link, _, _, _, kernels, speaker = ctx.call
     if mask is not None:
         x = torch.where(mask | x.isfinite(), x, 0)
     one_and_zero = [x.new_full((x.shape[1],), value, dtype=torch.float32) for value in (1, 0)] if weight is None else []

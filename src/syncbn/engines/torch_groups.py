@@ -25,8 +25,11 @@ class Link(NamedTuple):
 
     @property
     def process_group(self) -> Any:
-        """None once torch has destroyed it."""
-        return self.reference()
+        """Raises once torch has destroyed it: what torch takes for no group is the group of all."""
+        found = self.reference()
+        if found is None:
+            raise policy_torch.group_is_gone(self.name)
+        return found
 
 
 # Links are made once, by all ranks in the same order, and forgotten when the default group is another one. By what a layer was

@@ -188,7 +188,8 @@ def _facts(link: Link, device: torch.device) -> dict[str, Any]:
     from syncbn.kernels.choice import cuda_kernels
 
     try:
-        triton = cuda_kernels() is not None
+        kernels = cuda_kernels()
+        triton = kernels is not None and kernels.runs_on(device.index)
     except Exception:
         # Raised again by the call that this is for.
         triton = False

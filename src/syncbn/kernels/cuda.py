@@ -6,6 +6,7 @@ replicas meet inside the kernels, or there is one, the engine calls fused.py ins
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +19,18 @@ from syncbn.policy import Activation
 _plans: dict[Any, plans.Plan] = {}
 
 
+@cache
+def runs_on(device_index: int) -> bool:
+    """Whether Triton compiles for this GPU: NVIDIA's, from sm_80 on."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device_index) >= (8, 0)
+
+
 def serves(x: Tensor, mask: Tensor | None) -> bool:
     """Whether these kernels take x."""
     # Subclasses (fake tensors, distributed ones) have no memory of their own to point to.
     plain = type(x) is Tensor or type(x) is torch.nn.Parameter
-    return plain and (x.is_cuda or INTERPRETED) and x.dtype in plans.DTYPES and x.dim() >= 2 and x.shape[1] > 0
+    there = INTERPRETED or (x.is_cuda and runs_on(x.get_device()))
+    return plain and there and x.dtype in plans.DTYPES and x.dim() >= 2 and x.shape[1] > 0
 
 
 def dense_or_copy(x: Tensor) -> Tensor:

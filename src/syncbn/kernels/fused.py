@@ -1,4 +1,4 @@
-"""Batch norm of one replica's CUDA tensor in two launches each way; the replicas meet inside them, or not at all.
+"""Batch norm of one replica's CUDA tensor in two launches each way, or one; the replicas meet inside them, or not at all.
 
     measure(…)            moments, and over replicas where the plan says so
     normalize(…)          the output, and the moving statistics

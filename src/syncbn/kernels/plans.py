@@ -8,12 +8,21 @@ import torch
 
 from syncbn.kernels import exchange, moments, pointwise, resident, sums
 from syncbn.kernels.launch import INTERPRETED, Launch, power_of_2
-from syncbn.kernels.tiling import CHOICES, Fold, Tile, order, resident_tile, tile_for
+from syncbn.kernels.tiling import BESIDE, CHOICES, UNDER_WAY, Fold, Machine, Tile, order, resident_tile, tile_for
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Whether the kernels of one replica overlap their starts (tiles.follow).
-PDL = not INTERPRETED
+# Whether the kernels of one replica overlap their starts (tiles.follow), where the GPU can: from sm_90 on.
+PDL = True
 L2_BYTES = 60e6
+
+
+def machine_of(device: torch.device) -> Machine:
+    """What tiles depend on of a device."""
+    if INTERPRETED:
+        return Machine(4, UNDER_WAY + BESIDE, False)
+    found = torch.cuda.get_device_properties(device)
+    shared = getattr(found, "shared_memory_per_block_optin", 48 << 10)
+    return Machine(found.multi_processor_count, shared, (found.major, found.minor) >= (9, 0))
 
 
 class Reduction:
@@ -30,6 +39,7 @@ class Reduction:
         replicas: int,
         tile: Tile,
         messages: dict[str, bool],
+        overlap: bool,
     ):
         J = f.A * f.B
         steps = -(-J // tile.T)
@@ -55,7 +65,7 @@ class Reduction:
             "U": tile.unroll,
             "S": tile.stages,
             **flags,
-            "PDL": PDL,
+            "PDL": overlap,
             "ALONE": alone,
             "W": replicas,
             **messages,
@@ -100,15 +110,20 @@ class Plan:
         tiles: dict[str, Tile] | None = None,
     ):
         self.fold, self.device, self.sent = f, device, sent
-        processors = 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-        held = ((tiles or {}).get("resident") or resident_tile(f, dtype.itemsize, processors)) if at_once else None
+        assert not at_once or (replicas == 1 and not sent and not raw and moves < 2), "one launch: of one replica alone"
+        machine = machine_of(device)
+        self.overlap = PDL and machine.overlaps
+        held = ((tiles or {}).get("resident") or resident_tile(f, dtype.itemsize, machine)) if at_once else None
         self.resident = held is not None
         # The moments, and room for five float32 coefficients a channel where a launch leaves them for the next.
         self.stats_size = 2 * f.C + 1 if sent or self.resident else 2 * f.C + 2 + -(-5 * f.C // 2)
         if held is not None:
             self._hold(held, dtype, masked, scale, activation, residual, moving, moves)
             return
-        chosen = {k: (tiles or {}).get(k) or tile_for(k, f, dtype.itemsize, processors) for k in CHOICES}
+        # The activation's slope needs the output (x's dtype) or, for silu, the residual.
+        saved = (residual or dtype) if activation == "silu" else dtype
+        read = {"sums": 2 * dtype.itemsize + (saved.itemsize if activation and residual else 0)}
+        chosen = {k: (tiles or {}).get(k) or tile_for(k, f, dtype.itemsize, machine, read.get(k)) for k in CHOICES}
         of_moments, of_sums = chosen["moments"], chosen["sums"]
         forward, backward = chosen["normalize"], chosen["input_gradient"]
         byte, f32, f64, i32, i64 = torch.uint8, torch.float32, torch.float64, torch.int32, torch.int64
@@ -125,6 +140,7 @@ class Plan:
             replicas,
             of_moments,
             {"SENT": sent},
+            self.overlap,
         )
         # Tensors that L2 holds: let it forget first what nobody reads again. Larger ones are the slower for it.
         drop = "evict_first" if f.A * f.C * f.B * dtype.itemsize < L2_BYTES else ""
@@ -139,7 +155,7 @@ class Plan:
                 "K": forward.K,
                 **even(f, forward, of_moments),
                 "DROP": drop,
-                "PDL": PDL,
+                "PDL": self.overlap,
                 "MASKED": masked,
                 "SCALE": scale is not None,
                 **act,
@@ -150,8 +166,6 @@ class Plan:
             forward.warps,
             device,
         )
-        # The activation's slope needs the output (x's dtype) or, for silu, the residual.
-        saved = other if activation == "silu" else dtype
         self.sums = Reduction(
             sums.sums_kernel,
             2,
@@ -184,6 +198,7 @@ class Plan:
             replicas,
             of_sums,
             {"SENT": sent, "RAW": raw},
+            self.overlap,
         )
         self.gradient_numbers = (f.A, backward.share, *order(f, backward, of_sums))
         self.input_gradient = Launch(
@@ -196,7 +211,7 @@ class Plan:
                 "K": backward.K,
                 **even(f, backward, of_sums),
                 "DROP": drop,
-                "PDL": PDL,
+                "PDL": self.overlap,
                 "MASKED": masked,
                 **act,
                 "SCALE": scale is not None,
@@ -219,7 +234,7 @@ class Plan:
         moving: torch.dtype | None,
         moves: int,
     ) -> None:
-        """The two launches of a fold that registers hold."""
+        """One launch each way, of a fold that registers hold."""
         f, byte, f32, f64 = self.fold, torch.uint8, torch.float32, torch.float64
         vector, other = scale or f32, residual or dtype
         saved = other if activation == "silu" else dtype
@@ -229,7 +244,7 @@ class Plan:
             "T": tile.T,
             "K": tile.K,
             "EVEN": f.A * f.B == tile.T,
-            "PDL": PDL,
+            "PDL": self.overlap,
             "MASKED": masked,
             "SCALE": scale is not None,
             "ACTIVATION": pointwise.ACTIVATIONS[activation],

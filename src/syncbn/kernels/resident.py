@@ -73,6 +73,8 @@ def forward_kernel(
         d = tl.where(counted[:, None], d, 0.0)
     n = tl.zeros([K], tl.float64) + n.to(tl.float64)
     mean, m2 = moments.moments_about(pivot, n, tl.sum(d, 0), tl.sum(d * d, 0))
+    # An infinite mean, as torch has it; the variance is NaN.
+    mean = tl.where(tl.abs(pivot) < float("inf"), mean, pivot.to(tl.float64))
     variance = tl.where(n == 0, 1.0, m2 / tl.where(n == 0, 1.0, n))
     hi, _, _, a, b = pointwise.affine(mean, variance, scale, offset, c, epsilon, C, SCALE)
     if MASKED:

@@ -82,9 +82,9 @@ def store(pointer, value, j, c, J, C: tl.constexpr, B: tl.constexpr, K: tl.const
 
 @triton.jit
 def narrowed(value, pointer):
-    """A float64 value in a pointer's dtype."""
+    """A float32 or float64 value in a pointer's dtype."""
     if pointer.dtype.element_ty == tl.float64:
-        return value
+        return value.to(tl.float64)
     return value.to(tl.float32).to(pointer.dtype.element_ty)
 
 

@@ -16,6 +16,14 @@ from syncbn.kernels.launch import power_of_2
 MOST_VALUES = 1 << 23
 
 
+class Machine(NamedTuple):
+    """What matters of a GPU: its processors, the bytes of shared memory that a program may have, whether starts overlap."""
+
+    processors: int
+    shared: int
+    overlaps: bool
+
+
 class Fold(NamedTuple):
     """An input as [A, C, B]."""
 
@@ -108,8 +116,12 @@ CHOICES = {
 }
 
 
-def tile_for(kernel: str, f: Fold, itemsize: int, processors: int) -> Tile:
-    """The tile of a kernel for a fold. From the fold alone: what is not a multiple of it is masked."""
+# Bytes of loads under way that were tuned, and what else a program has in shared memory.
+UNDER_WAY, BESIDE = 1 << 17, 1 << 12
+
+
+def tile_for(kernel: str, f: Fold, itemsize: int, machine: Machine, read: int | None = None) -> Tile:
+    """The tile of a kernel for a fold; what is no multiple of it is masked. read: bytes of a value, of all tensors together."""
     J = f.A * f.B
     kind = "last" if f.B == 1 else "planes" if f.B >= 512 else "small planes"
     few = f"{kind}, few"
@@ -119,7 +131,7 @@ def tile_for(kernel: str, f: Fold, itemsize: int, processors: int) -> Tile:
         kind = "last, short"
     # Few values a channel and enough channels for all processors, or a tensor so small that splits would cost more.
     most = FEW // 4 if kernel == "moments" and kind == "small planes" else FEW
-    if few in CHOICES[kernel] and most >= J and (J * f.C <= 1 << 20 or (f.B > 1 and processors <= f.C)):
+    if few in CHOICES[kernel] and most >= J and (J * f.C <= 1 << 20 or (f.B > 1 and machine.processors <= f.C)):
         kind = few
     T, K, warps, waves, unroll, stages = CHOICES[kernel][kind][itemsize == 4]
     channels = power_of_2(f.C)
@@ -129,7 +141,9 @@ def tile_for(kernel: str, f: Fold, itemsize: int, processors: int) -> Tile:
     steps = max(1, -(-J // T))
     if kernel in ("normalize", "input_gradient"):
         return Tile(T, K, warps, waves + 1)
-    splits = 1 if not waves else max(1, min(steps, round(processors * waves / -(-f.C // K))))
+    room = min(UNDER_WAY, machine.shared - BESIDE)
+    stages = max(1, min(stages, 1 + room // (T * K * (read or itemsize))))
+    splits = 1 if not waves else max(1, min(steps, round(machine.processors * waves / -(-f.C // K))))
     splits = max(splits, min(steps, -(-J // MOST_VALUES)))
     return Tile(T, K, warps, -(-steps // splits), unroll, stages)
 
@@ -140,13 +154,13 @@ LONGEST = {"planes": 8192, "last": 512}
 HELD = 1024
 
 
-def resident_tile(f: Fold, itemsize: int, processors: int) -> Tile | None:
+def resident_tile(f: Fold, itemsize: int, machine: Machine) -> Tile | None:
     """The tile that is all of its channels; None for a fold that registers cannot hold."""
     J, longest = f.A * f.B, LONGEST["last" if f.B == 1 else "planes"]
     if J == 0 or longest < J or J * f.C >= 2**31:
         return None
     T = power_of_2(J)
-    K = 32 // itemsize if f.B == 1 else max(1, min(4 * HELD // T, power_of_2(f.C // (4 * processors))))
+    K = 32 // itemsize if f.B == 1 else max(1, min(4 * HELD // T, power_of_2(f.C // (4 * machine.processors))))
     K = min(K, power_of_2(f.C))
     return Tile(T, K, max(1, T * K // HELD), 1)
 
