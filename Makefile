@@ -7,7 +7,7 @@ PYTEST := $(BIN)/pytest
 
 # One framework, and one number of replicas, a process; two processes at a time.
 REPLICATED := tests/test_engine_tensorflow.py tests/test_layer_tensorflow.py
-TESTS := test-house test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-conversion test-mutants
+TESTS := test-house test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants
 
 .PHONY: demo test check lint mutants gpu gpu-ranks benchmark clean $(TESTS)
 
@@ -47,6 +47,10 @@ test-jax:
 
 test-kernels:
 	$(PYTEST) tests/test_kernels_triton.py tests/test_exchange.py tests/test_kernels_compile.py
+
+# What torch's layers and engine promise, through the kernels for CUDA under Triton's interpreter.
+test-torch-kernels:
+	SYNCBN_TEST_DEVICE=interpreter $(PYTEST) tests/test_layer_torch.py tests/test_layer_torch_ranks.py tests/test_engine_torch.py tests/test_torch_training.py --replicas 2
 
 test-conversion:
 	$(PYTEST) tests/test_convert_torch.py tests/test_export_torch.py

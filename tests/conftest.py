@@ -20,6 +20,11 @@ if any("jax" in Path(argument).name and "demo" not in Path(argument).name for ar
     os.environ["KERAS_BACKEND"] = "jax"
 
 
+# Torch's layers through their kernels; before Triton is imported.
+if os.environ.get("SYNCBN_TEST_DEVICE") == "interpreter":
+    import through_kernels  # noqa: F401
+
+
 def pytest_addoption(parser):
     parser.addoption("--replicas", type=int, default=4, help="how many replicas the tests run on")
     parser.addoption("--all-mutants", action="store_true", help="every deliberate fault, not the essential ones alone")

@@ -261,6 +261,21 @@ def test_moving_statistics_are_torchs(momentum):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["one launch", "two"])
+def test_nothing_depends_on_a_stray_value_under_the_mask(momentum, create_graph):
+    """It is read as 0."""
+    layer, x, dy = SyncBatchNorm(2, momentum=momentum), torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    mask = torch.tensor([1, 1, 0, 0], dtype=torch.bool).expand(3, 1, 4)
+    x[:, :, 3] = float("inf")
+    x.requires_grad_()
+    y = layer._in_whole(x, mask, None)
+    (got,) = torch.autograd.grad(y, x, dy, create_graph=create_graph)
+    (expected,) = torch.autograd.grad(layer(x, mask=mask), x, dy)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert (got[:, :, 3] == 0).all()
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_recomputation_saves_what_the_first_pass_saved(momentum):
     layer, x = SyncBatchNorm(3, momentum=momentum), torch.randn(4, 3, 5, requires_grad=True)

@@ -81,7 +81,8 @@ class TensorFlowWorld:
 class TorchWorld:
     """Processes that live as long as the world and run what they are sent: start-up is paid once.
 
-    They meet by gloo on the CPU; with SYNCBN_TEST_DEVICE=cuda on GPUs, one each by NCCL, or by gloo where those are too few.
+    They meet by gloo on the CPU; with SYNCBN_TEST_DEVICE=cuda on GPUs, one each by NCCL, or by gloo where those are too few; with
+    "interpreter" on the CPU through the kernels for CUDA (through_kernels.py).
 
     What they run must be importable by its name: a function of a test module, which finds its rank by torch.distributed.
     """
@@ -152,6 +153,8 @@ def serve(pipe: Any, rank: int, replicas: int, port: int, timeout: float, device
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if device == "interpreter":
+        import through_kernels  # noqa: F401
     backend = "gloo"
     if device == "cuda":
         gpus = torch.cuda.device_count()

@@ -160,13 +160,17 @@ def _differentiable(ctx: Any, dy: Tensor) -> Any:
     """The gradients, differentiable again, by plain operators."""
     x, weight, bias, stats, mask, kept = ctx.saved_tensors
     epsilon, activation, link, _, _, _, kernels, speaker = ctx.call
+    read = None
     if mask is not None:
-        x = torch.where(mask | x.isfinite(), x, 0)
+        read = mask | x.isfinite()
+        x = torch.where(read, x, 0)
     one_and_zero = [x.new_full((x.shape[1],), value, dtype=torch.float32) for value in (1, 0)] if weight is None else []
     scale, offset = one_and_zero or (weight, bias)
     how = How(epsilon, activation, link, kernels, speaker)
     count = stats[0] if ctx.plan.sent else stats[2 * x.shape[1]]
     gradients = differentiable(dy, x, scale, offset, ctx.residual_dtype, mask, kept, count, how)
+    if read is not None and gradients[0] is not None:
+        gradients[0] = torch.where(read, gradients[0], 0)
     if weight is None:
         gradients[1] = gradients[2] = None
     return *gradients, None, None

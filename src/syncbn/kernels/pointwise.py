@@ -270,7 +270,7 @@ def input_gradient_kernel(
     SENT: tl.constexpr,  # whether the sums come as the message that replicas added up
     RAW: tl.constexpr,
 ):
-    """dx = a·g + [counted]·(through·(x − hi) + rest), g = dy·activation'(z); the residual's gradient is g."""
+    """dx = [read]·a·g + [counted]·(through·(x − hi) + rest), g = dy·activation'(z); the residual's gradient is g."""
     if PDL:
         tiles.follow(1)
     channel_tiles: tl.constexpr = (C + K - 1) // K
@@ -302,7 +302,8 @@ def input_gradient_kernel(
         g = tiles.load(dy, j, c, J, C, B, K, EVEN, DROP)
         if MASKED:
             kept = tiles.load_kept(keep, j, J, EVEN)
-            v = tiles.without_stray(v, kept)
+            read = tiles.is_read(v, kept)
+            v = tl.where(read, v, 0.0)
         v -= hi[None, :]
         if ACTIVATION != 0:
             z = v * a[None, :] + b[None, :]
@@ -314,6 +315,7 @@ def input_gradient_kernel(
         path = v * through[None, :] + rest[None, :]
         if MASKED:
             path = tl.where(kept[:, None], path, 0.0)
+            g = tl.where(read, g, 0.0)
         tiles.store(dx, g * a[None, :] + path, j, c, J, C, B, K, EVEN, DROP)
 
 

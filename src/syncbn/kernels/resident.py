@@ -130,7 +130,8 @@ def backward_kernel(
     hi, lo, rstd, a, b = pointwise.affine(mean, variance, scale, offset, c, epsilon, C, SCALE)
     if MASKED:
         kept = tiles.load_kept(keep, j, J, EVEN)
-        v = tiles.without_stray(v, kept)
+        read = tiles.is_read(v, kept)
+        v = tl.where(read, v, 0.0)
     v -= hi[None, :]
     if ACTIVATION != 0:
         z = v * a[None, :] + b[None, :]
@@ -152,4 +153,5 @@ def backward_kernel(
     path = v * through[None, :] + rest[None, :]
     if MASKED:
         path = tl.where(kept[:, None], path, 0.0)
+        g = tl.where(read, g, 0.0)
     tiles.store(dx, g * a[None, :] + path, j, c, J, C, B, K, EVEN, "")

@@ -97,7 +97,12 @@ def load_kept(pointer, j, J, EVEN: tl.constexpr):
 
 
 @triton.jit
+def is_read(x, kept):
+    """Where x counts or is finite; elsewhere it is read as 0, and nothing depends on it: nothing may spread from it."""
+    return kept[:, None] | (tl.abs(x) < float("inf"))
+
+
+@triton.jit
 def without_stray(x, kept):
-    """x, with 0 for what does not count and is not finite: nothing may spread from it."""
-    finite = tl.abs(x) < float("inf")
-    return tl.where(kept[:, None] | finite, x, 0.0)
+    """x, with 0 for what is not read."""
+    return tl.where(is_read(x, kept), x, 0.0)
