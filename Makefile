@@ -71,9 +71,12 @@ lint: $(SETUP)
 
 check: lint test
 
-# On a machine with a GPU, PyTorch and Triton.
+# On a machine with a GPU, PyTorch and Triton: the kernels, then what the layer promises, alone and in two processes on one GPU over gloo.
+ON_GPU := SYNCBN_TEST_DEVICE=cuda PYTHONPATH=src $(PYTHON) -m pytest
 gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
+	$(ON_GPU) tests/test_layer_torch.py
+	CUDA_VISIBLE_DEVICES=0 $(ON_GPU) tests/test_layer_torch_ranks.py tests/test_engine_torch.py --replicas 2
 
 # On a machine with several: RANKS of them.
 RANKS ?= 2
@@ -83,7 +86,7 @@ gpu-ranks:
 	$(RUN) tests/gpu/ranks.py
 	$(RUN) tests/gpu/training.py
 	PYTHONPATH=src $(PYTHON) tests/gpu/dead_peers.py
-	SYNCBN_TEST_DEVICE=cuda PYTHONPATH=src $(PYTHON) -m pytest tests/test_engine_torch.py tests/test_layer_torch_ranks.py --replicas $(RANKS)
+	$(ON_GPU) tests/test_engine_torch.py tests/test_layer_torch_ranks.py tests/test_torch_training.py --replicas $(RANKS)
 
 benchmark: $(SETUP)
 	$(BIN)/python benchmarks/run.py tensorflow-cpu

@@ -20,8 +20,12 @@ if any("jax" in Path(argument).name and "demo" not in Path(argument).name for ar
     os.environ["KERAS_BACKEND"] = "jax"
 
 
-# Torch's layers through their kernels; before Triton is imported.
-if os.environ.get("SYNCBN_TEST_DEVICE") == "interpreter":
+# Torch's tests on a GPU, or through its kernels on the CPU, before Triton is imported.
+if os.environ.get("SYNCBN_TEST_DEVICE") == "cuda":
+    import torch
+
+    torch.set_default_device("cuda")
+elif os.environ.get("SYNCBN_TEST_DEVICE") == "interpreter":
     import through_kernels  # noqa: F401
 
 
