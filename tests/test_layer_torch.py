@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn as nn
 from test_engine_torch import numbers
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import syncbn
 from syncbn import SyncBatchNorm, policy_torch
@@ -115,6 +116,50 @@ def test_takes_torchs_own_operator_where_it_can(monkeypatch):
     assert seen == [True]
     SyncBatchNorm(3)(data(0, 3))
     assert seen == [True]
+
+
+@pytest.mark.parametrize("activation", [nn.GELU, lambda: nn.PReLU(3)], ids=["GELU", "PReLU"])
+def test_a_module_as_activation(activation):
+    own = activation()
+    layer, theirs = SyncBatchNorm(3, activation=own), nn.Sequential(nn.BatchNorm1d(3), copy.deepcopy(own))
+    x, dy = data(5, 3, 4), data(5, 3, 4)
+    assert layer.activation is own
+    assert_close(step(layer, x, dy), step(theirs, x, dy), 1e-5)
+    assert_close(step(layer.eval(), x, dy), step(theirs.eval(), x, dy), 1e-5)
+    with pytest.raises(ValueError, match="activation="):
+        syncbn.revert(nn.Sequential(layer))
+    assert SyncBatchNorm(3).activation is None
+    assert syncbn.convert(nn.BatchNorm1d(3)).activation is None
+
+
+def test_a_pass_over_fake_tensors_leaves_nothing_behind():
+    layer, x = SyncBatchNorm(5, activation="relu"), data(4, 5)
+    expected = copy.deepcopy(layer)(x)
+    for _ in range(2):
+        with FakeTensorMode():
+            SyncBatchNorm(5, activation="relu")(torch.randn(4, 5)).sum().backward()
+        assert torch.equal(copy.deepcopy(layer)(x), expected)
+
+
+@pytest.mark.parametrize("renorm", [False, True])
+def test_compiled_in_float64(renorm):
+    """Renorm's r and d are those of before the statistics moved, in the backward pass too."""
+    layer = randomised(SyncBatchNorm(3, renorm=renorm, dtype=torch.float64, activation="relu"))
+    x, dy = data(6, 3, 4, dtype=torch.float64), data(6, 3, 4, dtype=torch.float64)
+    compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+    for residual in (None, "itself"):
+        both = []
+        for net in (layer, compiled):
+            v = x.clone().requires_grad_()
+            y = net(v, residual=None if residual is None else v)
+            both.append([y.detach(), *torch.autograd.grad(y, [v, *net.parameters()], dy)])
+        assert_close(*both, 1e-10)
+
+
+def test_a_shallow_copy_meets_the_same_replicas():
+    layer = SyncBatchNorm(3)
+    layer.process_group = "a group"
+    assert copy.copy(layer).process_group == "a group"
 
 
 def test_state_dict_is_torchs_own():
@@ -399,6 +444,21 @@ def test_gradgradcheck(arguments, monkeypatch):
     monkeypatch.setattr(SyncBatchNorm, "_suits_torchs_own", lambda self, x: False)
     layer = SyncBatchNorm(2, dtype=torch.float64, eps=0.1, renorm_clipping={"rmax": 1.0, "rmin": 1.0, "dmax": 0.0}, **arguments)
     assert torch.autograd.gradgradcheck(layer, [data(4, 2, 2, dtype=torch.float64).requires_grad_()])
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_derivatives_of_inputs_that_share_a_history(activation):
+    """The residual is what x is made of, and the bias what the weight is made of."""
+    layer = SyncBatchNorm(2, dtype=torch.float64, eps=0.1, activation=activation)
+    h, dy = data(4, 2, 3, dtype=torch.float64).requires_grad_(), data(4, 2, 3, dtype=torch.float64)
+
+    def block(h):
+        return layer(torch.sin(h), residual=h)
+
+    (plain,) = torch.autograd.grad(block(h), h, dy)
+    (again,) = torch.autograd.grad(block(h), h, dy, create_graph=True)
+    torch.testing.assert_close(again, plain, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradgradcheck(block, [h])
 
 
 # ------------------------------------------------------------------------------------------------- eval

@@ -386,7 +386,7 @@ def another_way(kind, x):
         y = model(tensor(x))
         if dist.get_rank() == 1 and kind == "forward again":
             model(tensor(x))
-        y.backward(torch.randn_like(y))
+        y.backward(torch.randn_like(y), create_graph=dist.get_rank() == 1 and kind == "create_graph")
     except RuntimeError as error:
         return str(error)
     finally:
@@ -396,6 +396,7 @@ def another_way(kind, x):
 
 @pytest.mark.parametrize(("kind", "own", "others"), [
     ("skips", "rank 1: forward of 3 (message 5, 4 channels, training=True)", "rank 0: forward of 1 (message"),
+    ("create_graph", "rank 1: backward, to be differentiated of 3 (message", "rank 0: backward of 3 (message"),
     ("forward again", "rank 1: forward of 1 (message", "rank 0: backward of 3 (message"),
 ])  # fmt: skip
 def test_a_rank_that_takes_another_path_is_named(torch_world, kind, own, others):

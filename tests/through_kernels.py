@@ -28,7 +28,7 @@ def _forward(self, input, mask=None, residual=None):
     if self.training and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         y = self._in_whole(input, mask, residual)
         if y is not None:
-            return self.activation(y) if callable(self.activation) else y
+            return self._activated(y)
     return _by_operators(self, input, mask, residual)
 
 

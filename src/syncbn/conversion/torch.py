@@ -58,7 +58,7 @@ STATES = {
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
 # Ours, of the instance, that no batch norm of torch's has.
-OWN_ATTRIBUTES = ("renorm", "renorm_clipping", "renorm_momentum", "activation", "group_size", "_name_in_model", "_class_before")
+OWN_ATTRIBUTES = ("renorm", "renorm_clipping", "renorm_momentum", "_activation", "group_size", "_name_in_model", "_class_before")
 
 
 def convert(model: nn.Module, arguments: dict[str, Any], filter: Filter, on_unknown: str) -> nn.Module:

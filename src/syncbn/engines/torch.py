@@ -28,6 +28,7 @@ __all__ = [
     "may_move",
     "moments",
     "normalize",
+    "realized",
     "replicas",
     "speak_as",
     "supports_jit",
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 found_once, speak_as = context.found_once, debug.speak_as
-whole = torch_fused.whole
+whole, realized = torch_fused.whole, compiled.realized
 
 
 def supports_jit() -> bool:

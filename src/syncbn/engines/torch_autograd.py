@@ -54,7 +54,7 @@ class Normalized(Function):
         """(dx, dscale, doffset, dresidual): the last two sums are this replica's own."""
         x, scale, offset, mask, count, hi, lo, variance, kept = ctx.saved_tensors
         how: How = ctx.how
-        debug.announce(how.link, "backward", how.layer, x.shape[1])
+        debug.announce(how.link, debug.backward(), how.layer, x.shape[1])
         if torch.is_grad_enabled():
             gradients = differentiable(dy, x, scale, offset, ctx.residual_dtype, mask, kept, count, how)
             return *gradients, None, None, None, None, None
@@ -85,16 +85,21 @@ def differentiable(
     The moments, which came in as constants, are formed from x once more by differentiable sums, and y from them. What does not
     require a gradient on this replica (an empty input without a history) is made to, so that all replicas send the same messages.
     """
-    inputs = [v if v.requires_grad else v.detach().requires_grad_() for v in (x, scale, offset)]
+    inputs = [_apart(v) for v in (x, scale, offset)]
     if residual_dtype is not None:
         # Its value matters to silu alone, and is kept for it.
         kept_residual = how.activation is not None and how.activation.name == "silu"
         residual = kept if kept_residual else torch.zeros_like(x, dtype=residual_dtype)
         assert residual is not None
-        inputs.append(residual if residual.requires_grad else residual.detach().requires_grad_())
+        inputs.append(_apart(residual))
     y = _from_the_beginning(inputs, mask, None if kept is None else kept > 0, count, how)
     gradients = torch.autograd.grad(y, inputs, dy.to(y.dtype), create_graph=True)
     return [*gradients, *[None] * (4 - len(inputs))]
+
+
+def _apart(v: Tensor) -> Tensor:
+    """v for a gradient that must not walk from one input to another by a history that they share: the pass around it does."""
+    return v.view_as(v) if v.requires_grad else v.detach().requires_grad_()
 
 
 def _from_the_beginning(inputs: list[Tensor], mask: Tensor | None, positive: Tensor | None, count: Tensor, how: How) -> Tensor:

@@ -108,10 +108,15 @@ def _narrowed(x: Tensor, norm: Normalization) -> Normalization:
     if not x.is_cuda or x.dtype == torch.float64 or norm.variance.dtype != torch.float64:
         return norm
     hi = norm.mean.to(torch.float32)
-    narrow = torch.stack([hi, (norm.mean - hi).to(torch.float32), norm.variance.to(torch.float32)])
-    torch.ops.syncbn.realize(narrow)
-    hi, lo, variance = narrow.unbind()
+    hi, lo, variance = realized(hi, (norm.mean - hi).to(torch.float32), norm.variance.to(torch.float32))
     return norm._replace(mean=(hi, lo), variance=variance)
+
+
+def realized(*vectors: Tensor) -> Any:
+    """The same vectors, in memory: the compiler works them out anew neither for each element nor in the backward pass."""
+    rows = torch.stack(vectors)
+    torch.ops.syncbn.realize(rows)
+    return rows.unbind()
 
 
 def normalize(
@@ -129,6 +134,9 @@ def normalize(
     if _as_torch_does(x, mask, group):
         y = torch.nn.functional.batch_norm(_about_a_value(x)[0], None, None, scale, offset, True, 0.0, epsilon)
         return eager.activated(y if residual is None else y + residual, activation).to(x.dtype)
+    if residual is x:
+        # An autograd function that is compiled takes no tensor twice.
+        residual = residual.view_as(residual)
     norm = _narrowed(x, Normalization(moments.mean, moments.variance, scale, offset, epsilon, activation))
     hi, lo = norm.mean if isinstance(norm.mean, tuple) else (norm.mean, None)
     name, slope = (None, 0.0) if activation is None else tuple(activation)

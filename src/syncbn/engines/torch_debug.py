@@ -58,6 +58,11 @@ def enabled() -> bool:
     return _enabled
 
 
+def backward() -> str:
+    """What a backward pass is called: one that can be differentiated again sends other messages."""
+    return "backward, to be differentiated" if torch.is_grad_enabled() else "backward"
+
+
 def announce(link: Link | None, direction: str, layer: str, channels: int, training: bool = True) -> None:
     """Tells the group what comes, hears what the others say, and raises where they differ.
 

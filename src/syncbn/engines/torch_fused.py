@@ -115,7 +115,7 @@ class Whole(Function):
         """(dx, dweight, dbias, dresidual): the parameters' gradients are this replica's own sums."""
         x, weight, bias, stats, mask, kept = ctx.saved_tensors
         epsilon, activation, link, lane, _, _, kernels, speaker = ctx.call
-        debug.announce(link, "backward", speaker, x.shape[1])
+        debug.announce(link, debug.backward(), speaker, x.shape[1])
         if torch.is_grad_enabled():
             return _differentiable(ctx, dy)
         plan = ctx.plan

@@ -147,6 +147,9 @@ def _layout(x: Tensor) -> torch.memory_format | None:
 def _filled(x: Tensor, value: float) -> Tensor:
     """[C] of one value, made once."""
     key = x.shape[1], arithmetic_dtype(x), value
+    if type(x) is not Tensor:
+        # What is made for a fake tensor is one.
+        return torch.full((key[0],), value, dtype=key[1], device="cpu")
     if key not in _constants:
         _constants[key] = torch.full((key[0],), value, dtype=key[1], device="cpu")
     return _constants[key]

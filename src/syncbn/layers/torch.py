@@ -76,8 +76,8 @@ class SyncBatchNorm(_BatchNorm):
     renorm: bool = False
     renorm_clipping: dict[str, Any] | None = None
     renorm_momentum: float = 0.01
-    activation: str | Callable[[Tensor], Tensor] | None = None
     group_size: int | None = None
+    _activation: str | Callable[[Tensor], Tensor] | None = None
     _name_in_model: str | None = None
 
     running_mean: Any
@@ -121,6 +121,16 @@ class SyncBatchNorm(_BatchNorm):
                 self.register_buffer(name, torch.empty_like(self.running_mean))
             self.reset_running_stats()
 
+    @property
+    def activation(self) -> Any:
+        """What is applied last. A plain attribute of the class would hide a module, which torch keeps among the children."""
+        module = self._modules.get("activation")
+        return self._activation if module is None else module
+
+    @activation.setter
+    def activation(self, value: Any) -> None:
+        self._activation = value
+
     def reset_running_stats(self) -> None:
         """The initial statistics: mean 0, variance 1, no batches."""
         super().reset_running_stats()
@@ -143,7 +153,7 @@ class SyncBatchNorm(_BatchNorm):
         if input.is_cuda and self.training and not torch.compiler.is_compiling():
             y = self._in_whole(input, mask, residual)
             if y is not None:
-                return self.activation(y) if callable(self.activation) else y
+                return self._activated(y)
         if not torch.jit.is_tracing():
             policy_torch.input_shape(input.shape, self.num_features)
         if not input.is_floating_point():
@@ -156,7 +166,12 @@ class SyncBatchNorm(_BatchNorm):
             input = torch.where(mask | input.isfinite(), input, 0)
         fused = policy_torch.activation(self.activation)
         y = self._normalize(input, mask, residual, fused)
-        return self.activation(y) if callable(self.activation) else y
+        return self._activated(y)
+
+    def _activated(self, y: Tensor) -> Tensor:
+        """What the kernels do not apply, applied."""
+        activation = self.activation
+        return activation(y) if callable(activation) else y
 
     def _normalize(self, x: Tensor, mask: Tensor | None, residual: Tensor | None, fused: policy.Activation | None) -> Tensor:
         # Statistics of this batch: in eval, of this replica's own.
@@ -202,7 +217,8 @@ class SyncBatchNorm(_BatchNorm):
         if not _alike(x, weight, bias) or (moving and (moving[2] is None or not _alike(x, *moving[:2]))):
             return None
         engine.speak_as(self._name_in_model)
-        fused = policy_torch.ACTIVATIONS[self.activation] if isinstance(self.activation, str) else None
+        activation = self.activation
+        fused = policy_torch.ACTIVATIONS[activation] if isinstance(activation, str) else None
         return engine.whole(x, weight, bias, mask, residual, fused, self.eps, self._group(), moving)
 
     def _group(self) -> Any:
@@ -252,6 +268,9 @@ class SyncBatchNorm(_BatchNorm):
             self._move(moments)
             return weight, bias
         r, d = context.found_once(lambda: self._renorm_correction(moments, weight.dtype))
+        if torch.compiler.is_compiling():
+            # The compiler would work them out anew in the backward pass, from statistics that have moved.
+            r, d = engine.realized(r, d)
         self._move(moments)
         return r * weight, d * weight + bias
 
@@ -325,7 +344,9 @@ class SyncBatchNorm(_BatchNorm):
         )
         for name in ("renorm", "renorm_clipping", "renorm_momentum", "activation", "group_size"):
             value = getattr(self, name)
-            if value != getattr(SyncBatchNorm, name):
+            # A module shows itself.
+            default = None if name == "activation" else getattr(SyncBatchNorm, name)
+            if value != default and not isinstance(value, torch.nn.Module):
                 text += f", {name}={value!r}"
         return text
 
@@ -335,6 +356,12 @@ class SyncBatchNorm(_BatchNorm):
         memo[id(self)] = new
         memo[id(self.process_group)] = self.process_group
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __copy__(self) -> SyncBatchNorm:
+        """In the same process group, which `__getstate__` leaves out."""
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
