@@ -387,3 +387,30 @@ def test_resnet50_in_50_ms():
     start = time.perf_counter()
     syncbn.convert(model)
     assert time.perf_counter() - start < 0.05
+
+
+def test_a_model_with_renorm_from_now_on_trains():
+    model = keras.Sequential([layers.Input((3,)), layers.BatchNormalization()])
+    model.compile("sgd", "mse")
+    syncbn.convert(model, renorm=True)
+    x = data(8, 3)
+    assert np.isfinite(model.fit(x, x, verbose=0).history["loss"]).all()
+    assert ops.any(norms(model)[0].renorm_mean != 0)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow's variables have a copy for each replica")
+def test_replicas_agree_after_conversion(world):
+    """Unsynchronised layers left each replica its own statistics."""
+    with world.strategy.scope():
+        model = keras.Sequential([layers.Input((3,)), layers.BatchNormalization()])
+    copies = norms(model)[0].moving_mean.value.values
+    assert len(copies) == world.replicas
+    for i, copy in enumerate(copies):
+        copy.assign(np.full(3, i, "float32"))
+    syncbn.convert(model, renorm=True)
+    (ours,) = norms(model)
+    mean = np.full(3, (world.replicas - 1) / 2)
+    for statistic in (ours.moving_mean, ours.renorm_mean):
+        assert len(statistic.value.values) == world.replicas
+        for copy in statistic.value.values:
+            np.testing.assert_array_equal(copy, mean)

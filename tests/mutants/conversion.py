@@ -18,6 +18,8 @@ MUTANTS = [
     Mutant("overrides are not looked at", EXCHANGE, "return ancestor if ancestor is not None and not overridden(cls, ancestor) else None",
            "return ancestor", TORCH_TESTS, "unknown_ones"),
     Mutant("a forward of the object's own is overlooked", TORCH, '"forward" in vars(module) or ', "", TORCH_TESTS, "unknown_ones"),
+    Mutant("replicas keep statistics of their own", KERAS, "statistic.assign(ops.mean(ops.stack(values), 0))", "pass", KERAS_TESTS, "agree_after"),
+    Mutant("renorm's statistics outside of the scope", KERAS, "if _replicas(layer.moving_mean) else", "if False else", KERAS_TESTS, "agree_after"),
     Mutant("always back to 2d", TORCH, "            targets[module] = before\n", "            targets[module] = nn.BatchNorm2d\n", TORCH_TESTS, "each_class"),
     Mutant("renorm starts from the variance", TORCH, "stddev = torch.sqrt(variance + module.eps)", "stddev = variance + module.eps", TORCH_TESTS, "renorm_starts"),
     Mutant("renorm buffers stay", TORCH, "module._buffers.pop(name, None)", "pass", TORCH_TESTS, "renorm_starts"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Callable
@@ -97,6 +98,21 @@ def _become_ours(layer: Any, pattern: dict[str, Any]) -> None:
         for axis, size in layer.input_spec.axes.items():
             shape[axis] = size
         layer._learn_shape(tuple(shape))
+        for statistic in (layer.moving_mean, layer.moving_variance):
+            _agree(statistic)
+
+
+def _replicas(variable: Any) -> tuple[Any, ...]:
+    """A variable's copies under a strategy of TensorFlow's; none elsewhere."""
+    copies = getattr(variable.value, "values", None)
+    return copies if isinstance(copies, tuple) else ()
+
+
+def _agree(statistic: Any) -> None:
+    """One value on all replicas, the mean: a layer that did not synchronise moved each replica's own."""
+    values = [ops.convert_to_tensor(copy) for copy in _replicas(statistic)]
+    if any(bool(ops.any(v != values[0])) for v in values[1:]):
+        statistic.assign(ops.mean(ops.stack(values), 0))
 
 
 def _as_if_converted(layer: Any) -> Before:
@@ -112,13 +128,16 @@ def _start_renorm(layer: Any) -> None:
     if not layer.built:
         return
     layer._tracker.unlock()
-    with layer._open_name_scope():
+    # Beside the statistics that are there: made outside of their strategy's scope, a variable would be moved by every replica.
+    strategy = layer.moving_mean.value.distribute_strategy.scope() if _replicas(layer.moving_mean) else contextlib.nullcontext()
+    with strategy, layer._open_name_scope():
         layer._add_renorm_statistics()
     layer._lock_state()
     stddev = ops.sqrt(ops.cast(layer.moving_variance, layer.moving_stddev.dtype) + layer.epsilon)
     layer.moving_stddev.assign(stddev)
-    layer.renorm_stddev.assign(stddev)
-    layer.renorm_mean.assign(layer.moving_mean)
+    # Copies: JAX gives an array's memory away once a step.
+    layer.renorm_stddev.assign(ops.copy(stddev))
+    layer.renorm_mean.assign(ops.copy(layer.moving_mean))
 
 
 def _become_theirs(layer: Any) -> None:
