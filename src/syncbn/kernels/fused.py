@@ -93,10 +93,12 @@ def forward(
     device = x.device
     stream, at_x, at_keep = stream_of(device), address(x), address(keep)
     if plan.resident:
-        return _forward_at_once(plan, stream, x, at_x, at_keep, scale, offset, epsilon, residual, slope, moving)
-    stats = _measure(plan, stream, at_x, at_keep, device, lane)
-    if between is not None:
-        between(stats)
+        # Written by the launch that writes the output.
+        stats = torch.empty(plan.stats_size, dtype=torch.float64, device=device)
+    else:
+        stats = _measure(plan, stream, at_x, at_keep, device, lane)
+        if between is not None:
+            between(stats)
     return _normalize(plan, stream, x, at_x, at_keep, stats, scale, offset, epsilon, residual, slope, moving), stats
 
 
@@ -147,42 +149,6 @@ def _normalize(
         slope,
     )
     return y
-
-
-def _forward_at_once(
-    plan: Plan,
-    stream: int,
-    x: Tensor,
-    at_x: Any,
-    at_keep: Any,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    epsilon: float,
-    residual: Tensor | None,
-    slope: float,
-    moving: Any,
-) -> tuple[Tensor, Tensor]:
-    stats = torch.empty(plan.stats_size, dtype=torch.float64, device=x.device)
-    y = torch.empty_like(x)
-    mean, variance, tracked, weight = moving or NOT_MOVING
-    plan.forward(
-        stream,
-        at_x,
-        address(y),
-        address(residual),
-        at_keep,
-        address(stats),
-        address(scale),
-        address(offset),
-        address(mean),
-        address(variance),
-        address(tracked),
-        plan.fold.A,
-        epsilon,
-        *_halves(weight),
-        slope,
-    )
-    return y, stats
 
 
 @lru_cache(64)

@@ -85,7 +85,7 @@ class Plan:
 
     sent: what moments and gradient sums write is a message, which replicas add up before the next launch. raw: the moments come
     in as that sum. at_once: nobody comes between the moments and the output; then `resident` says whether it is one launch
-    each way, `forward` and `backward`, which are then all that the plan has.
+    each way, `normalize`, which measures too, and `backward`, which are then all that the plan has.
     scale, residual, moving, gradients: the dtypes of scale and offset, of the residual, of the moving statistics and of scale's
     and offset's gradients; None where there are none (gradients: scale's).
     """
@@ -144,7 +144,7 @@ class Plan:
         )
         # Tensors that L2 holds: let it forget first what nobody reads again. Larger ones are the slower for it.
         drop = "evict_first" if f.A * f.C * f.B * dtype.itemsize < L2_BYTES else ""
-        self.normalize_numbers = (f.A, forward.share, *order(f, forward, of_moments))
+        self.normalize_numbers: tuple[int, ...] = (f.A, forward.share, *order(f, forward, of_moments))
         self.normalize = Launch(
             pointwise.normalize_kernel,
             (dtype, dtype, other, byte, f64, vector, vector, moving or f32, moving or f32, i64, 1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5),
@@ -251,7 +251,8 @@ class Plan:
             "RESIDUAL": residual is not None,
         }
         programs, moved = -(-f.C // tile.K), (moving or f32, moving or f32, torch.int64)
-        self.forward = Launch(
+        self.normalize_numbers = (f.A,)
+        self.normalize = Launch(
             resident.forward_kernel,
             (dtype, dtype, other, byte, f64, vector, vector, *moved, 1, 0.5, 0.5, 0.5, 0.5),
             {**constants, "MOVES": moves},

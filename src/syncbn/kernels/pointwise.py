@@ -142,6 +142,34 @@ def slope_at(z, slope, ACTIVATION: tl.constexpr):
     return sigmoid * (1.0 + z * (1.0 - sigmoid))
 
 
+@triton.jit
+def before_activation(
+    g,
+    v,
+    a,
+    b,
+    saved,
+    j,
+    c,
+    J,
+    slope,
+    C: tl.constexpr,
+    B: tl.constexpr,
+    K: tl.constexpr,
+    EVEN: tl.constexpr,
+    DROP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """dy·activation'(z) of a tile, from dy = g and v = x − hi."""
+    if ACTIVATION == 0:
+        return g
+    z = v * a[None, :] + b[None, :]
+    if RESIDUAL:
+        z = with_saved(z, tiles.load(saved, j, c, J, C, B, K, EVEN, DROP), ACTIVATION)
+    return g * slope_at(z, slope, ACTIVATION)
+
+
 @triton.jit(do_not_specialize=["A", "share", "across", "length"], do_not_specialize_on_alignment=VECTORS)
 def normalize_kernel(
     x,  # [A, C, B], any float dtype
@@ -305,11 +333,8 @@ def input_gradient_kernel(
             read = tiles.is_read(v, kept)
             v = tl.where(read, v, 0.0)
         v -= hi[None, :]
+        g = before_activation(g, v, a, b, saved, j, c, J, slope, C, B, K, EVEN, DROP, ACTIVATION, RESIDUAL)
         if ACTIVATION != 0:
-            z = v * a[None, :] + b[None, :]
-            if RESIDUAL:
-                z = with_saved(z, tiles.load(saved, j, c, J, C, B, K, EVEN, DROP), ACTIVATION)
-            g *= slope_at(z, slope, ACTIVATION)
             if RESIDUAL:
                 tiles.store(dresidual, g, j, c, J, C, B, K, EVEN, DROP)
         path = v * through[None, :] + rest[None, :]

@@ -133,11 +133,8 @@ def backward_kernel(
         read = tiles.is_read(v, kept)
         v = tl.where(read, v, 0.0)
     v -= hi[None, :]
+    g = pointwise.before_activation(g, v, a, b, saved, j, c, J, slope, C, B, K, EVEN, "", ACTIVATION, RESIDUAL)
     if ACTIVATION != 0:
-        z = v * a[None, :] + b[None, :]
-        if RESIDUAL:
-            z = pointwise.with_saved(z, tiles.load(saved, j, c, J, C, B, K, EVEN, ""), ACTIVATION)
-        g *= pointwise.slope_at(z, slope, ACTIVATION)
         if RESIDUAL:
             tiles.store(dresidual, g, j, c, J, C, B, K, EVEN, "")
     # Nothing exists where g is 0, but x − hi is not 0 there and may be anything.

@@ -83,11 +83,7 @@ def sums_kernel(
         if MASKED:
             v = tiles.without_stray(v, tiles.load_kept(keep, j, J, EVEN))
         v -= hi[None, :]
-        if ACTIVATION != 0:
-            z = v * a[None, :] + b[None, :]
-            if RESIDUAL:
-                z = pointwise.with_saved(z, tiles.load(saved, j, c, J, C, B, K, EVEN, ""), ACTIVATION)
-            g *= pointwise.slope_at(z, slope, ACTIVATION)
+        g = pointwise.before_activation(g, v, a, b, saved, j, c, J, slope, C, B, K, EVEN, "", ACTIVATION, RESIDUAL)
         # Nothing exists where g is 0, but x − hi is not 0 there and may be anything.
         sum_g += g
         sum_gx += g * v
