@@ -417,7 +417,7 @@ def test_autocast(dtype):
     model = nn.Sequential(nn.Linear(4, 3), SyncBatchNorm(3), nn.Linear(3, 2))
     model[1].activation = "silu"
     x = data(8, 4)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(x.device.type, dtype=dtype):
         hidden = model[0](x)
         y = model[1](hidden)
         assert y.dtype == dtype
@@ -469,7 +469,8 @@ def test_eval_exports_traces_and_maps():
     x = data(5, 3, 6, 6)
     expected = model(x)
     torch.testing.assert_close(torch.jit.trace(model, x)(x), expected)
-    batch = torch.export.Dim("batch", min=2)
+    # Torch's own operator takes another way from 65,536 samples on, on a GPU.
+    batch = torch.export.Dim("batch", min=2, max=1024)
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
     torch.testing.assert_close(exported.module()(x[:3]), expected[:3])
     torch.testing.assert_close(torch.vmap(model)(x[:, None]).squeeze(1), expected)
@@ -590,7 +591,9 @@ def test_docstring_examples():
     import importlib
 
     for name in ("layers.torch", "engines.torch_context", "engines.torch_debug"):
-        found = doctest.testmod(importlib.import_module(f"syncbn.{name}"))
+        # What they print names no device.
+        with torch.device("cpu"):
+            found = doctest.testmod(importlib.import_module(f"syncbn.{name}"))
         assert found.failed == 0
         assert found.attempted > 1
     assert policy_torch.ACTIVATIONS["leaky_relu"].slope == 0.01
