@@ -342,8 +342,7 @@ def test_fsdp2(torch_world, dtype):
     equal_everywhere([g[2] for g in got])
     # The statistics are those of the whole batch through the first layer.
     with drawn_on_the_cpu(0):
-        linear = nn.Linear(3, 8)
-    hidden = linear(torch.tensor(np.concatenate(case.inputs(torch_world.replicas))))
+        hidden = nn.Linear(3, 8)(torch.tensor(np.concatenate(case.inputs(torch_world.replicas))))
     expected = 0.1 * hidden.mean(0).detach().numpy()
     np.testing.assert_allclose(got[0][2]["running_mean"], expected, atol=2e-6 if dtype == "float32" else 3e-3)
 
