@@ -23,6 +23,7 @@ import syncbn
 
 ALL = "host,graph,compiled,compiled too,fused,kernels,between,exchange,eager"
 ADD_RELU = "then add and ReLU"
+ONE_REPLICA = "syncbn, one replica"
 
 
 class Then(torch.nn.Module):
@@ -63,6 +64,7 @@ def layers(case: Case) -> dict[str, Callable[[], torch.nn.Module]]:
     }
     if several():
         found["torch SyncBatchNorm"] = lambda: torch.nn.SyncBatchNorm(C)
+        found[ONE_REPLICA] = lambda: syncbn.SyncBatchNorm(C, group_size=1)
     return found
 
 
@@ -226,15 +228,15 @@ def main() -> None:
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
         torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
     only = os.environ.get("SYNCBN_BENCHMARK", ALL).split(",")
+    among_several = ["torch SyncBatchNorm", ONE_REPLICA] if several() else []
     groups = {
-        "graph": ["syncbn", "BatchNorm2d"],
+        "ours": ["syncbn"],
+        "graph": ["syncbn", "BatchNorm2d", *among_several],
         "compiled": ["BatchNorm2d, compiled"],
         "compiled too": ["syncbn, compiled", f"BatchNorm2d, {ADD_RELU}, compiled", f"syncbn, {ADD_RELU}, compiled"],
         "fused": [f"syncbn, {ADD_RELU}", f"syncbn, {ADD_RELU} inside"],
     }
     peers = [p for group in only for p in groups.get(group, [])]
-    if several():
-        peers = [*peers, "torch SyncBatchNorm"]
     start, rows = time.time(), []
     # A part of the name, to try something out.
     chosen = [i for i, case in enumerate(CASES) if os.environ.get("SYNCBN_CASES", "") in case.name]

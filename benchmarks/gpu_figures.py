@@ -8,6 +8,9 @@ from rows import geometric_mean, read
 
 SMALL_MEGABYTES = 5
 OURS, LOCAL, COMPILED, TORCHS = "syncbn", "BatchNorm2d", "BatchNorm2d, compiled", "torch SyncBatchNorm"
+ALONE = "syncbn, one replica"
+# Two exchanges of two H200s' replicas, each of them 4.6 µs: what the goals for several GPUs allow for.
+BARRIERS = 9.2
 THEN = "then add and ReLU"
 LAUNCHES = ("moments", "normalize", "sums", "input_gradient")
 # How many tensors each launch moves at the least, of a layer's eight; one that keeps its batch in registers reads it once.
@@ -47,6 +50,19 @@ class Figures:
     def more(self, peer: str) -> float:
         """How many µs ours takes more than a peer in a case below 5 MB, at most."""
         return max(t[OURS] - t[peer] for case, t in self.found.items() if case not in self.large)
+
+    def at_the_floor(self, peer: str) -> str:
+        """What the geometric mean and the worst over 5 MB would be of a layer that took the floor and two barriers."""
+        of = {case: t[peer] / (self.floors[case] + BARRIERS) for case, t in self.found.items()}
+        return f"{geometric_mean(of.values()):.2f}; {min(of[case] for case in of if case in self.large):.2f}"
+
+    def synchronising(self) -> str:
+        """µs that replicas take more than one alone, the smallest inputs first."""
+        costs: dict[float, list[float]] = {}
+        for row in self.rows:
+            if row["what"] == "graph" and row["peer"] == OURS:
+                costs.setdefault(row["megabytes"], []).append(row["us"] - self.found[row["case"]][ALONE])
+        return "; ".join(f"{min(us):.0f} to {max(us):.0f} at {size:.0f} MB" for size, us in sorted(costs.items()))
 
     def mean_and_worst(self, theirs: str, ours: str = OURS) -> str:
         of = self.ratios(theirs, ours).values()
@@ -159,7 +175,9 @@ def two_gpus() -> str:
             "≥ 1.65; ≥ 1.0; at most +10 µs",
             f.against(LOCAL),
         ),
+        ("the two lines above, if ours took the floor and 9.2 µs", "–", f"{f.at_the_floor(TORCHS)} and {f.at_the_floor(LOCAL)}"),
         ("ours / floor where the floor is over 40 µs", "≤ 1.25", f.over_floor()),
+        ("2 replicas minus one of the same run", "≤ 10 µs", f.synchronising()),
         ("ResNet-50, images/s over torch's SyncBatchNorm, 8, 32, 128 images", "≥ 2.4; ≥ 2.5; ≥ 1.8", training(2, TORCHS)),
         ("the same over BatchNorm2d", "≥ 0.95 each", training(2, LOCAL)),
         ("host µs a layer, 20 in a row, over BatchNorm2d's", "≤ 1.25", host(2)),
@@ -168,10 +186,11 @@ def two_gpus() -> str:
     lines += [f"| {' | '.join(line)} |" for line in goals]
     lines += ["", f"Host, µs a layer, forward + backward, two rounds: {host_steps(2)}.", ""]
     lines += [
-        "| case, each GPU's, µs in a graph | floor | syncbn | torch SyncBatchNorm | BatchNorm2d, local |",
-        "|---|---|---|---|---|",
+        "| case, each GPU's, µs in a graph | floor | syncbn | by NCCL | one replica | torch SyncBatchNorm | BatchNorm2d, local |",
+        "|---|---|---|---|---|---|---|",
     ]
+    by_nccl = Figures("gpu-x2-nccl").found
     for case, t in f.found.items():
-        us = [f.floors[case], *(t[peer] for peer in (OURS, TORCHS, LOCAL))]
+        us = [f.floors[case], t[OURS], by_nccl[case][OURS], *(t[peer] for peer in (ALONE, TORCHS, LOCAL))]
         lines.append(f"| {short(case)} | {' | '.join(f'{v:.1f}' for v in us)} |")
     return "\n".join(lines) + "\n"
