@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from rows import geometric_mean, read
@@ -57,12 +58,9 @@ class Figures:
         return f"{geometric_mean(of.values()):.2f}; {min(of[case] for case in of if case in self.large):.2f}"
 
     def synchronising(self) -> str:
-        """µs that replicas take more than one alone, the smallest inputs first."""
-        costs: dict[float, list[float]] = {}
-        for row in self.rows:
-            if row["what"] == "graph" and row["peer"] == OURS:
-                costs.setdefault(row["megabytes"], []).append(row["us"] - self.found[row["case"]][ALONE])
-        return "; ".join(f"{min(us):.0f} to {max(us):.0f} at {size:.0f} MB" for size, us in sorted(costs.items()))
+        """µs that replicas take more than one alone."""
+        costs = [t[OURS] - t[ALONE] for t in self.found.values()]
+        return f"{statistics.median(costs):.0f}, median; {min(costs):.0f} to {max(costs):.0f}"
 
     def mean_and_worst(self, theirs: str, ours: str = OURS) -> str:
         of = self.ratios(theirs, ours).values()

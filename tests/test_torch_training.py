@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from cases import Case
 from test_engine_torch import counting, numbers, tensor
-from test_layer_torch_ranks import Branches, drawn_on_the_cpu, equal_everywhere, randomised, state, train
+from test_layer_torch_ranks import ON_GPUS, Branches, drawn_on_the_cpu, equal_everywhere, randomised, state, train
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -332,6 +332,8 @@ def fsdp(dtype, x):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_fsdp2(torch_world, dtype):
+    if ON_GPUS and torch.cuda.device_count() < torch_world.replicas:
+        pytest.skip("processes on one GPU meet by gloo, over which FSDP2 of GPU tensors ends the process, without our layer too")
     case = Case("fsdp", (4, 0, 3, 2), (3,))
     got = torch_world.run(fsdp, case.inputs(torch_world.replicas), common=(dtype,))
     for dtypes, gradients, _, of_buffer in got:
