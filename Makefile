@@ -76,7 +76,7 @@ ON_GPU := SYNCBN_TEST_DEVICE=cuda PYTHONPATH=src $(PYTHON) -m pytest
 gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
 	$(ON_GPU) tests/test_layer_torch.py
-	CUDA_VISIBLE_DEVICES=0 $(ON_GPU) tests/test_layer_torch_ranks.py tests/test_engine_torch.py --replicas 2
+	CUDA_VISIBLE_DEVICES=0 $(ON_GPU) tests/test_layer_torch_ranks.py tests/test_engine_torch.py tests/test_torch_training.py --replicas 2
 
 # On a machine with several: RANKS of them.
 RANKS ?= 2
