@@ -132,6 +132,38 @@ def test_a_module_as_activation(activation):
     assert syncbn.convert(nn.BatchNorm1d(3)).activation is None
 
 
+def test_the_activation_can_be_changed():
+    """From any kind to any other, with nothing left of what was before."""
+    own, layer, x = nn.GELU(), SyncBatchNorm(3, activation="relu").eval(), data(5, 3)
+    for activation, function in (
+        (own, own),
+        (None, lambda z: z),
+        ("silu", nn.SiLU()),
+        (own, own),
+        (torch.tanh, torch.tanh),
+        ("relu", nn.ReLU()),
+    ):
+        layer.activation = activation
+        assert layer.activation is activation
+        assert list(layer.children()) == ([own] if activation is own else [])
+        torch.testing.assert_close(layer(x), function(SyncBatchNorm(3).eval()(x)))
+    with pytest.raises(ValueError, match="activation='tanh'"):
+        layer.activation = "tanh"
+    assert layer.activation == "relu"
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_batches_that_nobody_counts(momentum, activation):
+    """As torch's layers without a counter: with a momentum the statistics move, without one they stay."""
+    ours, theirs = SyncBatchNorm(3, momentum=momentum, activation=activation), nn.BatchNorm1d(3, momentum=momentum)
+    ours.num_batches_tracked = theirs.num_batches_tracked = None
+    x = data(5, 3)
+    ours(x), theirs(x)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
 def test_a_pass_over_fake_tensors_leaves_nothing_behind():
     layer, x = SyncBatchNorm(5, activation="relu"), data(4, 5)
     expected = copy.deepcopy(layer)(x)
@@ -444,6 +476,16 @@ def test_gradgradcheck(arguments, monkeypatch):
     monkeypatch.setattr(SyncBatchNorm, "_suits_torchs_own", lambda self, x: False)
     layer = SyncBatchNorm(2, dtype=torch.float64, eps=0.1, renorm_clipping={"rmax": 1.0, "rmin": 1.0, "dmax": 0.0}, **arguments)
     assert torch.autograd.gradgradcheck(layer, [data(4, 2, 2, dtype=torch.float64).requires_grad_()])
+
+
+@pytest.mark.parametrize("activation", [None, "silu", "relu"])
+def test_batched_gradients(activation):
+    """All rows of a Jacobian in one backward pass."""
+    layer, x, mask = randomised(SyncBatchNorm(2, activation=activation)), data(5, 2), data(5) > -1
+    calls = [lambda v: layer(v, mask), lambda v: layer(v, residual=v.square())]
+    for call in calls:
+        rows, each = (torch.autograd.functional.jacobian(call, x, vectorize=v) for v in (True, False))
+        torch.testing.assert_close(rows, each)
 
 
 @pytest.mark.parametrize("activation", ["silu", "relu"])

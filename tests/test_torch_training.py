@@ -96,6 +96,34 @@ def test_compiled_by_inductor(torch_world):
             np.testing.assert_allclose(after[name], value, atol=1e-10, err_msg=name)
 
 
+def interleaved(backend, order, *batches):
+    """Gradients of two models, one of them called twice before any backward pass, with a pass without gradients between."""
+    torch._dynamo.reset()
+    with drawn_on_the_cpu(0):
+        nets = [nn.Sequential(*[m for _ in range(n) for m in (nn.Linear(3, 3), SyncBatchNorm(3))]) for n in (2, 1)]
+    nets = [net.double().to(torch.get_default_device()) for net in nets]
+    calls = nets if backend is None else [torch.compile(net, fullgraph=True, backend=backend) for net in nets]
+    xs = [tensor(x).requires_grad_() for x in batches]
+    ys = [calls[i % 2](x) for i, x in enumerate(xs)]
+    with torch.no_grad():
+        calls[0](xs[0])
+    torch.manual_seed(dist.get_rank())
+    for y in reversed(ys) if order == "last first" else ys:
+        y.backward(torch.randn(y.shape, dtype=y.dtype))
+    return [numbers(v.grad) for v in (*xs, *nets[0].parameters(), *nets[1].parameters())]
+
+
+@pytest.mark.parametrize("order", ["first first", "last first"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_calls_between_a_forward_and_its_backward(torch_world, backend, order):
+    """A siamese model, a generator and a discriminator: the order of messages is kept, and nothing takes it for a change."""
+    xs = [Case(f"interleaved {i}", (4, 3, 5, 2), (3,), dtype="float64").inputs(torch_world.replicas) for i in range(3)]
+    found, right = (torch_world.run(interleaved, *xs, common=(b, order)) for b in (backend, None))
+    for got, expected in zip(found, right, strict=True):
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-9)
+
+
 @pytest.mark.parametrize("arguments", [
     {"activation": "relu"}, {"activation": "silu", "momentum": None}, {"renorm": True, "renorm_clipping": {"rmax": 2.0}},
     {"activation": nn.GELU(), "affine": False}, {"track_running_stats": False},

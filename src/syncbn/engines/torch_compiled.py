@@ -21,6 +21,8 @@ from syncbn.policy import Activation
 
 # One for all groups: the order of exchanges of different groups must be the same everywhere too. Nothing is ever written to it.
 _state = torch.zeros((), dtype=torch.int64, device="cpu")
+# Backward passes have saved it, and would take the messages that came since for a change of it.
+_changed_by_nothing = torch.autograd._unsafe_preserve_version_counter(_state)
 
 
 @torch.compiler.assume_constant_result
@@ -45,15 +47,17 @@ def _batch_moments(x: Tensor, mask: Tensor | None, state: Tensor, group: str) ->
     Memory order: what was enqueued on the current stream before has been written when x is read; what is enqueued there after
     sees the moments of all replicas. Nothing is said about other streams, and the host waits for nobody.
     """
-    count, mean, variance = lanes.measured(x, mask, _link_named(group))
-    return torch.cat([mean, variance, count[None]])
+    with _changed_by_nothing:
+        count, mean, variance = lanes.measured(x, mask, _link_named(group))
+        return torch.cat([mean, variance, count[None]])
 
 
 def _exchange_sums(message: Tensor, state: Tensor, group: str) -> None:
     """message, now the sum of every replica's, float64 [2C]. Memory order: as above."""
-    everybodys = lanes.exchange_sums(message, _link_named(group))
-    if everybodys is not message:
-        message.copy_(everybodys)
+    with _changed_by_nothing:
+        everybodys = lanes.exchange_sums(message, _link_named(group))
+        if everybodys is not message:
+            message.copy_(everybodys)
 
 
 def _link_named(group: str) -> Link:

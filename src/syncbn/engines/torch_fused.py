@@ -116,8 +116,10 @@ class Whole(Function):
         x, weight, bias, stats, mask, kept = ctx.saved_tensors
         epsilon, activation, link, lane, _, _, kernels, speaker = ctx.call
         debug.announce(link, debug.backward(), speaker, x.shape[1])
-        if torch.is_grad_enabled():
-            return _differentiable(ctx, dy)
+        # Batched gradients have no memory of their own either.
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
+            with torch.enable_grad():
+                return _differentiable(ctx, dy)
         plan = ctx.plan
         # As the forward pass walked over it: a hook may have saved it in another layout, or at another address.
         dense = kernels.with_strides(x, ctx.strides)

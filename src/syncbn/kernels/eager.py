@@ -93,7 +93,7 @@ def local_gradients(dy: Tensor, x: Tensor, norm: Normalization, kept: Tensor | N
 def sums_and_message(norm: Normalization, sum_dz: Tensor, sum_dz_x_hat: Tensor) -> tuple[Tensor, Tensor]:
     """[2C] each."""
     sums = torch.stack([sum_dz, sum_dz_x_hat])
-    return sums.flatten(), (sums * norm.scale.to(sums.dtype)).flatten()
+    return sums.reshape(-1), (sums * norm.scale.to(sums.dtype)).reshape(-1)
 
 
 def before_activation(dy: Tensor, x: Tensor, norm: Normalization, kept: Tensor | None) -> Tensor:

@@ -57,7 +57,7 @@ class SyncBatchNorm(_BatchNorm):
 
     Raises:
         TypeError: an input that is not of a float dtype.
-        ValueError: any argument, or shape, that does not fit; one value per channel in training on one replica.
+        ValueError: any argument, or shape, that does not fit; one value per channel in training of one process alone.
 
     Source: `torch.nn.SyncBatchNorm`; Ioffe and Szegedy 2015 (arXiv:1502.03167); Ioffe 2017 (arXiv:1702.03275) for renorm.
 
@@ -109,7 +109,6 @@ class SyncBatchNorm(_BatchNorm):
         if affine and not bias:
             self.bias = None
         policy_torch.one_way_to_group(process_group, policy.group_size(group_size))
-        policy_torch.activation(activation)
         self.process_group, self.group_size = process_group, policy.group_size(group_size)
         self.renorm, self.renorm_clipping = bool(renorm), policy.clipping(renorm_clipping)
         self.renorm_momentum = policy_torch.new_value_weight("renorm_momentum", renorm_momentum)
@@ -130,6 +129,14 @@ class SyncBatchNorm(_BatchNorm):
     @activation.setter
     def activation(self, value: Any) -> None:
         self._activation = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As torch does, which takes a module past the property; of the activation before nothing stays."""
+        if name == "activation":
+            policy_torch.activation(value)
+            self._modules.pop(name, None)
+            self._activation = None
+        super().__setattr__(name, value)
 
     def reset_running_stats(self) -> None:
         """The initial statistics: mean 0, variance 1, no batches."""
@@ -251,8 +258,7 @@ class SyncBatchNorm(_BatchNorm):
         keeps = self.training and self.running_mean is not None and self.track_running_stats and not context.is_local()
         moves = keeps and context.is_first_pass()
         weight = 0.0 if self.momentum is None else self.momentum
-        if moves:
-            assert self.num_batches_tracked is not None
+        if moves and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 weight = 1.0 / float(self.num_batches_tracked)
@@ -302,9 +308,9 @@ class SyncBatchNorm(_BatchNorm):
         # track_running_stats may be switched off later: torch's own layers read it at every call.
         if self.running_mean is None or not self.track_running_stats:
             return
-        assert self.num_batches_tracked is not None
         # Asked about a tensor that lies in memory: compiled code would write the count there first.
-        may_move = engine.may_move(self.num_batches_tracked, self.renorm)
+        tracked = self.num_batches_tracked
+        may_move = engine.may_move(self.running_mean if tracked is None else tracked, self.renorm)
         if may_move is False:
             return
         count, mean, variance = moments.count, _rounded(moments.mean), moments.variance
@@ -314,10 +320,12 @@ class SyncBatchNorm(_BatchNorm):
             sound = sound & (mean + variance).isfinite().all()
         if may_move is not True:
             sound = sound & may_move
-        self.num_batches_tracked.add_(sound)
         weight: Any = self.momentum
+        if tracked is not None:
+            tracked.add_(sound)
         if weight is None:
-            weight = 1 / self.num_batches_tracked.clamp_min(1).to(variance.dtype)
+            # As torch does, nothing moves where nobody counts.
+            weight = 0.0 if tracked is None else 1 / tracked.clamp_min(1).to(variance.dtype)
 
         def move(statistic: Any, batch: Tensor, weight: Any) -> Tensor:
             old = statistic.to(variance.dtype)
