@@ -154,6 +154,27 @@ def test_one_process_equals_keras(arguments):
         np.testing.assert_allclose(a, b, rtol=rounding, atol=rounding)
 
 
+def test_renorm_compiled():
+    """r and d of the backward pass are those of the forward pass, though the statistics that they came from have moved."""
+    rng = np.random.default_rng(0)
+    x, dy = (rng.normal(size=(16, 6)).astype("float32") for _ in range(2))
+    gradients = []
+    for compiles in (False, True):
+        layer = SyncBatchNormalization(renorm=True, momentum=0.5, renorm_momentum=0.5)
+        layer.build((None, 6))
+        call = (
+            torch.compile(lambda v, layer=layer: layer(v, training=True))
+            if compiles
+            else lambda v, layer=layer: layer(v, training=True)
+        )
+        for _ in range(2):
+            v = tensor(x, torch.float32).requires_grad_()
+            call(v).backward(tensor(dy, torch.float32))
+        gradients.append([numbers(g) for g in (v.grad, layer.gamma.value.grad, layer.beta.value.grad)])
+    for eager, compiled in zip(*gradients, strict=True):
+        np.testing.assert_allclose(compiled, eager, atol=1e-5)
+
+
 def test_large_mean_where_keras_is_wrong():
     x = torch.randn(4000, 3) + 1e4
     layer = SyncBatchNormalization(momentum=0)

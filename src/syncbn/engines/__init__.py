@@ -14,8 +14,8 @@ scale     [C], of `arithmetic_dtype(x)`, and so is offset; both may differ betwe
 group     which replicas meet: see `syncbn.policy.Group`
 y         x's shape and dtype
 
-A layer may also ask `supports_jit()`: whether what is made now can be compiled as a whole; and `may_move`, `found_once` and
-`speak_as`, which are here for the engines that have nothing to add to them.
+A layer may also ask `supports_jit()`: whether what is made now can be compiled as a whole; and `may_move`, `found_once`,
+`realized` and `speak_as`, which are here for the engines that have nothing to add to them.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ def may_move(count: Any, renorm: bool) -> Any:
 def found_once(find: Callable[[], Any]) -> Any:
     """find(), or what it found in the pass that is recomputed."""
     return find()
+
+
+def realized(*vectors: Any) -> Any:
+    """The same vectors, which no compiler works out anew in the backward pass: what they were made of may have moved."""
+    return vectors
 
 
 def speak_as(name: str) -> None:

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from syncbn import policy
-from syncbn.engines import Moments, found_once, jax_mapped, may_move, speak_as
+from syncbn.engines import Moments, found_once, jax_mapped, may_move, realized, speak_as
 from syncbn.engines.jax_axes import Replicas, manual_axes, on_one_device, replicas_of
 from syncbn.engines.jax_mapped import arithmetic_dtype
 
-__all__ = ["arithmetic_dtype", "found_once", "may_move", "moments", "normalize", "speak_as", "supports_jit"]
+__all__ = ["arithmetic_dtype", "found_once", "may_move", "moments", "normalize", "realized", "speak_as", "supports_jit"]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array, float], jax.Array]] = {
     "relu": lambda y, slope: jax.nn.relu(y),

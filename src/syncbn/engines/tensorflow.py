@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn import maths, policy
-from syncbn.engines import Moments, found_once, may_move, speak_as
+from syncbn.engines import Moments, found_once, may_move, realized, speak_as
 from syncbn.engines.tensorflow_replicas import (
     Replicas,
     joined,
@@ -19,7 +19,7 @@ from syncbn.engines.tensorflow_replicas import (
 )
 from syncbn.kernels import tensorflow as kernels
 
-__all__ = ["arithmetic_dtype", "found_once", "may_move", "moments", "normalize", "speak_as", "supports_jit"]
+__all__ = ["arithmetic_dtype", "found_once", "may_move", "moments", "normalize", "realized", "speak_as", "supports_jit"]
 
 ACTIVATIONS: dict[str, Callable[[tf.Tensor, float], tf.Tensor]] = {
     "relu": lambda y, slope: tf.nn.relu(y),

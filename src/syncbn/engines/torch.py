@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 found_once, speak_as = context.found_once, debug.speak_as
-whole, realized = torch_fused.whole, compiled.realized
+whole = torch_fused.whole
 
 
 def supports_jit() -> bool:
@@ -52,6 +52,11 @@ def replicas(group: Any = None) -> int:
         return _link_when_compiled(group)[0]
     link = link_of(group)
     return 1 if link is None else link.size
+
+
+def realized(*vectors: Tensor) -> Any:
+    """The same vectors; compiled code has them in memory, and does not work them out anew in the backward pass."""
+    return compiled.realized(*vectors) if torch.compiler.is_compiling() else vectors
 
 
 def is_alone() -> bool:

@@ -197,7 +197,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             scale, offset = self._adjusted(inputs, gamma, beta)
             moments = self._engine.moments(inputs, **where)
             if self.renorm:
-                r, d = self._engine.found_once(lambda: self._renorm_correction(moments, gamma.dtype))
+                found = self._engine.found_once(lambda: self._renorm_correction(moments, gamma.dtype))
+                r, d = self._engine.realized(*found)
                 scale, offset = r * scale, d * scale + offset
             self._move(moments)
         else:

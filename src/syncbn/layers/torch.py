@@ -273,10 +273,8 @@ class SyncBatchNorm(_BatchNorm):
         if not self.renorm:
             self._move(moments)
             return weight, bias
-        r, d = context.found_once(lambda: self._renorm_correction(moments, weight.dtype))
-        if torch.compiler.is_compiling():
-            # The compiler would work them out anew in the backward pass, from statistics that have moved.
-            r, d = engine.realized(r, d)
+        # Compilers would work them out anew in the backward pass, from statistics that have moved.
+        r, d = engine.realized(*context.found_once(lambda: self._renorm_correction(moments, weight.dtype)))
         self._move(moments)
         return r * weight, d * weight + bias
 
