@@ -1,4 +1,4 @@
-"""Searches tiles for the 28 cases on the GPU at hand: `python benchmarks/gpu_tiles.py OUT`. What it finds goes into plans.py."""
+"""Searches tiles for the 28 cases on the GPU at hand: `python benchmarks/gpu_tiles.py OUT`. What it finds goes into tiling.py."""
 
 from __future__ import annotations
 

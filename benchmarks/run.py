@@ -59,20 +59,6 @@ def jax_cpu(
 
 
 @app.command()
-def jax_gpu(rounds: Annotated[int, typer.Option(min=3, help="Rounds per shape; the peers take turns in each.")] = 9) -> None:
-    """JAX on one GPU, unsynchronised: beside Flax, and beside what the memory's speed allows."""
-    import jax_gpu as gpu
-
-    rows = gpu.times(rounds)
-    where = provenance("jax", "flax", "numpy")
-    path = write("jax-gpu", [{"benchmark": "jax-gpu", **row, **where} for row in rows])
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        print(dtype)
-        show([row for row in rows if row["dtype"] == dtype], "syncbn", sys.stdout.isatty())
-    print(f"{len(rows)} rows in {path}")
-
-
-@app.command()
 def torch_cpu(
     rounds: Annotated[int, typer.Option(min=3, help="Rounds per shape; the peers take turns in each.")] = 15,
 ) -> None:

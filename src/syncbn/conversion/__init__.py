@@ -33,8 +33,7 @@ def convert(
     activation. Keras, on any backend: `BatchNormalization`, in Sequential, functional, nested and subclassed models. A subclass
     of these that overrides nothing but `__init__` is converted; any other is left to `on_unknown`. Instance norms and others
     stay. Convert before a model is compiled, scripted, quantised or wrapped for distribution, before or after it moved to its
-    device; under `tf.distribute` with renorm=True in the strategy's scope. A model without batch norms is returned with a
-    warning.
+    device. A model without batch norms is returned with a warning.
 
     Args:
         model: a torch.nn.Module or a Keras layer or model.

@@ -21,7 +21,7 @@ class EmptySteps(Joinable):
         step: one whole training step, forward, backward and optimizer; its loss must be finite (not a mean over no samples:
             use `loss.sum() / batch_size` with the usual batch size) and reach all parameters.
         empty: callable that returns the arguments of `step` for a batch of 0 samples.
-        device: the device of the step.
+        device: where Join's own messages live: over NCCL this rank's GPU.
         process_group: the ranks that train together; None for all.
 
     Example:
