@@ -51,7 +51,6 @@ MUTANTS = [
     Mutant("one tensor twice in a compiled function", "engines/torch_compiled.py", "if residual is x:", "if False:", "test_layer_torch.py", "compiled_in_float64"),
     Mutant("messages between taken for a change", "engines/torch_compiled.py", "= torch.autograd._unsafe_preserve_version_counter(_state)",
            "= torch.no_grad()", TRAINING, "between_a_forward and aot_eager and last"),
-    Mutant("an activation that stays", LAYER, "self._activation = None", "pass", ALONE, "can_be_changed"),
     Mutant("a module as activation that stays", LAYER, "self._modules.pop(name, None)", "pass", ALONE, "can_be_changed"),
     Mutant("both backward passes called alike", "engines/torch_debug.py", "if torch.is_grad_enabled() else", "if False else", RANKS, "create_graph"),
     Mutant("groups kept past their end", "engines/torch_groups.py", "group.size(), process_group.group_name, weakref.ref(process_group))",

@@ -131,11 +131,10 @@ class SyncBatchNorm(_BatchNorm):
         self._activation = value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As torch does, which takes a module past the property; of the activation before nothing stays."""
+        """As torch does, which takes a module past the property; of a module before nothing stays."""
         if name == "activation":
             policy_torch.activation(value)
             self._modules.pop(name, None)
-            self._activation = None
         super().__setattr__(name, value)
 
     def reset_running_stats(self) -> None:
