@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from gpu_cases import CASES, Case, graph_time, tensors
+from gpu_figures import ALONE, TORCHS
 from rows import RESULTS, provenance, write
 
 import syncbn
 
 ALL = "host,graph,compiled,compiled too,fused,kernels,between,exchange,eager"
 ADD_RELU = "then add and ReLU"
-ONE_REPLICA = "syncbn, one replica"
 
 
 class Then(torch.nn.Module):
@@ -63,8 +63,8 @@ def layers(case: Case) -> dict[str, Callable[[], torch.nn.Module]]:
         f"syncbn, {ADD_RELU}, compiled": lambda: torch.compile(Then(ours()), dynamic=False),
     }
     if several():
-        found["torch SyncBatchNorm"] = lambda: torch.nn.SyncBatchNorm(C)
-        found[ONE_REPLICA] = lambda: syncbn.SyncBatchNorm(C, group_size=1)
+        found[TORCHS] = lambda: torch.nn.SyncBatchNorm(C)
+        found[ALONE] = lambda: syncbn.SyncBatchNorm(C, group_size=1)
     return found
 
 
@@ -228,7 +228,7 @@ def main() -> None:
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
         torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
     only = os.environ.get("SYNCBN_BENCHMARK", ALL).split(",")
-    among_several = ["torch SyncBatchNorm", ONE_REPLICA] if several() else []
+    among_several = [TORCHS, ALONE] if several() else []
     groups = {
         "ours": ["syncbn"],
         "graph": ["syncbn", "BatchNorm2d", *among_several],

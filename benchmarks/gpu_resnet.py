@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from gpu_figures import ALONE, LOCAL, OURS, TORCHS
 from rows import provenance, write
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,8 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 from syncbn.engines import torch_lanes as lanes
 from syncbn.engines.torch_groups import link_of
-
-OURS, LOCAL, TORCHS = "syncbn", "BatchNorm2d", "torch SyncBatchNorm"
 
 
 class Size(NamedTuple):
@@ -66,6 +65,7 @@ def peers(device: torch.device) -> dict[str, Callable[[], nn.Module]]:
     plain = torchvision.models.resnet50()
     found = {LOCAL: lambda: copy.deepcopy(plain), OURS: lambda: syncbn.convert(copy.deepcopy(plain))}
     if world() > 1 and device.type == "cuda":
+        found[ALONE] = lambda: syncbn.convert(copy.deepcopy(plain), group_size=1)
         found[TORCHS] = lambda: nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
     return found
 
