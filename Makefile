@@ -6,8 +6,8 @@ SETUP := $(VENV)/.made
 PYTEST := $(BIN)/pytest
 
 # One framework, and one number of replicas, a process; two processes at a time.
-REPLICATED := tests/test_engine_tensorflow.py tests/test_layer_tensorflow.py
-TESTS := test-house test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants
+REPLICATED := tests/tensorflow/test_engine_tensorflow.py tests/tensorflow/test_layer_tensorflow.py
+TESTS := test-architecture test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants
 
 .PHONY: demo test check lint mutants gpu gpu-ranks benchmark clean $(TESTS)
 
@@ -17,49 +17,49 @@ demo: $(SETUP)
 test: $(SETUP)
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(TESTS)
 
-test-house:
-	$(PYTEST) tests/test_house.py tests/test_maths.py
+test-architecture:
+	$(PYTEST) tests/test_architecture.py tests/test_maths.py tests/test_mutants.py -k "not is_caught"
 
 test-demos:
-	$(PYTEST) tests/test_demo.py
-	$(PYTEST) tests/test_demo_torch.py tests/test_demo_jax.py
+	$(PYTEST) tests/demo/test_demo.py
+	$(PYTEST) tests/demo/test_demo_torch.py tests/demo/test_demo_jax.py
 
 test-tensorflow:
-	$(PYTEST) tests/test_layer_keras.py tests/test_functional_tensorflow.py $(REPLICATED) --replicas 4
+	$(PYTEST) tests/keras/test_layer_keras.py tests/tensorflow/test_functional_tensorflow.py $(REPLICATED) --replicas 4
 
 test-tensorflow-2:
 	$(PYTEST) $(REPLICATED) --replicas 2
-	$(PYTEST) tests/test_multi_worker.py
+	$(PYTEST) tests/tensorflow/test_multi_worker.py
 
 test-torch:
-	$(PYTEST) tests/test_layer_torch.py tests/test_engine_torch.py tests/test_layer_torch_ranks.py tests/test_functional_torch.py --replicas 4
-	$(PYTEST) tests/test_layer_keras_torch.py --replicas 4
+	$(PYTEST) tests/torch/test_layer_torch.py tests/torch/test_engine_torch.py tests/torch/test_layer_torch_ranks.py tests/torch/test_functional_torch.py --replicas 4
+	$(PYTEST) tests/keras/test_layer_keras_torch.py --replicas 4
 
 test-torch-2:
-	$(PYTEST) tests/test_engine_torch.py tests/test_torch_training.py --replicas 2
+	$(PYTEST) tests/torch/test_engine_torch.py tests/torch/test_torch_training.py --replicas 2
 
 test-jax:
-	$(PYTEST) tests/test_engine_jax.py tests/test_layer_jax.py tests/test_functional_jax.py
-	$(PYTEST) tests/test_engine_jax.py -k "concatenated and (ragged or masked) or groups" --replicas 2
-	$(PYTEST) tests/test_engine_jax.py -k "concatenated and (ragged or masked) or groups" --replicas 8
-	JAX_ENABLE_X64=1 $(PYTEST) tests/test_engine_jax.py -k "float64 or large or second or groups"
-	$(PYTEST) tests/test_multi_process_jax.py
+	$(PYTEST) tests/jax/test_engine_jax.py tests/jax/test_layer_jax.py tests/jax/test_functional_jax.py
+	$(PYTEST) tests/jax/test_engine_jax.py -k "concatenated and (ragged or masked) or groups" --replicas 2
+	$(PYTEST) tests/jax/test_engine_jax.py -k "concatenated and (ragged or masked) or groups" --replicas 8
+	JAX_ENABLE_X64=1 $(PYTEST) tests/jax/test_engine_jax.py -k "float64 or large or second or groups"
+	$(PYTEST) tests/jax/test_multi_process_jax.py
 
 test-kernels:
-	$(PYTEST) tests/test_kernels_triton.py tests/test_exchange.py tests/test_kernels_compile.py
+	$(PYTEST) tests/torch/test_kernels_triton.py tests/torch/test_exchange.py tests/torch/test_kernels_compile.py
 
 # What torch's layers and engine promise, through the kernels for CUDA under Triton's interpreter.
 test-torch-kernels:
-	SYNCBN_TEST_DEVICE=interpreter $(PYTEST) tests/test_layer_torch.py tests/test_layer_torch_ranks.py tests/test_engine_torch.py tests/test_torch_training.py --replicas 2
+	SYNCBN_TEST_DEVICE=interpreter $(PYTEST) tests/torch/test_layer_torch.py tests/torch/test_layer_torch_ranks.py tests/torch/test_engine_torch.py tests/torch/test_torch_training.py --replicas 2
 
 test-conversion:
-	$(PYTEST) tests/test_convert_torch.py tests/test_export_torch.py
-	$(PYTEST) tests/test_convert_keras.py tests/test_export_keras.py tests/test_legacy.py
-	KERAS_BACKEND=torch $(PYTEST) tests/test_convert_keras.py tests/test_export_keras.py -k "not round_trip and not real_arch"
-	KERAS_BACKEND=jax $(PYTEST) tests/test_convert_keras.py tests/test_export_keras.py -k "not round_trip and not real_arch"
+	$(PYTEST) tests/torch/test_convert_torch.py tests/torch/test_export_torch.py
+	$(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py tests/keras/test_legacy.py
+	KERAS_BACKEND=torch $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"
+	KERAS_BACKEND=jax $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"
 
 test-mutants:
-	$(PYTEST) tests/test_mutants.py
+	$(PYTEST) tests/test_mutants.py -k is_caught
 
 mutants: $(SETUP)
 	$(PYTEST) tests/test_mutants.py --all-mutants
@@ -75,8 +75,8 @@ check: lint test
 ON_GPU := SYNCBN_TEST_DEVICE=cuda PYTHONPATH=src $(PYTHON) -m pytest
 gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
-	$(ON_GPU) tests/test_layer_torch.py
-	CUDA_VISIBLE_DEVICES=0 $(ON_GPU) tests/test_layer_torch_ranks.py tests/test_engine_torch.py tests/test_torch_training.py --replicas 2
+	$(ON_GPU) tests/torch/test_layer_torch.py
+	CUDA_VISIBLE_DEVICES=0 $(ON_GPU) tests/torch/test_layer_torch_ranks.py tests/torch/test_engine_torch.py tests/torch/test_torch_training.py --replicas 2
 
 # On a machine with several: RANKS of them.
 RANKS ?= 2
@@ -86,7 +86,7 @@ gpu-ranks:
 	$(RUN) tests/gpu/ranks.py
 	$(RUN) tests/gpu/training.py
 	PYTHONPATH=src $(PYTHON) tests/gpu/dead_peers.py
-	$(ON_GPU) tests/test_engine_torch.py tests/test_layer_torch_ranks.py tests/test_torch_training.py --replicas $(RANKS)
+	$(ON_GPU) tests/torch/test_engine_torch.py tests/torch/test_layer_torch_ranks.py tests/torch/test_torch_training.py --replicas $(RANKS)
 
 benchmark: $(SETUP)
 	$(BIN)/python benchmarks/run.py tensorflow-cpu

@@ -123,7 +123,8 @@ def transport() -> str:
     """How our replicas' messages travel."""
     if not several():
         return "none"
-    from syncbn.engines import torch_groups, torch_lanes
+    from syncbn.torch import groups as torch_groups
+    from syncbn.torch import peer_memory as torch_lanes
 
     lane = torch_lanes.lane_of(torch_groups.link_of(None), torch.device("cuda", torch.cuda.current_device()))
     return "all-reduce" if lane is None else "peer memory"
@@ -153,7 +154,8 @@ def kernels(case: Case) -> dict[str, float]:
 
 def between_cost(case: Case) -> float:
     """µs of our step with an NCCL all-reduce of one process between the kernels, as where replicas are on several hosts."""
-    from syncbn.kernels import fused, plans
+    from syncbn.torch.triton import ops as fused
+    from syncbn.torch.triton import plan as plans
 
     t = tensors(case)
     plan = plans.Plan(case.fold(), case.torch_dtype(), t.x.device, scale=torch.float32, sent=True, raw=True)
@@ -198,7 +200,8 @@ def exchange_cost(case: Case, size: int = 2) -> tuple[float, float]:
             times.append(start.elapsed_time(end) * 100)
         return statistics.median(times)
 
-    from syncbn.kernels import fused, plans
+    from syncbn.torch.triton import ops as fused
+    from syncbn.torch.triton import plan as plans
 
     def alone(plan: Any, rank: int) -> None:
         own = t[rank]
@@ -220,7 +223,7 @@ def main() -> None:
     if "RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-        from syncbn.engines import torch_lanes
+        from syncbn.torch import peer_memory as torch_lanes
 
         # Every case is captured anew, and a captured graph keeps its lane.
         torch_lanes.LANES = 4 * len(CASES)

@@ -43,7 +43,7 @@ class Case(NamedTuple):
         return 8 * self.megabytes() * 1e12 / bandwidth
 
     def fold(self) -> Any:
-        from syncbn.kernels.tiling import Fold
+        from syncbn.torch.triton.tiling import Fold
 
         n, c, h, w = self.shape
         return Fold(n * h * w, c, 1) if self.layout == "NHWC" else Fold(n, c, h * w)

@@ -20,7 +20,7 @@ import torch
 from rows import provenance
 
 import syncbn
-from syncbn.kernels.launch import Launch
+from syncbn.torch.triton.launch import Launch
 
 SHAPE, DEPTH, ROUNDS = (4, 64, 8, 8), 20, 40
 

@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
-from syncbn.engines import torch_lanes as lanes
-from syncbn.engines.torch_groups import link_of
+from syncbn.torch import peer_memory as lanes
+from syncbn.torch.groups import link_of
 
 
 class Size(NamedTuple):

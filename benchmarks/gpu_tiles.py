@@ -10,9 +10,10 @@ import time
 import torch
 from gpu_cases import CASES, graph_time, tensors
 
-from syncbn.kernels import fused, plans
-from syncbn.kernels.launch import power_of_2
-from syncbn.kernels.tiling import Tile
+from syncbn.torch.triton import ops as fused
+from syncbn.torch.triton import plan as plans
+from syncbn.torch.triton.launch import power_of_2
+from syncbn.torch.triton.tiling import Tile
 
 EPSILON = 1e-5
 

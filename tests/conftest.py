@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+TESTS = Path(__file__).parent
+# What several suites share, for the processes that tests start too.
+sys.path[:0] = [str(TESTS), str(TESTS / "torch")]
+os.environ["PYTHONPATH"] = os.pathsep.join([p for p in [os.environ.get("PYTHONPATH")] if p] + [str(TESTS)])
 
 # oneDNN's convolution gives a wrong shape for an empty batch; the rest keeps TensorFlow quiet and on the CPU.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

@@ -50,6 +50,11 @@ def run(mutant, options, folder):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
 
 
+@pytest.mark.parametrize("mutant", [mutant for mutant, _ in MUTANTS.values()], ids=lambda mutant: mutant.name)
+def test_the_text_of_a_mutant_stands_in_the_source_once(mutant):
+    assert (ROOT / "src" / "syncbn" / mutant.file).read_text().count(mutant.old) == 1
+
+
 def test_mutant_is_caught(name, verdicts):
     verdict = verdicts[name].result()
     # 1: tests ran and one failed. Anything else (no test selected, an import error) catches nothing.

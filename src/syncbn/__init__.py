@@ -5,32 +5,33 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from syncbn import _moved
+
 if TYPE_CHECKING:
     from syncbn.conversion import convert, fold, revert
-    from syncbn.conversion.legacy import load_legacy
-    from syncbn.conversion.weights import load_weights
-    from syncbn.engines.torch_context import checkpoint_contexts, local_statistics
-    from syncbn.engines.torch_debug import debug
-    from syncbn.engines.torch_join import EmptySteps
-    from syncbn.layers.keras import SyncBatchNormalization
-    from syncbn.layers.torch import SyncBatchNorm
+    from syncbn.keras import SyncBatchNormalization, load_legacy, load_weights
+    from syncbn.torch import EmptySteps, SyncBatchNorm, checkpoint_contexts, debug, local_statistics
 
 __version__ = "0.1.0"
 
+_moved.install()
+
 # Where each public name lives: its module, and with it a framework, is imported when the name is first asked for.
 _HOMES = {
-    "EmptySteps": "syncbn.engines.torch_join",
-    "SyncBatchNorm": "syncbn.layers.torch",
-    "SyncBatchNormalization": "syncbn.layers.keras",
-    "checkpoint_contexts": "syncbn.engines.torch_context",
+    "EmptySteps": "syncbn.torch",
+    "SyncBatchNorm": "syncbn.torch",
+    "SyncBatchNormalization": "syncbn.keras",
+    "checkpoint_contexts": "syncbn.torch",
     "convert": "syncbn.conversion",
-    "debug": "syncbn.engines.torch_debug",
+    "debug": "syncbn.torch",
     "fold": "syncbn.conversion",
-    "load_legacy": "syncbn.conversion.legacy",
-    "load_weights": "syncbn.conversion.weights",
-    "local_statistics": "syncbn.engines.torch_context",
+    "load_legacy": "syncbn.keras",
+    "load_weights": "syncbn.keras",
+    "local_statistics": "syncbn.torch",
     "revert": "syncbn.conversion",
 }
+# Public modules, which are attributes too. Not in `__all__`: a star import would hide the user's `torch`.
+_MODULES = {"functional", "keras", "torch"}
 
 __all__ = [
     "EmptySteps",
@@ -49,10 +50,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"syncbn.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

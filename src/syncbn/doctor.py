@@ -16,7 +16,7 @@ def report() -> tuple[list[tuple[str, str]], bool]:
         return [("torch", "not installed")], False
     import torch
 
-    from syncbn.kernels.choice import asked_for, cuda_kernels
+    from syncbn.torch.dispatch import asked_for, cuda_kernels
 
     device = _join()
     lines = [("torch", torch.__version__), ("triton", _version("triton")), ("SYNCBN_KERNELS", asked_for())]
@@ -78,8 +78,8 @@ def _path(device: Any, kernels: Any) -> str:
 
 
 def _exchange(device: Any) -> str:
-    from syncbn.engines import torch_lanes as lanes
-    from syncbn.engines.torch_groups import link_of
+    from syncbn.torch import peer_memory as lanes
+    from syncbn.torch.groups import link_of
 
     link = link_of(None)
     if link is None:

@@ -78,7 +78,7 @@ def sync_batch_norm(
     """
     framework = _framework(x)
     group = _group(framework, axis_name, axis_index_groups, process_group)
-    engine, dialect = importlib.import_module(f"syncbn.engines.{framework}"), _dialect(framework)
+    engine, dialect = importlib.import_module(f"syncbn.{framework}.engine"), _dialect(framework)
     kind = str(x.dtype)
     policy.floating(kind, "float" in kind)
     shape = tuple(x.shape)

@@ -62,8 +62,8 @@ def rank_main(rank: int, world: int, port: int, how: str) -> None:
 def steps(device: torch.device, store: Any, how: str, report: dict[str, Any]) -> None:
     """Three chained layers, forward and backward, without DDP: its messages would be waited for too."""
     import syncbn
-    from syncbn.engines import torch_lanes as lanes
-    from syncbn.engines.torch_groups import link_of
+    from syncbn.torch import peer_memory as lanes
+    from syncbn.torch.groups import link_of
 
     rank, world = dist.get_rank(), dist.get_world_size()
     layers = torch.nn.Sequential(*[syncbn.SyncBatchNorm(8) for _ in range(3)]).to(device)

@@ -12,7 +12,7 @@ import torch
 from kernel_checks import KernelCase, check
 from virtual import Replicas, step
 
-from syncbn.kernels.tiling import Tile
+from syncbn.torch.triton.tiling import Tile
 
 SPLIT = {
     "moments": Tile(64, 4, 4, 2),

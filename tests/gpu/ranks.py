@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 import syncbn
-from syncbn.engines import torch_lanes as lanes
-from syncbn.engines.torch_groups import link_of
+from syncbn.torch import peer_memory as lanes
+from syncbn.torch.groups import link_of
 
 ROUNDS = int(os.environ.get("SYNCBN_ROUNDS", "300"))
 

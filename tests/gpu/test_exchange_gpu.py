@@ -8,7 +8,8 @@ import pytest
 import torch
 from virtual import Replicas, reference, step
 
-from syncbn.kernels import exchange, fused
+from syncbn.torch.triton import ops as fused
+from syncbn.torch.triton.device import peer_exchange as exchange
 
 ROUNDS = int(os.environ.get("SYNCBN_ROUNDS", "10000"))
 SHAPES = {2: (4, 70, 6, 5), 4: (2, 256, 7, 7), 8: (3, 16, 4, 4)}

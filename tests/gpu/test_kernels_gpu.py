@@ -7,7 +7,9 @@ import torch
 from kernel_checks import MATRIX, KernelCase, check, each_way
 
 import syncbn
-from syncbn.kernels import fused, plans, tiling
+from syncbn.torch.triton import ops as fused
+from syncbn.torch.triton import plan as plans
+from syncbn.torch.triton import tiling
 
 LARGE = [
     KernelCase((8, 64, 56, 56)),

@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 import syncbn
-from syncbn.engines import torch_lanes as lanes
-from syncbn.engines.torch_groups import link_of
+from syncbn.torch import peer_memory as lanes
+from syncbn.torch.groups import link_of
 
 IMAGE = (3, 8, 8)
 OUTPUTS = 4

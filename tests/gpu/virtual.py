@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from syncbn.kernels import exchange, fused, plans, tiling
+from syncbn.torch.triton import ops as fused
+from syncbn.torch.triton import plan as plans
+from syncbn.torch.triton import tiling
+from syncbn.torch.triton.device import peer_exchange as exchange
 
 
 class Replicas:

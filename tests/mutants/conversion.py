@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from mutants import Mutant
 
-TORCH, KERAS, EXCHANGE = "conversion/torch.py", "conversion/keras.py", "conversion/exchange.py"
+TORCH, KERAS, EXCHANGE = "torch/convert.py", "keras/convert.py", "class_swap.py"
 TORCH_FOLD, KERAS_FOLD, WEIGHTS, LEGACY = (
-    "conversion/torch_fold.py",
-    "conversion/keras_fold.py",
-    "conversion/weights.py",
-    "conversion/legacy.py",
+    "torch/fold.py",
+    "keras/fold.py",
+    "keras/weights.py",
+    "keras/legacy.py",
 )
-TORCH_TESTS, KERAS_TESTS, LEGACY_TESTS = "test_convert_torch.py", "test_convert_keras.py", "test_legacy.py"
-TORCH_EXPORT, KERAS_EXPORT = "test_export_torch.py", "test_export_keras.py"
+TORCH_TESTS, KERAS_TESTS, LEGACY_TESTS = "torch/test_convert_torch.py", "keras/test_convert_keras.py", "keras/test_legacy.py"
+TORCH_EXPORT, KERAS_EXPORT = "torch/test_export_torch.py", "keras/test_export_keras.py"
 
 MUTANTS = [
     Mutant("overrides are not looked at", EXCHANGE, "return ancestor if ancestor is not None and not overridden(cls, ancestor) else None",
@@ -26,12 +26,12 @@ MUTANTS = [
     Mutant("timm's activation is lost", TORCH, "y = getattr(self, name)(y)", "pass", TORCH_TESTS, "timm_keeps"),
     Mutant("wrapped models pass", TORCH, '"DistributedDataParallel": ("torch.nn.parallel", "wrapped"),', "", TORCH_TESTS, "wrapped_and_sharded"),
     Mutant("compiled modules pass", TORCH, '"compiled" if module._compiled_call_impl is not None else states[cls]', "states[cls]", TORCH_TESTS, "wrong_state"),
-    Mutant("switched-off statistics move", "layers/torch.py", "self.running_mean is not None and self.track_running_stats and", "self.running_mean is not None and",
+    Mutant("switched-off statistics move", "torch/module.py", "self.running_mean is not None and self.track_running_stats and", "self.running_mean is not None and",
            TORCH_TESTS, "switched_off"),
     Mutant("ranks of the example are not asked", TORCH, "implied = classes.pop() if len(classes) == 1 else None", "implied = nn.BatchNorm2d", TORCH_TESTS, "made_as_ours"),
     Mutant("build stays theirs", KERAS, "cell.cell_contents = MethodType(cls.build, layer)", "pass", KERAS_TESTS, "every_kind and deferred"),
     Mutant("traces stay", KERAS, "part.train_function = part.test_function = part.predict_function = None", "pass", KERAS_TESTS, "trains_on"),
-    Mutant("renorm's first statistics are the initial ones", KERAS, "    layer.renorm_stddev.assign(stddev)\n", "", KERAS_TESTS, "renorm_starts"),
+    Mutant("renorm's first statistics are the initial ones", KERAS, "    layer.renorm_stddev.assign(ops.copy(stddev))\n", "", KERAS_TESTS, "renorm_starts"),
     Mutant("what Keras's build noted is lost", KERAS, 'attributes["_reduction_axes"] =', "_ =", KERAS_TESTS, "every_kind and deferred"),
     Mutant("shapes are not compared", WEIGHTS, "if missing or unused or other:", "if missing or unused:", LEGACY_TESTS, "do_not_fit"),
     Mutant("a failed load stays", WEIGHTS, "                model.load_weights(own)\n", "", LEGACY_TESTS, "undone"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from mutants import Mutant
 
 MATHS = "maths.py"
-DOOR, MAPPED, AXES, XLA = "engines/jax.py", "engines/jax_mapped.py", "engines/jax_axes.py", "engines/jax_xla.py"
-LAYER, DISTRIBUTION, FUNCTIONAL = "layers/keras.py", "layers/distribution.py", "functional.py"
-ENGINE_TESTS, LAYER_TESTS, FUNCTIONAL_TESTS = "test_engine_jax.py", "test_layer_jax.py", "test_functional_jax.py"
+DOOR, MAPPED, AXES, XLA = "jax/engine.py", "jax/mapped.py", "jax/axes.py", "jax/xla.py"
+LAYER, DISTRIBUTION, FUNCTIONAL = "keras/layer.py", "keras/distribution.py", "functional.py"
+ENGINE_TESTS, LAYER_TESTS, FUNCTIONAL_TESTS = "jax/test_engine_jax.py", "jax/test_layer_jax.py", "jax/test_functional_jax.py"
 MUTANTS = [
     Mutant("no collective", AXES, "return self.size == 1 and not self.checked", "return True", ENGINE_TESTS, "batch and ragged-unchecked"),
     Mutant("mean of means", MAPPED, "    counts = counts if members is True", "    counts = jnp.minimum(counts, 1)\n    counts = counts if members is True",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from mutants import Mutant
 
-MOMENTS, POINTWISE, RESIDENT, EXCHANGE = (f"kernels/{name}.py" for name in ("moments", "pointwise", "resident", "exchange"))
-KERNELS, PEERS = "test_kernels_triton.py", "test_exchange.py"
+MOMENTS, POINTWISE, RESIDENT, EXCHANGE = (
+    f"torch/triton/device/{name}.py" for name in ("moments", "pointwise", "single_launch", "peer_exchange")
+)
+KERNELS, PEERS = "torch/test_kernels_triton.py", "torch/test_exchange.py"
 
 MUTANTS = [
     Mutant("pivots of lanes taken for one", MOMENTS, "d = tl.where(there[:, None], pivot - k[None, :], 0.0)",
@@ -26,21 +28,21 @@ MUTANTS = [
     Mutant("sums in registers before the scale dropped", RESIDENT, "        sum_g *= gamma", "        sum_g *= 1", KERNELS, "equals_oracle and bfloat16 and once"),
     Mutant("lo dropped in registers", RESIDENT, "(tl.sum(g * v, 0) - lo * sum_g)", "tl.sum(g * v, 0)", KERNELS, "equals_oracle and large and once"),
     Mutant("a sum in registers that is too large", RESIDENT, "part = v * each", "part = v", KERNELS, "too_large"),
-    Mutant("one launch for 1/batches too", "engines/torch_fused.py", "link is None and (moving is None or moving[3] is not None)", "link is None", KERNELS,
+    Mutant("one launch for 1/batches too", "torch/fused.py", "link is None and (moving is None or moving[3] is not None)", "link is None", KERNELS,
            "statistics_are_torchs"),
-    Mutant("a recomputation in one launch, the first pass in two", "engines/torch_fused.py", "    lane = None if link is None else lanes",
+    Mutant("a recomputation in one launch, the first pass in two", "torch/fused.py", "    lane = None if link is None else lanes",
            "    at_once = at_once or not context.is_first_pass()\n    lane = None if link is None else lanes", KERNELS, "recomputation"),
-    Mutant("loads under way past the shared memory", "kernels/tiling.py", "min(stages, 1 + room //", "min(stages, 5 + room //", "test_kernels_compile.py", "fits"),
-    Mutant("float32 into float64 parameters' gradients", "kernels/tiles.py", "return value.to(tl.float64)", "return value", "test_kernels_compile.py", "fits"),
+    Mutant("loads under way past the shared memory", "torch/triton/tiling.py", "min(stages, 1 + room //", "min(stages, 5 + room //", "torch/test_kernels_compile.py", "fits"),
+    Mutant("float32 into float64 parameters' gradients", "torch/triton/device/tiles.py", "return value.to(tl.float64)", "return value", "torch/test_kernels_compile.py", "fits"),
     Mutant("an infinite mean as NaN", RESIDENT, "mean, pivot.to(tl.float64))", "mean, mean)", KERNELS, "registers_what"),
     Mutant("a gradient for what was not read", POINTWISE, "g = tl.where(read, g, 0.0)", "g += 0", KERNELS, "depends_on_a_stray and two and False"),
     Mutant("the same in registers", RESIDENT, "g = tl.where(read, g, 0.0)", "g += 0", KERNELS, "depends_on_a_stray and one and False"),
-    Mutant("the same where it is differentiable", "engines/torch_fused.py", "torch.where(read, gradients[0], 0)", "gradients[0]", KERNELS,
+    Mutant("the same where it is differentiable", "torch/fused.py", "torch.where(read, gradients[0], 0)", "gradients[0]", KERNELS,
            "depends_on_a_stray and True"),
-    Mutant("momentum rounded to float32", "kernels/fused.py", "return rounded, weight - rounded", "return rounded, 0.0", KERNELS, "bits_of_the_other"),
+    Mutant("momentum rounded to float32", "torch/triton/ops.py", "return rounded, weight - rounded", "return rounded, 0.0", KERNELS, "bits_of_the_other"),
     Mutant("the message without its mean's square", MOMENTS, "m2 + n * mean * mean, mask", "m2, mask", KERNELS, "agrees_with and first"),
     Mutant("means of replicas taken for one", EXCHANGE, "its_m2 + d * d * n * part", "its_m2", PEERS, "agree_with"),
-    Mutant("saved tensors taken for what they were", "kernels/cuda.py", "if x.stride() == strides and x.data_ptr() % 16 == 0:\n        return x\n    return torch.empty_strided",
+    Mutant("saved tensors taken for what they were", "torch/triton/backend.py", "if x.stride() == strides and x.data_ptr() % 16 == 0:\n        return x\n    return torch.empty_strided",
            "if True:\n        return x\n    return torch.empty_strided", KERNELS, "another_layout"),
     Mutant("rows of another epoch taken", EXCHANGE, "((words >> 32) == stamp).to", "((words >> 32) >= 0).to", PEERS, "agree_with"),
     Mutant("another call's message taken", EXCHANGE, "(heard == tag.to(tl.int64))", "(heard == heard)", PEERS, "another_call"),

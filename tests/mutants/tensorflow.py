@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from mutants import Mutant
 
-ENGINE, REPLICAS = "engines/tensorflow.py", "engines/tensorflow_replicas.py"
-KERNELS, LAYER, MATHS = "kernels/tensorflow.py", "layers/keras.py", "maths.py"
-ENGINE_TESTS, LAYER_TESTS, ALONE_TESTS = "test_engine_tensorflow.py", "test_layer_tensorflow.py", "test_layer_keras.py"
+ENGINE, REPLICAS = "tensorflow/engine.py", "tensorflow/replicas.py"
+KERNELS, LAYER, MATHS = "tensorflow/passes_cpu.py", "keras/layer.py", "maths.py"
+ENGINE_TESTS, LAYER_TESTS, ALONE_TESTS = (
+    "tensorflow/test_engine_tensorflow.py",
+    "tensorflow/test_layer_tensorflow.py",
+    "keras/test_layer_keras.py",
+)
 
 
 RAW = "total, squares = maths.raw_sums(count, wide_k, s, q)"
@@ -55,8 +59,8 @@ MUTANTS = [
     Mutant("momentum the wrong way round", MATHS, "old * momentum + new * (1 - momentum)", "new * momentum + old * (1 - momentum)",
            ALONE_TESTS, "equals_keras or renorm_by_formula"),
     Mutant("adjustment dropped", LAYER, "a, b = flat", "a, b = 1, 0", ALONE_TESTS, "adjustment_by_formula or adjustment_in"),
-    Mutant("r and d after the statistics moved", LAYER, "            if self.renorm:\n                r, d =",
-           "            self._move(moments)\n            if self.renorm:\n                r, d =", ALONE_TESTS, "renorm_by_formula"),
+    Mutant("r and d after the statistics moved", LAYER, "            if self.renorm:\n                found =",
+           "            self._move(moments)\n            if self.renorm:\n                found =", ALONE_TESTS, "renorm_by_formula"),
     Mutant("variable bounds become weights", LAYER, "self._clipping = _Untracked(policy.clipping(renorm_clipping))",
            "self._clipping = _Untracked(policy.clipping(renorm_clipping)); self._bounds = policy.clipping(renorm_clipping)",
            ALONE_TESTS, "clipping_takes"),

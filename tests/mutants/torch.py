@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from mutants import Mutant
 
-GROUPS, AUTOGRAD, CONTEXT, ENGINE = (f"engines/torch{name}.py" for name in ("_groups", "_autograd", "_context", ""))
-EAGER, NATIVE, LAYER, KERAS = "kernels/eager.py", "kernels/native.py", "layers/torch.py", "layers/keras.py"
+GROUPS, AUTOGRAD, CONTEXT, ENGINE = (f"torch/{name}.py" for name in ("groups", "autograd", "checkpoint", "engine"))
+EAGER, NATIVE, LAYER, KERAS = "torch/reference.py", "torch/cpu.py", "torch/module.py", "keras/layer.py"
 ENGINE_TESTS, ALONE, RANKS, TRAINING = (
-    f"test_{name}.py" for name in ("engine_torch", "layer_torch", "layer_torch_ranks", "torch_training")
+    f"torch/test_{name}.py" for name in ("engine_torch", "layer_torch", "layer_torch_ranks", "torch_training")
 )
 
 MESSAGE = "return torch.cat([n[None], *maths.raw_sums(n, k.to(wide), s.to(wide), q.to(wide))])"
@@ -42,29 +42,29 @@ MUTANTS = [
     Mutant("momentum the wrong way round", LAYER, "maths.moving_average(old, batch, 1 - weight)", "maths.moving_average(old, batch, weight)",
            ALONE, "equals_torch and ours"),
     Mutant("a message in eval", LAYER, "group = self._group() if self.training else policy.ALONE", "group = self._group()", RANKS, "eval_and_local"),
-    Mutant("a group that is gone taken for all", "engines/torch_groups.py", "raise policy_torch.group_is_gone(self.name)", "pass", RANKS, "go_and_come"),
-    Mutant("inputs not apart in a second derivative", "engines/torch_autograd.py", "v.view_as(v) if v.requires_grad", "v if v.requires_grad", "test_layer_torch.py", "share_a_history"),
-    Mutant("a module as activation hidden", LAYER, "self._activation if module is None else module", "self._activation", "test_layer_torch.py", "module_as_activation"),
-    Mutant("r and d compiled anew", LAYER, "r, d = engine.realized(*context.found_once(lambda: self._renorm_correction(moments, weight.dtype)))", "r, d = self._renorm_correction(moments, weight.dtype)", "test_layer_torch.py", "compiled_in_float64"),
-    Mutant("Keras's r and d compiled anew", KERAS, "r, d = self._engine.realized(*found)", "r, d = found", "test_layer_keras_torch.py", "renorm_compiled"),
-    Mutant("fake constants kept", "kernels/native.py", "if type(x) is not Tensor:", "if False:", "test_layer_torch.py", "fake_tensors"),
-    Mutant("one tensor twice in a compiled function", "engines/torch_compiled.py", "if residual is x:", "if False:", "test_layer_torch.py", "compiled_in_float64"),
-    Mutant("messages between taken for a change", "engines/torch_compiled.py", "= torch.autograd._unsafe_preserve_version_counter(_state)",
+    Mutant("a group that is gone taken for all", "torch/groups.py", "raise policy_torch.group_is_gone(self.name)", "pass", RANKS, "go_and_come"),
+    Mutant("inputs not apart in a second derivative", "torch/autograd.py", "v.view_as(v) if v.requires_grad", "v if v.requires_grad", "torch/test_layer_torch.py", "share_a_history"),
+    Mutant("a module as activation hidden", LAYER, "self._activation if module is None else module", "self._activation", "torch/test_layer_torch.py", "module_as_activation"),
+    Mutant("r and d compiled anew", LAYER, "r, d = engine.realized(*context.found_once(lambda: self._renorm_correction(moments, weight.dtype)))", "r, d = self._renorm_correction(moments, weight.dtype)", "torch/test_layer_torch.py", "compiled_in_float64"),
+    Mutant("Keras's r and d compiled anew", KERAS, "r, d = self._engine.realized(*found)", "r, d = found", "keras/test_layer_keras_torch.py", "renorm_compiled"),
+    Mutant("fake constants kept", "torch/cpu.py", "if type(x) is not Tensor:", "if False:", "torch/test_layer_torch.py", "fake_tensors"),
+    Mutant("one tensor twice in a compiled function", "torch/compiled.py", "if residual is x:", "if False:", "torch/test_layer_torch.py", "compiled_in_float64"),
+    Mutant("messages between taken for a change", "torch/compiled.py", "= torch.autograd._unsafe_preserve_version_counter(_state)",
            "= torch.no_grad()", TRAINING, "between_a_forward and aot_eager and last"),
     Mutant("a module as activation that stays", LAYER, "self._modules.pop(name, None)", "pass", ALONE, "can_be_changed"),
     Mutant("gradients that cannot be batched", EAGER, "return sums.reshape(-1),", "return sums.flatten(),", ALONE, "batched_gradients"),
     Mutant("a batch counted where nobody counts", LAYER, "if moves and self.num_batches_tracked is not None:", "if moves:", ALONE, "nobody_counts"),
     Mutant("statistics move where nobody counts", LAYER, "weight = 0.0 if tracked is None else", "weight = 1.0 if tracked is None else", ALONE, "nobody_counts"),
-    Mutant("both backward passes called alike", "engines/torch_debug.py", "if torch.is_grad_enabled() else", "if False else", RANKS, "create_graph"),
-    Mutant("groups kept past their end", "engines/torch_groups.py", "group.size(), process_group.group_name, weakref.ref(process_group))",
+    Mutant("both backward passes called alike", "torch/desync.py", "if torch.is_grad_enabled() else", "if False else", RANKS, "create_graph"),
+    Mutant("groups kept past their end", "torch/groups.py", "group.size(), process_group.group_name, weakref.ref(process_group))",
            "group.size(), process_group.group_name, lambda: process_group)", RANKS, "go_and_come"),
     Mutant("the backward pass of local statistics is not", ENGINE, "link = None if alone else link_of(group)", "link = link_of(group)", RANKS, "local_in_both"),
     Mutant("statistics move in the recomputation", CONTEXT, "return torch._C._current_graph_task_id() == -1", "return True", TRAINING, "one_process_moves"),
     Mutant("a recomputation that sends again", CONTEXT, "found = replayed[0] if replayed else find()", "found = find()", TRAINING, "test_checkpointing and one-recorded]"),
     Mutant("renorm recomputed", ENGINE, "if renorm and not first and not context.is_replayed():", "if False:", TRAINING, "without_a_record and one"),
     Mutant("r and d after the statistics moved", LAYER,
-           "        r, d = context.found_once(lambda: self._renorm_correction(moments, weight.dtype))\n        self._move(moments)\n",
-           "        self._move(moments)\n        r, d = context.found_once(lambda: self._renorm_correction(moments, weight.dtype))\n",
+           "        r, d = engine.realized(*context.found_once(",
+           "        self._move(moments)\n        r, d = engine.realized(*context.found_once(",
            ALONE, "renorm_by_formula"),
     Mutant("padding that is not finite spreads", LAYER, "input = torch.where(mask | input.isfinite(), input, 0)", "pass", ALONE, "test_mask"),
     Mutant("the group saved with the layer", LAYER, '{**self.__dict__, "process_group": None}', "self.__dict__", RANKS, "left_out_of_files"),

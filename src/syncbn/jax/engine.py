@@ -1,0 +1,176 @@
+"""The JAX engine: the door to both verbs, for named axes, for arrays that a mesh shards, and for one replica.
+
+`group` says which: `policy.Axes` the replicas along named axes, `policy.Sharded` those of a mesh, over whose batch axis a
+`shard_map` is opened here (XLA's partitioner left alone sends three or four messages); anything else what JAX's global arrays
+hold, whose sums are XLA's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from syncbn import policy
+from syncbn.contract import Moments, found_once, may_move, realized, speak_as
+from syncbn.jax import mapped as jax_mapped
+from syncbn.jax.axes import Replicas, manual_axes, on_one_device, replicas_of
+from syncbn.jax.mapped import arithmetic_dtype
+
+__all__ = ["arithmetic_dtype", "found_once", "may_move", "moments", "normalize", "realized", "speak_as", "supports_jit"]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array, float], jax.Array]] = {
+    "relu": lambda y, slope: jax.nn.relu(y),
+    "silu": lambda y, slope: jax.nn.silu(y),
+    "leaky_relu": lambda y, slope: jnp.where(y > 0, y, slope * y),
+}
+
+
+def supports_jit() -> bool:
+    """Everything here is meant to be compiled."""
+    return True
+
+
+def moments(x: jax.Array, *, axes: tuple[int, ...], mask: jax.Array | None = None, group: policy.Group = None) -> Moments:
+    """Measures the global batch: one gather, of integers that hold (n, k, r, m2); above 64 replicas two sums."""
+    x = jnp.asarray(x)
+    sharded = _sharded(x, axes, group)
+    if sharded is None:
+        return jax_mapped.moments(x, axes, mask, _replicas(x, group))
+    n, mean, variance, average = _moments_sharded(x, mask, axes, sharded)
+    return Moments(n, mean, variance, sharded.mesh.shape[sharded.batch], average)
+
+
+def normalize(
+    x: jax.Array,
+    moments: Moments,
+    scale: jax.Array,
+    offset: jax.Array,
+    *,
+    axes: tuple[int, ...],
+    epsilon: float,
+    mask: jax.Array | None = None,
+    group: policy.Group = None,
+    activation: policy.Activation | None = None,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """activation(scale·(x − mean)/√(variance + epsilon) + offset + residual); one sum over replicas, in the backward pass."""
+    x = jnp.asarray(x)
+    sharded = None if moments.count is None else _sharded(x, axes, group)
+    # Rounded once, at the end.
+    dtype = x.dtype if residual is None and activation is None else arithmetic_dtype(x)
+    if moments.count is None:
+        y = jax_mapped.normalize(x, moments, scale, offset, axes, epsilon, mask, Replicas(), dtype)
+    elif sharded is None:
+        y = jax_mapped.normalize(x, moments, scale, offset, axes, epsilon, mask, _replicas(x, group), dtype)
+    else:
+        y = _normalize_sharded(x, mask, moments[:3], scale, offset, axes, epsilon, sharded, dtype)
+    if residual is not None:
+        y = y + residual.astype(y.dtype)
+    if activation is not None:
+        y = ACTIVATIONS[activation.name](y, activation.slope)
+    return y.astype(x.dtype)
+
+
+# Compiled, so that eager calls do not dispatch a mapped program operator by operator.
+@partial(jax.jit, static_argnums=(2, 3))
+def _moments_sharded(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...], sharded: policy.Sharded) -> tuple[Any, ...]:
+    """(count, mean, variance, average) of global arrays: [C], or with groups [replicas, C], each replica's its group's."""
+    specs, grouped = _Specs(sharded, axes, x.ndim), sharded.size is not None
+
+    def local(x: jax.Array, mask: jax.Array | None) -> Any:
+        n, mean, variance, _, average = jax_mapped.moments(x, axes, mask, replicas_of(specs.axes))
+        # Counts stand once a channel: the message holds a device's own channels, so what it says is typed as theirs.
+        own = jnp.broadcast_to(n, variance.shape), mean, variance
+        if average is None:
+            return own, None
+        return jax.tree.map(lambda v: v[None], own), (jnp.broadcast_to(average[0], variance.shape), *average[1:])
+
+    each = specs.replica if grouped else specs.channel
+    out = (each, (each, each), each), (specs.channel,) * 3 if grouped else None
+    (n, mean, variance), average = specs.map(local, (specs.x, specs.mask(mask)), out)(x, mask)
+    if sharded.channels is None:
+        n, average = n[..., 0], average and (average[0][0], *average[1:])
+    return n, mean, variance, average
+
+
+@partial(jax.jit, static_argnums=(5, 6, 7, 8))
+def _normalize_sharded(
+    x: jax.Array,
+    mask: jax.Array | None,
+    own: tuple[Any, ...],
+    scale: jax.Array,
+    offset: jax.Array,
+    axes: tuple[int, ...],
+    epsilon: float,
+    sharded: policy.Sharded,
+    dtype: Any,
+) -> jax.Array:
+    specs = _Specs(sharded, axes, x.ndim)
+
+    def local(x: jax.Array, mask: jax.Array | None, *vectors: jax.Array) -> jax.Array:
+        # [1, C] is this replica's own.
+        n, hi, lo, variance, scale, offset = (v[0] if v.ndim == 2 else v for v in vectors)
+        own = Moments(n, (hi, lo), variance)
+        return jax_mapped.normalize(x, own, scale, offset, axes, epsilon, mask, replicas_of(specs.axes), dtype)
+
+    n, mean, variance = own
+    n = n if n.ndim == variance.ndim else n[..., None]
+    vectors = [jnp.broadcast_to(n, variance.shape), *mean, variance, scale, offset]
+    return specs.map(local, (specs.x, specs.mask(mask), *map(specs.of, vectors)), specs.x)(x, mask, *vectors)
+
+
+class _Specs:
+    """How a mesh cuts an input and what goes with it; the whole mesh is mapped."""
+
+    def __init__(self, sharded: policy.Sharded, axes: tuple[int, ...], rank: int):
+        self.sharded = sharded
+        self.axes = policy.Axes((sharded.batch,), sharded.size)
+        names = [sharded.batch, *[None] * (rank - 1)]
+        if sharded.channels is not None:
+            names[axes[0]] = sharded.channels
+        self.x = PartitionSpec(*names)
+        self.channel = PartitionSpec(sharded.channels)
+        self.replica = PartitionSpec(sharded.batch, sharded.channels)
+
+    def mask(self, mask: jax.Array | None) -> PartitionSpec | None:
+        """A mask has 1 on the channel axes, and may on the batch axis."""
+        if mask is None:
+            return None
+        return PartitionSpec(None if mask.shape[0] == 1 else self.sharded.batch)
+
+    def of(self, v: jax.Array) -> PartitionSpec:
+        """[C], or [replicas, C]."""
+        return self.replica if v.ndim == 2 else self.channel
+
+    def map(self, f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """f on every shard. Types are checked: they make a replicated result, and a replicated parameter's gradient, total."""
+        return jax.shard_map(f, mesh=self.sharded.mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+def _sharded(x: jax.Array, axes: tuple[int, ...], group: policy.Group) -> policy.Sharded | None:
+    """The mesh to open a `shard_map` over, if there is one to open."""
+    if not isinstance(group, policy.Sharded) or manual_axes() or 0 in axes:
+        return None
+    replicas = group.mesh.shape[group.batch]
+    if group.mesh.size == 1:
+        return None
+    if x.shape[0] % replicas:
+        raise policy.indivisible_batch(x.shape[0], replicas)
+    size = None if policy.groups(replicas, group.size) == 1 else group.size
+    return group._replace(size=size)
+
+
+def _replicas(x: jax.Array, group: policy.Group) -> Replicas:
+    """Who meets in the mapped form."""
+    if isinstance(group, policy.Sharded):
+        if group.batch in manual_axes():
+            return replicas_of(policy.Axes((group.batch,), group.size))
+        group = group.size
+    if isinstance(group, int) and not on_one_device(x):
+        raise policy.groups_of_unknown_replicas(group)
+    return replicas_of(group)

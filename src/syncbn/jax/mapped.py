@@ -1,0 +1,277 @@
+"""The two verbs among the replicas along named axes (`shard_map`, `pmap`, `vmap`), or for one replica alone.
+
+JAX has no float64 unless it is asked for one: a mean is a pair (hi, lo) of the arithmetic's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from syncbn import maths
+from syncbn.contract import Moments
+from syncbn.jax.axes import Replicas, is_local, vary, varying
+from syncbn.jax.xla import materialised, rounded, summed
+
+# What `jax.checkpoint` policies call the moments: where they are saved, recomputation sends nothing.
+MOMENTS = "syncbn_moments"
+# A pivot k is the mean of one value in so many, which saves a pass over x. The mean of any m of n values has (k − mean)² ≤
+# (n/m)·variance (Jensen), however the batch is ordered: sums about it lose five bits at the very most. Not of an array that
+# devices may share: of its beginning some of them hold nothing, and XLA would send it around.
+VALUES_PER_PIVOTS_VALUE = 16
+
+
+def arithmetic_dtype(x: jax.Array) -> Any:
+    """The dtype in which an input is normalised: float64 for float64, else float32."""
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+
+
+class Layout(NamedTuple):
+    """Where the channels of an input are, hashable."""
+
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def sum(self, v: jax.Array) -> jax.Array:
+        """Over all but the channels: [C]. XLA sums by a tree: no blocks are needed."""
+        return jnp.sum(v, self.summed()).reshape(-1)
+
+    def summed(self) -> list[int]:
+        """The axes without channels."""
+        return [i for i in range(len(self.shape)) if i not in self.axes]
+
+    def some(self) -> tuple[slice, ...]:
+        """Which of each channel's values a pivot is made of: the beginning of the longest axis."""
+        if not self.summed():
+            return ()
+        # A symbolic size compares with none.
+        longest = max(self.summed(), key=lambda i: self.shape[i] if isinstance(self.shape[i], int) else 0)
+        return *[slice(None)] * longest, slice(-(-self.shape[longest] // VALUES_PER_PIVOTS_VALUE))
+
+    def spread(self, v: jax.Array) -> jax.Array:
+        """[C] with 1 in the place of every other axis."""
+        return v.reshape([n if i in self.axes else 1 for i, n in enumerate(self.shape)])
+
+    def values(self) -> jax.Array:
+        """How many values a channel has; a size may be symbolic, while Keras infers shapes or in an export."""
+        return jnp.asarray(math.prod(n for i, n in enumerate(self.shape) if i not in self.axes))
+
+
+def moments(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, replicas: Replicas) -> Moments:
+    """Measures the batch of all replicas: one gather of (n, k, r, m2); above 64 replicas two sums."""
+    sampled = mask is None and is_local(x)
+    x = materialised(lax.stop_gradient(vary(x, frozenset(replicas.names) if replicas.checked else frozenset())))
+    n, k, r, m2 = _local_moments(x, Layout(axes, x.shape), mask, sampled)
+    if replicas.gathered:
+        measured = _merge_gathered(replicas, n, k, r, m2, mask is None)
+    else:
+        measured = _merge_by_two_sums(replicas, n, k, r, m2)
+    measured = checkpoint_name(measured, MOMENTS)
+    average = None if replicas.table is None else _average(*measured)
+    count, hi, lo, variance = (v[replicas.own_group()] for v in measured)
+    return Moments(count[0], (hi, lo), variance, replicas.size, average)
+
+
+def _local_moments(x: jax.Array, layout: Layout, mask: jax.Array | None, sampled: bool) -> tuple[jax.Array, ...]:
+    """(n, k, r, m2) of this replica: an integer, and [C] each of the arithmetic's dtype, k + r its mean and k that rounded.
+
+    sampled: the sums are about the mean of some values only.
+    """
+    wide = arithmetic_dtype(x)
+    x = x.astype(wide)
+    if mask is None:
+        n = layout.values()
+    else:
+        n = jnp.sum(jnp.broadcast_to(mask, [1 if i in layout.axes else size for i, size in enumerate(x.shape)]), dtype=int)
+    at_least_one = jnp.maximum(n, 1).astype(wide)
+    k = _pivot(x, layout) if sampled else rounded(layout.sum(_where(mask, x)) / at_least_one)
+    rest = _where(mask, x - layout.spread(k))
+    s, q = summed(layout.sum(rest), layout.sum(rest * rest))
+    # The sums' pivot may be far away, and another replica's mean from it: what is said is about the mean.
+    k, r = maths.two_sum(k, s / at_least_one)
+    return n, k, r, maths.local_m2(n.astype(wide), s, q, maximum=jnp.maximum)
+
+
+def _pivot(x: jax.Array, layout: Layout) -> jax.Array:
+    part = x[layout.some()]
+    of_part = Layout(layout.axes, part.shape)
+    return rounded(of_part.sum(part) / jnp.maximum(of_part.values(), 1).astype(x.dtype))
+
+
+def _merge_gathered(
+    replicas: Replicas, n: jax.Array, k: jax.Array, r: jax.Array, m2: jax.Array, as_many: bool
+) -> tuple[jax.Array, ...]:
+    """(count, hi, lo, variance), a row each group, from every replica's own; `as_many`: all replicas have this count."""
+    # Counts above 2²⁴ are not exact in float32, and an integer's bits in a float payload are a denormal that adding
+    # flushes to 0: so the floats travel as the bits of integers.
+    bits = jnp.int64 if k.dtype == jnp.float64 else jnp.int32
+    floats = lax.bitcast_convert_type(jnp.concatenate([k, r, m2]), bits)
+    rows, members = replicas.by_group(replicas.gather(jnp.concatenate([n.astype(bits)[None], floats])))
+    counts = jnp.full_like(rows[..., :1], n) if as_many else rows[..., :1]  # a constant, where XLA can make use of it
+    counts = counts if members is True else jnp.where(members[..., None], counts, 0)
+    ks, rs, m2s = jnp.split(lax.bitcast_convert_type(rows[..., 1:], k.dtype), 3, axis=-1)
+    # Of one that has as many as any other: the pivot of a few values may be √(N/n) standard deviations away, at the cost of r.
+    pivot = ks[:, :1] if as_many else jnp.take_along_axis(ks, jnp.argmax(counts, 1, keepdims=True), 1)
+    _, (hi, lo), variance = maths.merge(
+        counts.astype(k.dtype), ks, rs, m2s, pivot, add=lambda v: v.sum(1, keepdims=True), maximum=jnp.maximum, where=jnp.where
+    )
+    return counts.sum(1), hi[:, 0], lo[:, 0], variance[:, 0]
+
+
+def _merge_by_two_sums(replicas: Replicas, n: jax.Array, k: jax.Array, r: jax.Array, m2: jax.Array) -> tuple[jax.Array, ...]:
+    """The same by two sums whose length does not depend on the number of replicas: the mean, then what lies around it."""
+    unit, count = 4096, n.astype(k.dtype)
+    parts = jnp.stack([n // unit, n % unit]).astype(k.dtype)  # each part's sum is exact
+    first = replicas.sum_by_group(jnp.concatenate([parts, count * (k + r)]))
+    counts = first[:, :1].astype(n.dtype) * unit + first[:, 1:2].astype(n.dtype)
+    totals = jnp.maximum(counts, 1).astype(k.dtype)
+    m = rounded(first[:, 2:] / totals)
+    rest = (k - m[replicas.own_group()]) + r
+    second = replicas.sum_by_group(jnp.concatenate([count * rest, m2 + count * rest * rest]))
+    lo, around = jnp.split(second / totals, 2, axis=1)
+    variance = maths.variance_or_one(counts.astype(k.dtype), around - lo * lo, maximum=jnp.maximum)
+    return counts, *maths.two_sum(m, lo), variance
+
+
+def _average(counts: jax.Array, hi: jax.Array, lo: jax.Array, variances: jax.Array) -> tuple[Any, Any, Any]:
+    """(count, mean, variance) averaged over groups by count; a group with count 0 is left out."""
+    total = counts.sum()
+    weights = counts.astype(hi.dtype) / jnp.maximum(total, 1).astype(hi.dtype)
+    mean = jnp.where(counts > 0, weights * (hi + lo), 0.0).sum(0)
+    return total, mean, jnp.where(counts > 0, weights * variances, 0.0).sum(0)
+
+
+class Plan(NamedTuple):
+    """What JAX keeps static of one normalization."""
+
+    layout: Layout
+    epsilon: float
+    replicas: Replicas
+    dtype: Any  # of the output, and so of its gradient
+    scale_is_total: bool  # whether the gradient of a replicated scale is the total of all replicas'
+    offset_is_total: bool
+
+
+class Measured(NamedTuple):
+    """Moments as the gradients need them: n a float, the mean in two parts."""
+
+    n: jax.Array  # a scalar or [C], as all are
+    hi: jax.Array
+    lo: jax.Array
+    variance: jax.Array
+
+
+def normalize(
+    x: jax.Array,
+    moments: Moments,
+    scale: jax.Array,
+    offset: jax.Array,
+    axes: tuple[int, ...],
+    epsilon: float,
+    mask: jax.Array | None,
+    replicas: Replicas,
+    dtype: Any,
+) -> jax.Array:
+    """scale·(x − mean)/√(variance + epsilon) + offset, rounded to `dtype`; one sum over replicas, in the backward pass."""
+    wide, layout = arithmetic_dtype(x), Layout(axes, x.shape)
+    hi, lo = moments.mean if isinstance(moments.mean, tuple) else (moments.mean, jnp.zeros_like(moments.mean))
+    hi, lo, variance = (jnp.asarray(v, wide) for v in (hi, lo, moments.variance))
+    scale, offset = jnp.asarray(scale, wide), jnp.asarray(offset, wide)
+    if moments.count is None:
+        plan = Plan(layout, epsilon, replicas, dtype, False, False)
+        return _affine(plan, x, Measured(jnp.zeros([], wide), hi, lo, variance), scale, offset)
+    names = frozenset(replicas.names) if replicas.checked else frozenset()
+    everything = names.union(*(varying(v) for v in (x, scale, offset)))
+    # Outside our gradients: along axes that are not ours, what is replicated is summed by JAX as the trainer would.
+    x, scale, offset = vary(x, everything), _parameter(scale, everything, names), _parameter(offset, everything, names)
+    measured = Measured(moments.count.astype(wide), hi, lo, variance)
+    measured = Measured(*(vary(v, everything - names) for v in measured))
+    replicated = [replicas.checked and not varying(v) & names for v in (scale, offset)]
+    return _normalized(Plan(layout, epsilon, replicas, dtype, *replicated), x, mask, measured, scale, offset)
+
+
+def _parameter(v: jax.Array, everything: frozenset[str], names: frozenset[str]) -> jax.Array:
+    """Along our own axes a parameter is replicated or varies, along all of them alike."""
+    return vary(v, everything if varying(v) & names else everything - names)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalized(
+    plan: Plan, x: jax.Array, mask: jax.Array | None, measured: Measured, scale: jax.Array, offset: jax.Array
+) -> jax.Array:
+    return _forward(plan, x, mask, measured, scale, offset)[0]
+
+
+def _forward(
+    plan: Plan, x: jax.Array, mask: jax.Array | None, measured: Measured, scale: jax.Array, offset: jax.Array
+) -> tuple[jax.Array, Any]:
+    x = materialised(x)
+    y = _affine(plan, x, _attach(plan, x, mask, measured), scale, offset)
+    return y, (x, mask, measured, scale)
+
+
+def _backward(plan: Plan, saved: Any, dy: jax.Array) -> tuple[Any, ...]:
+    """The gradients; made of differentiable operators, with the moments, which came in as constants, hung on x again."""
+    x, mask, measured, scale = saved
+    dy = materialised(dy).astype(scale.dtype)  # kept as it came: in half precision the wide one is twice as much to read
+    layout, replicas = plan.layout, plan.replicas
+    n, hi, lo, variance = _attach(plan, x, mask, measured)
+    rstd = lax.rsqrt(variance + plan.epsilon)
+    rest = x.astype(dy.dtype) - layout.spread(hi)
+    sum_dy, sum_dy_x = summed(layout.sum(dy), layout.sum(dy * rest))
+    dscale = maths.scale_gradient(lo, rstd, sum_dy, sum_dy_x)
+    if plan.scale_is_total:
+        own, total = replicas.sums(jnp.concatenate([sum_dy, dscale]))
+        (sum_g, sum_g_x_hat), (all_dy, all_dscale) = jnp.split(jnp.tile(scale, 2) * own, 2), jnp.split(total, 2)
+    else:
+        message = [scale * sum_dy, scale * dscale] + [sum_dy] * plan.offset_is_total
+        own, total = replicas.sums(jnp.concatenate(message))
+        sum_g, sum_g_x_hat = jnp.split(own, len(message))[:2]
+        all_dy, all_dscale = jnp.split(total, len(message))[-1], dscale
+    a, b = maths.moment_path_coefficients(n, lo, rstd, sum_g, sum_g_x_hat, maximum=jnp.maximum)
+    through = _where(mask, layout.spread(a) * rest + layout.spread(b))
+    dx = (layout.spread(scale * rstd) * dy + through).astype(x.dtype)
+    return (
+        dx,
+        None,
+        None,
+        all_dscale if plan.scale_is_total else dscale,
+        all_dy if plan.offset_is_total else sum_dy,
+    )
+
+
+_normalized.defvjp(_forward, _backward)
+
+
+def _affine(plan: Plan, x: jax.Array, measured: Measured, scale: jax.Array, offset: jax.Array) -> jax.Array:
+    rstd = lax.rsqrt(measured.variance + plan.epsilon)
+    a, b = (plan.layout.spread(v) for v in maths.affine_coefficients(measured.lo, rstd, scale, offset))
+    return ((x.astype(scale.dtype) - plan.layout.spread(measured.hi)) * a + b).astype(plan.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attach(plan: Plan, x: jax.Array, mask: jax.Array | None, measured: Measured) -> Measured:
+    """The moments as they are, with their true derivative for x, itself differentiable; a message only where it is asked for."""
+    return measured
+
+
+@_attach.defjvp
+def _attach_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Measured, Measured]:
+    x, mask, measured = primals
+    layout = plan.layout
+    attached = _attach(plan, x, mask, measured)
+    dx = _where(mask, tangents[0].astype(measured.lo.dtype))
+    rest = (x.astype(dx.dtype) - layout.spread(measured.hi)) - layout.spread(attached.lo)
+    own, _ = plan.replicas.sums(jnp.concatenate([layout.sum(dx), 2 * layout.sum(rest * dx)]))
+    dmean, dvariance = (v / jnp.maximum(measured.n, 1) for v in jnp.split(own, 2))
+    return attached, Measured(jnp.zeros_like(measured.n), jnp.zeros_like(measured.hi), dmean, dvariance)
+
+
+def _where(mask: jax.Array | None, v: jax.Array) -> jax.Array:
+    return v if mask is None else jnp.where(mask, v, jnp.zeros([], v.dtype))

@@ -1,0 +1,398 @@
+"""The Keras layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import activations, ops
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope  # not public: Keras does not say it otherwise
+
+from syncbn import maths, policy
+from syncbn.contract import Moments
+from syncbn.keras import backend, distribution
+
+# Those that engines apply themselves, with Keras's slope; any other runs after them.
+FUSED_ACTIVATIONS = {
+    activations.linear: None,
+    activations.relu: policy.Activation("relu"),
+    activations.silu: policy.Activation("silu"),
+    activations.leaky_relu: policy.Activation("leaky_relu", 0.2),
+}
+
+
+@keras.saving.register_keras_serializable(package="syncbn")
+class SyncBatchNormalization(keras.layers.BatchNormalization):
+    """Batch normalization whose statistics come from all replicas that train the model.
+
+    In training, with mean and variance over the batches of all replicas together,
+
+        y = activation(gamma · (x − mean) / √(variance + epsilon) + beta)
+        moving = moving · momentum + batch · (1 − momentum)
+
+    and in inference (`training=False`, or `trainable=False`) the same with the moving mean and variance, without
+    communication. Replicas may differ in batch size, mask and spatial size, and some may be empty. A batch that is empty, or
+    masked, on every replica leaves the moving statistics as they were; so do, with more than one replica, statistics that are
+    not finite. Where there is one replica, or no strategy, this is `keras.layers.BatchNormalization`.
+
+    Call arguments: inputs, of any rank from 2 up and any float dtype; training, a Python bool or None; mask, of the inputs'
+    shape without the channel axes (or 1 there), each other axis full or 1, True where a value counts. A masked element enters
+    no statistic but is normalised like any other; where it is not finite it is read as 0. The output has the inputs' shape, and
+    the dtype of the layer's dtype policy.
+
+    Args:
+        axis: the channel axis (int), or several (list). Parameters are [C] for one, and shaped like the input with 1 in the
+            reduced axes for several.
+        momentum: weight of the old value in the moving averages, in [0, 1].
+        epsilon: added to the variance; positive.
+        center, scale: whether there is a beta, a gamma.
+        beta_initializer, gamma_initializer, moving_mean_initializer, moving_variance_initializer: Keras initializers.
+        beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint: Keras regularizers and constraints.
+        renorm: batch renormalization: x_hat·r + d takes the place of x_hat, r = stddev / renorm_stddev and
+            d = (mean − renorm_mean) / renorm_stddev without gradient, so that training uses what inference will.
+        renorm_clipping: dict with any of rmin, rmax, dmax, which clip r to [rmin, rmax] and d to [−dmax, dmax]. A value is a
+            number, a scalar tensor or variable (saved as its value), or a callable without arguments that returns one.
+        renorm_momentum: momentum of renorm_mean and renorm_stddev, in [0, 1].
+        trainable: if False, the layer always runs in inference mode.
+        adjustment: callable that takes the input's shape (tuple; scalar tensors where unknown) and returns (scale, bias), each
+            a scalar, [C], or of the input's rank with 1 outside the channel axes; in training only,
+            y = ((x_hat·r + d)·scale + bias)·gamma + beta. Each replica draws its own.
+        name: the layer's name.
+        group_size: synchronise among consecutive groups of that many replicas; must divide their number. The moving
+            statistics are then the average over groups, weighted by count.
+        axis_name: on JAX, the mapped axis, or a tuple of them, over which the replicas meet: the name that `jax.shard_map`,
+            `pmap` or `vmap` has for it. It wins over a `keras.distribution`; without either the layer is local there.
+        activation: anything that `keras.activations.get` takes, applied last.
+        **kwargs: `dtype`, `autocast`, `activity_regularizer`, `input_shape`, `input_dim`, as in every Keras layer;
+            `synchronized=True` is accepted and dropped.
+
+    Raises:
+        TypeError: an axis that is no integer; inputs that are not floats; `training` not known when the layer is called.
+        ValueError: any other argument, or shape, that does not fit.
+        RuntimeError: training in cross-replica context, or under ParameterServerStrategy.
+
+    Source: TensorFlow 2.2, `tf.keras.layers.experimental.SyncBatchNormalization`; Ioffe and Szegedy 2015
+    (arXiv:1502.03167); Ioffe 2017 (arXiv:1702.03275) for renorm.
+
+    Example:
+        >>> import numpy as np, syncbn
+        >>> layer = syncbn.SyncBatchNormalization()
+        >>> y = layer(np.array([[1.0, 10.0], [3.0, 30.0]], "float32"), training=True)
+        >>> print(np.round(np.asarray(y), 2))
+        [[-1. -1.]
+         [ 1.  1.]]
+        >>> print(np.round(np.asarray(layer.moving_mean), 2))
+        [0.02 0.2 ]
+    """
+
+    def __init__(
+        self,
+        axis: Any = -1,
+        momentum: float = 0.99,
+        epsilon: float = 0.001,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        moving_mean_initializer: Any = "zeros",
+        moving_variance_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        renorm: bool = False,
+        renorm_clipping: dict[str, Any] | None = None,
+        renorm_momentum: float = 0.99,
+        trainable: bool = True,
+        adjustment: Callable[..., Any] | None = None,
+        name: str | None = None,
+        *,
+        group_size: int | None = None,
+        axis_name: str | tuple[str, ...] | None = None,
+        activation: Any = None,
+        **kwargs: Any,
+    ):
+        # The base class takes one integer axis and numbers to clip with: it gets none of ours.
+        super().__init__(
+            momentum=policy.fraction("momentum", momentum),
+            epsilon=policy.epsilon(epsilon),
+            center=center,
+            scale=scale,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            moving_mean_initializer=moving_mean_initializer,
+            moving_variance_initializer=moving_variance_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            renorm_momentum=policy.fraction("renorm_momentum", renorm_momentum),
+            trainable=trainable,
+            name=name,
+            **policy.keywords(type(self).__name__, kwargs),
+        )
+        self.axis = policy.axis(axis)
+        self.renorm = bool(renorm)
+        self._clipping = _Untracked(policy.clipping(renorm_clipping))
+        self.adjustment = adjustment
+        self.group_size = policy.group_size(group_size)
+        self.axis_name = policy.axis_name(axis_name)
+        self.activation = activations.get(activation)
+        self._engine = backend.engine()
+        self.supports_jit = self._engine.supports_jit()
+        self.moving_stddev = self.renorm_mean = self.renorm_stddev = None
+
+    @property
+    def renorm_clipping(self) -> dict[str, Any] | None:
+        """The bounds of r and d, as they were given."""
+        return self._clipping.value
+
+    @renorm_clipping.setter
+    def renorm_clipping(self, value: dict[str, Any] | None) -> None:
+        self._clipping = _Untracked(policy.clipping(value))
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Makes the weights, in the order that saved models depend on."""
+        self._learn_shape(input_shape)
+        if self.scale:
+            self.gamma = self._weight("gamma", self.gamma_initializer, self.gamma_regularizer, self.gamma_constraint)
+        if self.center:
+            self.beta = self._weight("beta", self.beta_initializer, self.beta_regularizer, self.beta_constraint)
+        self.moving_mean = self._statistic("moving_mean", self.moving_mean_initializer)
+        self.moving_variance = self._statistic("moving_variance", self.moving_variance_initializer)
+        if self.renorm:
+            self._add_renorm_statistics()
+
+    def _learn_shape(self, input_shape: tuple[int | None, ...]) -> None:
+        self._channel_axes = policy.channel_axes(self.axis, input_shape)
+        self._built_for = tuple(input_shape)
+        self.supports_jit = self._engine.supports_jit()
+
+    def _add_renorm_statistics(self) -> None:
+        self.moving_stddev = self._statistic("moving_stddev", self._initial_stddev)
+        self.renorm_mean = self._statistic("renorm_mean", _again(self.moving_mean_initializer))
+        self.renorm_stddev = self._statistic("renorm_stddev", self._initial_stddev)
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """The input's shape."""
+        policy.channel_axes(self.axis, input_shape)
+        return input_shape
+
+    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        """Normalises; see the class."""
+        training = policy.training(training) and self.trainable
+        policy.floating(keras.backend.standardize_dtype(inputs.dtype), keras.backend.is_float_dtype(inputs.dtype))
+        policy.input_shape(inputs.shape, self._built_for, self._channel_axes)
+        mask = self._full_rank(mask, inputs.shape)
+        if mask is not None:
+            # Else a NaN in the padding would spread: NaN · 0 is NaN.
+            inputs = ops.where(ops.logical_or(mask, ops.isfinite(inputs)), inputs, ops.zeros([], inputs.dtype))
+        gamma, beta = self._gamma_and_beta(_float32_or_wider(inputs.dtype))
+        where = {"axes": self._channel_axes, "mask": mask, "group": self._group()}
+        if training:
+            self._refuse_recomputed_renorm()
+            self._engine.speak_as(self.name)
+            scale, offset = self._adjusted(inputs, gamma, beta)
+            moments = self._engine.moments(inputs, **where)
+            if self.renorm:
+                found = self._engine.found_once(lambda: self._renorm_correction(moments, gamma.dtype))
+                r, d = self._engine.realized(*found)
+                scale, offset = r * scale, d * scale + offset
+            self._move(moments)
+        else:
+            mean, variance = (self._vector(v, gamma.dtype) for v in (self.moving_mean, self.moving_variance))
+            moments, scale, offset = Moments(None, mean, variance), gamma, beta
+        fused = FUSED_ACTIVATIONS.get(self.activation)
+        y = self._engine.normalize(inputs, moments, scale, offset, epsilon=self.epsilon, activation=fused, **where)
+        if self.activation not in FUSED_ACTIVATIONS:
+            y = self.activation(y)
+        return ops.cast(y, self.compute_dtype)
+
+    def _group(self) -> policy.Group:
+        """Which replicas this layer meets."""
+        if in_symbolic_scope():
+            # While Keras infers shapes no replica runs, so none may be waited for.
+            return policy.ALONE
+        if self.axis_name is None and keras.backend.backend() == "jax":
+            return distribution.group_of(self.group_size, self.weights[0])
+        return policy.group(self.axis_name, self.group_size)
+
+    def _renorm_correction(self, moments: Moments, result_dtype: Any) -> tuple[Any, Any]:
+        """r and d, clipped, from the statistics before this step moves them."""
+        dtype = moments.variance.dtype
+        r, d = maths.renorm_correction(
+            _rounded(moments.mean),
+            ops.sqrt(moments.variance + self.epsilon),
+            self._vector(self.renorm_mean, dtype),
+            self._vector(self.renorm_stddev, dtype),
+            self.epsilon**0.5,
+            maximum=ops.maximum,
+        )
+        given = {key: v() if callable(v) else v for key, v in (self.renorm_clipping or {}).items()}
+        bounds = {key: ops.convert_to_tensor(v, dtype) for key, v in given.items() if v is not None}
+        if "rmin" in bounds:
+            r = ops.maximum(r, bounds["rmin"])
+        if "rmax" in bounds:
+            r = ops.minimum(r, bounds["rmax"])
+        if "dmax" in bounds:
+            d = ops.maximum(ops.minimum(d, bounds["dmax"]), -bounds["dmax"])
+        return ops.cast(ops.stop_gradient(r), result_dtype), ops.cast(ops.stop_gradient(d), result_dtype)
+
+    def _move(self, moments: Moments) -> None:
+        """Moves the statistics towards this batch's, where it has any."""
+        count, mean, variance = moments.average or (moments.count, _rounded(moments.mean), moments.variance)
+        sound = count > 0
+        may_move = self._engine.may_move(count, self.renorm)
+        if may_move is not True:
+            sound = ops.logical_and(sound, may_move)
+        if moments.replicas > 1:
+            # Every replica sees the same statistics, so all skip the same steps. One replica does as its framework does.
+            finite = ops.isfinite(mean + variance)
+            # A count a channel says that JAX shards the channels: asking all of them would cost a message.
+            sound = ops.logical_and(sound, finite if len(ops.shape(count)) else ops.all(finite))
+
+        def move(statistic: Any, batch: Any, momentum: float) -> Any:
+            old = self._vector(statistic, statistic.dtype)
+            new = ops.where(sound, maths.moving_average(old, ops.cast(batch, old.dtype), momentum), old)
+            self._assign(statistic, new)
+            return new
+
+        move(self.moving_mean, mean, self.momentum)
+        if not self.renorm:
+            move(self.moving_variance, variance, self.momentum)
+            return
+        stddev = ops.sqrt(variance + self.epsilon)
+        move(self.renorm_mean, mean, self.renorm_momentum)
+        move(self.renorm_stddev, stddev, self.renorm_momentum)
+        moved = move(self.moving_stddev, stddev, self.momentum)
+        new = maths.variance_of_stddev(moved, self.epsilon, maximum=ops.maximum)
+        self._assign(self.moving_variance, ops.where(sound, new, self._vector(self.moving_variance, new.dtype)))
+
+    def _adjusted(self, inputs: Any, gamma: Any, beta: Any) -> tuple[Any, Any]:
+        """Scale and offset of (x_hat·a + b)·gamma + beta, where `adjustment` returns (a, b)."""
+        if self.adjustment is None:
+            return gamma, beta
+        flat = []
+        for name, value in zip(("scale", "bias"), self.adjustment(tuple(ops.shape(inputs))), strict=True):
+            value = ops.convert_to_tensor(value)
+            policy.adjusted_shape(name, value.shape, self._built_for, self._channel_axes)
+            flat.append(ops.cast(ops.reshape(value, [-1]) if len(value.shape) else value, gamma.dtype))
+        a, b = flat
+        return a * gamma, b * gamma + beta
+
+    def _full_rank(self, mask: Any, shape: tuple[int | None, ...]) -> Any:
+        """The mask as bools of the input's rank."""
+        if mask is None:
+            return None
+        mask = ops.convert_to_tensor(mask)
+        if policy.mask_omits_channels(mask.shape, shape, self._channel_axes):
+            mask = ops.expand_dims(mask, self._channel_axes)
+        return ops.cast(mask, "bool")
+
+    def _refuse_recomputed_renorm(self) -> None:
+        mode = getattr(self, "_remat_mode", None)
+        whole = mode is not None and (
+            mode.mode in ("full", "larger_than") or (mode.mode == "list_of_layers" and self.name in mode.layer_names)
+        )
+        if self.renorm and whole:
+            raise policy.recomputed_renorm()
+
+    def _gamma_and_beta(self, dtype: Any) -> tuple[Any, Any]:
+        """gamma and beta, flat, or what stands for them."""
+        channels = math.prod(self.moving_mean.shape)
+        gamma = ops.ones([channels], dtype) if self.gamma is None else self._vector(self.gamma, dtype)
+        beta = ops.zeros([channels], dtype) if self.beta is None else self._vector(self.beta, dtype)
+        return gamma, beta
+
+    @staticmethod
+    def _vector(weight: Any, dtype: Any) -> Any:
+        """A weight as [C]: what the engines know."""
+        vector = ops.cast(weight, dtype)
+        return vector if len(weight.shape) == 1 else ops.reshape(vector, [-1])
+
+    @staticmethod
+    def _assign(weight: Any, vector: Any) -> None:
+        weight.assign(vector if len(weight.shape) == 1 else ops.reshape(vector, weight.shape))
+
+    def _weight(
+        self, name: str, initializer: Any, regularizer: Any = None, constraint: Any = None, trainable: bool = True
+    ) -> Any:
+        shape = [size if i in self._channel_axes else 1 for i, size in enumerate(self._built_for)]
+        return self.add_weight(
+            shape=shape if isinstance(self.axis, tuple) else [shape[self._channel_axes[0]]],
+            name=name,
+            # Half precision would lose the small steps of moving averages.
+            dtype=_float32_or_wider(self.variable_dtype),
+            initializer=initializer,
+            regularizer=regularizer,
+            constraint=constraint,
+            trainable=trainable,
+            autocast=False,
+        )
+
+    def _statistic(self, name: str, initializer: Any) -> Any:
+        return self._weight(name, initializer, trainable=False)
+
+    def _initial_stddev(self, shape: Any, dtype: Any = None) -> Any:
+        return ops.sqrt(_again(self.moving_variance_initializer)(shape, dtype=dtype))
+
+    def get_config(self) -> dict[str, Any]:
+        """Everything that `from_config` needs, as JSON can hold it."""
+        config = super().get_config()
+        del config["synchronized"]
+        clipping = self.renorm_clipping
+        return {
+            **config,
+            "axis": list(self.axis) if isinstance(self.axis, tuple) else self.axis,
+            "renorm_clipping": clipping and {key: _serialized_bound(key, v) for key, v in clipping.items()},
+            "adjustment": self.adjustment and _serialized("adjustment", self.adjustment),
+            "group_size": self.group_size,
+            "axis_name": list(self.axis_name) if isinstance(self.axis_name, tuple) else self.axis_name,
+            "activation": activations.serialize(self.activation),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SyncBatchNormalization:
+        """The layer that `get_config` describes; reads a plain `BatchNormalization`'s too."""
+        config = {key: value for key, value in config.items() if key != "synchronized"}
+        for key in ("adjustment", "renorm_clipping"):
+            if config.get(key) is not None:
+                config[key] = keras.saving.deserialize_keras_object(config[key])
+        return super().from_config(config)
+
+
+class _Untracked:
+    """Holds a value that Keras must not search for weights: a clipping bound that is a variable is not the layer's."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
+def _again(initializer: Any) -> Any:
+    """The same initializer for another weight: a seeded one must not be called twice."""
+    return initializer.clone() if isinstance(initializer, keras.initializers.Initializer) else initializer
+
+
+def _float32_or_wider(dtype: Any) -> str:
+    if keras.backend.backend() == "torch" and keras.backend.standardize_dtype(dtype) == "float64":
+        return "float64"  # result_type has float32 for it there
+    return keras.backend.result_type(dtype, "float32")
+
+
+def _rounded(mean: Any) -> Any:
+    return mean[0] + mean[1] if isinstance(mean, tuple) else mean
+
+
+def _serialized_bound(key: str, value: Any) -> Any:
+    if callable(value):
+        return _serialized(f"renorm_clipping[{key!r}]", value)
+    return value if value is None else float(ops.convert_to_numpy(value))
+
+
+def _serialized(name: str, value: Any) -> Any:
+    registered = value if isinstance(value, type) or hasattr(value, "__name__") else type(value)
+    if keras.saving.get_registered_object(keras.saving.get_registered_name(registered)) is not registered:
+        raise policy.unregistered(name, value)
+    return keras.saving.serialize_keras_object(value)

@@ -1,1 +1,0 @@
-"""What the user holds: weights, moving statistics, configuration."""

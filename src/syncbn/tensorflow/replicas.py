@@ -1,0 +1,147 @@
+"""Which TensorFlow replicas meet, and how their moments become those of the global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from syncbn import maths, policy
+from syncbn.contract import Moments
+
+# Above this many replicas gathering every replica's moments would cost more than two sums.
+GATHERED_REPLICAS = 64
+
+
+class Replicas(NamedTuple):
+    """The replicas that meet: how many, in how many groups, and what they can add."""
+
+    replicas: int
+    groups: int
+    has_float64: bool
+
+    def wide(self, dtype: tf.DType) -> tf.DType:
+        """The dtype of sums and moments."""
+        return tf.float64 if self.has_float64 else dtype
+
+    def own_group(self) -> tf.Tensor:
+        """The number of this replica's group."""
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        return tf.cast(replica, tf.int32) // (self.replicas // self.groups)
+
+    def sum_by_group(self, v: tf.Tensor) -> tf.Tensor:
+        """The sum of v over all replicas, or, with groups, one row a group: one all-reduce, none where there is one replica."""
+        if self.groups > 1:
+            # Selected, not multiplied by 0: NaN · 0 would reach the other groups.
+            mine = tf.equal(tf.range(self.groups), self.own_group())[:, None]
+            v = tf.where(mine, v[None], tf.zeros([], v.dtype))
+        if self.replicas == 1:
+            return v
+        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, v)
+
+    def of_own_group(self, by_group: tf.Tensor) -> tf.Tensor:
+        """This replica's part of what `sum_by_group` gives."""
+        return by_group if self.groups == 1 else by_group[self.own_group()]
+
+    def sum_of_group(self, v: tf.Tensor) -> tf.Tensor:
+        """The sum of v over this replica's group, differentiable."""
+        return self.of_own_group(self.sum_by_group(v))
+
+
+def replicas_of(group: policy.Group) -> Replicas:
+    """Who meets where this is called; raises where nobody can."""
+    if isinstance(group, policy.Alone):
+        return Replicas(1, 1, True)
+    strategy = tf.distribute.get_strategy()
+    refuse_parameter_server(strategy)
+    if tf.distribute.get_replica_context() is None:
+        raise policy.cross_replica()
+    replicas = strategy.num_replicas_in_sync
+    if replicas == 1:
+        return Replicas(1, 1, has_float64(strategy))
+    if isinstance(group, policy.Axes | policy.Sharded):
+        raise policy.axis_name_elsewhere(group, "TensorFlow", replicas)
+    return Replicas(replicas, policy.groups(replicas, group), has_float64(strategy))
+
+
+def refuse_parameter_server(strategy: tf.distribute.Strategy) -> None:
+    """Raises where workers do not train in step."""
+    # By its type: its replica context reports one replica.
+    if isinstance(strategy, tf.distribute.ParameterServerStrategy | tf.distribute.experimental.ParameterServerStrategy):
+        raise policy.parameter_server()
+
+
+def has_float64(strategy: tf.distribute.Strategy) -> bool:
+    """Whether messages can be float64: not on TPUs."""
+    return not isinstance(strategy, tf.distribute.TPUStrategy | tf.distribute.experimental.TPUStrategy)
+
+
+def moments_in_pairs(world: Replicas, n: tf.Tensor, k: tf.Tensor, s: tf.Tensor, q: tf.Tensor) -> Moments:
+    """Moments without float64: the mean is a pair (hi, lo)."""
+    count, at_least_one = tf.cast(n, k.dtype), tf.cast(tf.maximum(n, 1), k.dtype)
+    r, m2 = s / at_least_one, maths.local_m2(count, s, q, maximum=tf.maximum)
+    if world.replicas > GATHERED_REPLICAS:
+        return own_moments(world, *_by_two_sums(world, n, k, r, m2))
+    # Counts above 2²⁴ are not exact in float32, and an integer's bits in a float payload are a denormal that adding
+    # flushes to 0: so the floats travel as the bits of integers.
+    bits = tf.int64 if k.dtype == tf.float64 else tf.int32
+    payload = tf.concat([tf.cast(n, bits)[None], tf.bitcast(tf.concat([k, r, m2], 0), bits)], 0)[None]
+    if world.replicas > 1:
+        payload = tf.distribute.get_replica_context().all_gather(payload, axis=0)
+    if world.groups > 1:
+        payload = tf.reshape(payload, [world.groups, world.replicas // world.groups, 1 + 3 * k.shape[0]])
+    counts = payload[..., :1]
+    ks, rs, m2s = tf.split(tf.bitcast(payload[..., 1:], k.dtype), 3, axis=-1)
+    largest = tf.argmax(counts, -2)
+    pivot = tf.gather(ks, largest, axis=-2, batch_dims=counts.shape.rank - 2)
+    _, (hi, lo), variance = maths.merge(
+        tf.cast(counts, k.dtype),
+        ks,
+        rs,
+        m2s,
+        pivot,
+        add=lambda v: tf.reduce_sum(v, -2, keepdims=True),
+        maximum=tf.maximum,
+        where=tf.where,
+    )
+    return own_moments(world, tf.reduce_sum(counts, -2), (hi[..., 0, :], lo[..., 0, :]), variance[..., 0, :])
+
+
+def _by_two_sums(world: Replicas, n: tf.Tensor, k: tf.Tensor, r: tf.Tensor, m2: tf.Tensor) -> tuple[Any, Any, Any]:
+    """Two sums whose length does not depend on the number of replicas: first the mean, then what lies around it."""
+    unit = 4096
+    count = tf.cast(n, k.dtype)
+    parts = tf.cast(tf.stack([n // unit, n % unit]), k.dtype)
+    first = world.sum_by_group(tf.concat([parts, count * (k + r)], 0))
+    counts = tf.cast(first[..., :1], tf.int64) * unit + tf.cast(first[..., 1:2], tf.int64)
+    totals = tf.cast(tf.maximum(counts, 1), k.dtype)
+    m = first[..., 2:] / totals
+    rest = (k - world.of_own_group(m)) + r
+    second = world.sum_by_group(tf.concat([count * rest, m2 + count * rest * rest], 0))
+    lo, around = (half / totals for half in tf.split(second, 2, axis=-1))
+    variance = maths.variance_or_one(tf.cast(counts, k.dtype), around - lo * lo, maximum=tf.maximum)
+    return counts, maths.two_sum(m, lo), variance
+
+
+def own_moments(world: Replicas, counts: tf.Tensor, means: Any, variances: tf.Tensor) -> Moments:
+    """This replica's moments from those of all groups, and their average for the moving statistics."""
+    own = Moments(
+        tf.reshape(world.of_own_group(counts), []), _map(means, world.of_own_group), world.of_own_group(variances), world.replicas
+    )
+    if world.groups == 1:
+        return own
+    total = tf.reduce_sum(counts)
+    weights = tf.cast(counts, variances.dtype) / tf.cast(tf.maximum(total, 1), variances.dtype)
+    mean = tf.reduce_sum(tf.where(counts > 0, weights * joined(means), 0.0), 0)
+    variance = tf.reduce_sum(tf.where(counts > 0, weights * variances, 0.0), 0)
+    return own._replace(average=(total, mean, variance))
+
+
+def joined(mean: Any) -> tf.Tensor:
+    """A mean that may be a pair, as one tensor."""
+    return mean[0] + mean[1] if isinstance(mean, tuple) else mean
+
+
+def _map(mean: Any, f: Callable[[tf.Tensor], tf.Tensor]) -> Any:
+    return tuple(map(f, mean)) if isinstance(mean, tuple) else f(mean)

@@ -1,0 +1,9 @@
+"""Synchronised batch normalization for PyTorch."""
+
+from syncbn.torch.checkpoint import checkpoint_contexts, local_statistics
+from syncbn.torch.desync import debug
+from syncbn.torch.join import EmptySteps
+from syncbn.torch.lazy import LazySyncBatchNorm
+from syncbn.torch.module import SyncBatchNorm
+
+__all__ = ["EmptySteps", "LazySyncBatchNorm", "SyncBatchNorm", "checkpoint_contexts", "debug", "local_statistics"]

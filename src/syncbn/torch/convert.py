@@ -1,0 +1,228 @@
+"""Torch modules: a batch norm object changes its class, and keeps all else."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.parameter import UninitializedBuffer
+
+from syncbn import policy, policy_torch
+from syncbn import policy_migration as texts
+from syncbn.class_swap import known_ancestor, qualified, why_unknown
+from syncbn.torch.lazy import LazySyncBatchNorm
+from syncbn.torch.module import RENORM_BUFFERS, SyncBatchNorm
+
+Filter = Callable[[str, Any], bool] | None
+
+
+class SyncBatchNormAct(SyncBatchNorm):
+    """What timm's `BatchNormAct2d` becomes: its dropout and activation follow the batch norm."""
+
+    def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Normalises, then `drop`, then `act`."""
+        y = super().forward(input, mask, residual)
+        for name in ("drop", "act"):
+            if name in self._modules:
+                y = getattr(self, name)(y)
+        return y
+
+
+OURS = (SyncBatchNorm, LazySyncBatchNorm, SyncBatchNormAct)
+TORCHS_OWN: dict[type, type] = {
+    nn.BatchNorm1d: SyncBatchNorm,
+    nn.BatchNorm2d: SyncBatchNorm,
+    nn.BatchNorm3d: SyncBatchNorm,
+    nn.SyncBatchNorm: SyncBatchNorm,
+    nn.LazyBatchNorm1d: LazySyncBatchNorm,
+    nn.LazyBatchNorm2d: LazySyncBatchNorm,
+    nn.LazyBatchNorm3d: LazySyncBatchNorm,
+}
+BY_RANK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+# Whose modules cannot be exchanged any more: the class's name, where it is defined, and what the model then is. By name,
+# because importing them is slow and a model of a class that nobody imported does not exist.
+STATES = {
+    "OptimizedModule": ("torch._dynamo", "compiled"),
+    "ScriptModule": ("torch.jit", "scripted"),
+    "DataParallel": ("torch.nn.parallel", "wrapped"),
+    "DistributedDataParallel": ("torch.nn.parallel", "wrapped"),
+    "FullyShardedDataParallel": ("torch.distributed.fsdp", "wrapped"),
+    "FSDPModule": ("torch.distributed.fsdp", "sharded"),
+}
+QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+
+# Ours, of the instance, that no batch norm of torch's has.
+OWN_ATTRIBUTES = ("renorm", "renorm_clipping", "renorm_momentum", "_activation", "group_size", "_name_in_model", "_class_before")
+
+
+def convert(model: nn.Module, arguments: dict[str, Any], filter: Filter, on_unknown: str) -> nn.Module:
+    """See `syncbn.convert`."""
+    arguments = {**arguments, "group_size": policy.group_size(arguments["group_size"])}
+    policy_torch.one_way_to_group(arguments["process_group"], arguments["group_size"])
+    _refuse_wrong_state("syncbn.convert", model)
+    known = _known()
+    found = list(_batch_norms(model, filter))
+    chosen, unknown = [], []
+    for name, module in found:
+        ancestor = known_ancestor(type(module), known)
+        if "forward" in vars(module) or (ancestor is None and not isinstance(module, SyncBatchNorm)):
+            unknown.append((name, why_unknown(module, [*known, *OURS], "forward")))
+        else:
+            chosen.append((name, module, known[ancestor] if ancestor else type(module)))
+    if unknown and on_unknown == "error":
+        raise ValueError(texts.unknown_batch_norms(unknown))
+    if unknown and on_unknown == "warn":
+        warnings.warn(texts.unknown_batch_norms(unknown), stacklevel=3)
+    if arguments["renorm"]:
+        bare = [(name, "track_running_stats=False") for name, m, _ in chosen if m.running_mean is None]
+        if bare:
+            raise texts.renorm_without_statistics(bare)
+    if not found:
+        warnings.warn(texts.no_batch_norm("syncbn.convert", "batch norms", filter is not None), stacklevel=3)
+    for _, module, ours in chosen:
+        if type(module) is not ours:
+            vars(module)["_class_before"] = type(module)
+            module.__class__ = ours
+            if not module.num_features and ours is SyncBatchNorm:
+                # Torch's lazy layers leave 0 there where a checkpoint made their parameters.
+                module.num_features = next((len(v) for v in (module.weight, module.running_mean) if v is not None), 0)
+        _give(module, **arguments)
+    return model
+
+
+def revert(model: nn.Module, filter: Filter, example: Any) -> nn.Module:
+    """See `syncbn.revert`."""
+    _refuse_wrong_state("syncbn.revert", model)
+    found = [(name, module) for name, module in _batch_norms(model, filter) if isinstance(module, SyncBatchNorm)]
+    if not found:
+        warnings.warn(texts.no_batch_norm("syncbn.revert", "batch norms of ours", filter is not None), stacklevel=3)
+    beyond = [(name, f"a {qualified(type(m))}") for name, m in found if type(m) not in OURS]
+    beyond += [(name, f"activation={m.activation!r}") for name, m in found if m.activation is not None]
+    if beyond:
+        raise texts.no_place(beyond, "torch's batch norm")
+    for module, target in _targets(model, found, example).items():
+        for name in RENORM_BUFFERS:
+            module._buffers.pop(name, None)
+            module._non_persistent_buffers_set.discard(name)
+        for name in OWN_ATTRIBUTES:
+            vars(module).pop(name, None)
+        if issubclass(target, nn.SyncBatchNorm):
+            vars(module).setdefault("process_group", None)
+        else:
+            vars(module).pop("process_group", None)
+        module.__class__ = target
+    return model
+
+
+def _known() -> dict[type, type]:
+    """Each class that can be exchanged, and ours for it; timm's where timm is imported."""
+    timm = sys.modules.get("timm.layers.norm_act")
+    with_act = {getattr(timm, name): SyncBatchNormAct for name in ("BatchNormAct2d", "SyncBatchNormAct") if hasattr(timm, name)}
+    return {**TORCHS_OWN, **with_act}
+
+
+def _batch_norms(model: nn.Module, filter: Filter) -> Iterator[tuple[str, Any]]:
+    """Every batch norm, once, under its first name."""
+    keras = sys.modules.get("keras")
+    kinds: tuple[type, ...] = (_BatchNorm, nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
+    if keras is not None:
+        kinds += (keras.layers.BatchNormalization,)
+    for name, module in model.named_modules():
+        if isinstance(module, kinds) and (filter is None or filter(name, module)):
+            yield name, module
+
+
+def _refuse_wrong_state(verb: str, model: nn.Module) -> None:
+    states: dict[type, str | None] = {}
+    for name, module in model.named_modules():
+        cls = type(module)
+        if cls not in states:
+            states[cls] = _state(cls)
+        state = "compiled" if module._compiled_call_impl is not None else states[cls]
+        if state:
+            raise texts.wrong_state(verb, name, qualified(cls), state)
+
+
+def _state(cls: type) -> str | None:
+    if cls.__module__.startswith(QUANTISED):
+        return "quantised"
+    for c in cls.__mro__:
+        where, state = STATES.get(c.__name__, ("", ""))
+        if state and c.__module__.startswith(where):
+            return state
+    return None
+
+
+def _give(module: Any, process_group: Any, group_size: int | None, renorm: bool) -> None:
+    """The arguments that were given; the others stay as they are."""
+    if process_group is not None:
+        module.process_group, module.group_size = process_group, None
+    if group_size is not None:
+        module.process_group, module.group_size = None, group_size
+    if renorm and not module.renorm:
+        module.renorm = True
+        for name, value in zip(RENORM_BUFFERS, _renorm_start(module), strict=True):
+            module.register_buffer(name, value)
+
+
+@torch.no_grad()
+def _renorm_start(module: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """moving_stddev, renorm_mean and renorm_stddev, as the running statistics have them."""
+    mean, variance = module.running_mean, module.running_var
+    if isinstance(module, _LazyNormBase) and module.has_uninitialized_params():
+        made = [UninitializedBuffer(device=mean.device, dtype=mean.dtype) for _ in RENORM_BUFFERS]  # type: ignore[call-arg]
+        return made[0], made[1], made[2]
+    stddev = torch.sqrt(variance + module.eps)
+    return stddev, mean.clone(), stddev.clone()
+
+
+def _targets(model: nn.Module, found: list[tuple[str, Any]], example: Any) -> dict[Any, type]:
+    """The class that each module gets: the one it had, or the one for the rank of its inputs."""
+    targets: dict[Any, type] = {}
+    made_as_ours = []
+    for name, module in found:
+        before = getattr(module, "_class_before", None)
+        if before is None:
+            made_as_ours.append((name, module))
+        elif issubclass(before, _LazyNormBase) and not isinstance(module, _LazyNormBase):
+            targets[module] = before.cls_to_become
+        else:
+            targets[module] = before
+    if not made_as_ours:
+        return targets
+    ranks = _ranks_seen(model, [m for _, m in made_as_ours], example) if example is not None else {}
+    unclear = []
+    for name, module in made_as_ours:
+        seen = ranks.get(module, set())
+        classes = {BY_RANK.get(rank) for rank in seen}
+        implied = classes.pop() if len(classes) == 1 else None
+        if implied is not None:
+            targets[module] = implied
+        else:
+            unclear.append((name, f"inputs of ranks {sorted(seen)}" if seen else "no input seen"))
+    if unclear:
+        raise texts.unknown_origin(unclear)
+    return targets
+
+
+@torch.no_grad()
+def _ranks_seen(model: nn.Module, modules: list[Any], example: Any) -> dict[Any, set[int]]:
+    """The ranks of the inputs that reach each module when the model runs on the example in eval mode."""
+    ranks: dict[Any, set[int]] = {}
+    modes = {m: m.training for m in model.modules()}
+    hooks = [m.register_forward_pre_hook(lambda m, args: ranks.setdefault(m, set()).add(args[0].ndim)) for m in modules]
+    try:
+        model.eval()
+        model(*example) if isinstance(example, tuple) else model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return ranks

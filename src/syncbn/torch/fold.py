@@ -1,0 +1,150 @@
+"""Torch models for inference: batch norms folded into the layer before them."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn import policy_migration as texts
+from syncbn import policy_torch
+from syncbn.class_swap import known_ancestor
+from syncbn.torch.convert import SyncBatchNormAct, _known
+from syncbn.torch.module import SyncBatchNorm
+
+# The rank of the input that makes dim 1 the channels, and where the weight has them.
+BEFORE: dict[type, tuple[int, int]] = {
+    nn.Linear: (2, 0),
+    nn.Conv1d: (3, 0),
+    nn.Conv2d: (4, 0),
+    nn.Conv3d: (5, 0),
+    nn.ConvTranspose1d: (3, 1),
+    nn.ConvTranspose2d: (4, 1),
+    nn.ConvTranspose3d: (5, 1),
+}
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
+
+
+class Folded(nn.Module):
+    """What is left of a batch norm: a check that its channels were on dim 1, as the layer before it has them."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self.rank = rank
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input."""
+        if input.ndim != self.rank:
+            raise texts.folded_rank(self.rank, tuple(input.shape))
+        return input
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """See `syncbn.fold`."""
+    if model.training:
+        raise texts.fold_in_training()
+    model = copy.deepcopy(model)
+    modules = dict(model.named_modules())
+    names: dict[Any, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    uses = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
+    for layer, norm in list(_pairs(model)):
+        once = len(names[layer]) == len(names[norm]) == 1 and names[norm][0] != ""
+        shared = any(uses[id(p)] > 1 for p in layer._parameters.values() if p is not None)
+        if once and not shared and _is_plain(layer) and _is_plain(norm):
+            _fold_into(layer, norm)
+            parent, _, name = names[norm][0].rpartition(".")
+            setattr(modules[parent], name, _what_follows(norm, BEFORE[type(layer)][0]))
+    return model
+
+
+class _Tracer(fx.Tracer):
+    """Batch norms of any class stay whole."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _pairs(module: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Each layer and the batch norm that alone takes its output, both called once in the module's trace, or in its parts'."""
+    try:
+        graph = _Tracer().trace(module)
+    except Exception:  # whatever the model's own code does with a proxy of a tensor
+        for child in module.children():
+            yield from _pairs(child)
+        return
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    read = {node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    at = dict(module.named_modules())
+    for node in graph.nodes:
+        if node.op != "call_module" or node.kwargs or len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
+            continue
+        norm, before = at[node.target], node.args[0]
+        if not isinstance(norm, _BatchNorm) or before.op != "call_module" or len(before.users) != 1:
+            continue
+        if calls[node.target] == calls[before.target] == 1 and not read & {node.target, before.target}:
+            layer = at[before.target]
+            if type(layer) in BEFORE and _is_known(norm) and _channels(layer) == norm.num_features:
+                yield layer, norm
+
+
+def _channels(layer: Any) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+def _is_known(norm: Any) -> bool:
+    """A batch norm in inference mode of which all is known."""
+    known = type(norm) in (SyncBatchNorm, SyncBatchNormAct) or known_ancestor(type(norm), _known()) is not None
+    return known and not norm.training and norm.running_mean is not None and "forward" not in vars(norm)
+
+
+def _is_plain(module: Any) -> bool:
+    """Nothing runs round it, as hooks and weight norm do."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in vars(module)
+
+
+@torch.no_grad()
+def _fold_into(layer: Any, norm: Any) -> None:
+    """W ← s·W, b ← beta + s·(b − mean), s = gamma / √(variance + epsilon), in float64."""
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    s = torch.rsqrt(variance + norm.eps) * (1 if norm.weight is None else norm.weight.double())
+    b = -mean if layer.bias is None else layer.bias.double() - mean
+    b = s * b + (0 if norm.bias is None else norm.bias.double())
+    weight, dim = layer.weight, BEFORE[type(layer)][1]
+    if dim == 0:
+        folded = weight.double() * s.view(-1, *[1] * (weight.ndim - 1))
+    else:
+        # A transposed convolution's weight is [in, out / groups, …], its groups along `in`.
+        groups = s.view(layer.groups, 1, -1, *[1] * (weight.ndim - 2))
+        folded = (weight.double().view(layer.groups, -1, *weight.shape[1:]) * groups).view(weight.shape)
+    layer.weight = nn.Parameter(folded.to(weight.dtype), requires_grad=weight.requires_grad)
+    layer.bias = nn.Parameter(b.to(weight.dtype), requires_grad=weight.requires_grad)
+
+
+def _what_follows(norm: Any, rank: int) -> nn.Module:
+    """The check, then the activation and dropout that were the batch norm's."""
+    after: list[nn.Module] = [norm._modules[name] for name in ("drop", "act") if name in norm._modules]
+    activation = getattr(norm, "activation", None)
+    if isinstance(activation, str):
+        after.append(ACTIVATIONS[policy_torch.activation(activation).name]())  # type: ignore[union-attr]
+    elif activation is not None:
+        after.insert(0, activation if isinstance(activation, nn.Module) else _Applied(activation))
+    return nn.Sequential(Folded(rank), *after) if after else Folded(rank)
+
+
+class _Applied(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Any):
+        super().__init__()
+        self.function = function
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.function(input)

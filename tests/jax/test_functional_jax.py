@@ -1,0 +1,253 @@
+"""`sync_batch_norm` on JAX arrays, beside Flax where it is installed, and the example in examples/."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import Case
+from checks import EPSILON, close
+from jax import lax
+from jax.sharding import PartitionSpec
+from test_engine_jax import collectives, equal_shards, of, whole
+from worlds import JaxWorld
+
+from syncbn.functional import sync_batch_norm
+
+AXIS, EACH, SAME = JaxWorld.axis, PartitionSpec(JaxWorld.axis), PartitionSpec()
+HOWS = ["checked", "unchecked", "pmap", "vmap"]
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("groups", [None, [[3, 0], [1, 2]], [[1], [0, 2, 3]]], ids=str)
+def test_equals_the_concatenated_batch(how, groups):
+    case = Case("functional", (3, 1, 5, 2), mask="one replica")
+    args = xs, dys, scale, offset, masks = equal_shards(case, 4)
+
+    def replica(x, dy, scale, offset, mask):
+        def f(x, scale, offset):
+            y, *moments = sync_batch_norm(x, scale, offset, mask=mask[..., 0], axis_name=AXIS, axis_index_groups=groups)
+            return y, moments
+
+        y, pull, moments = jax.vjp(f, x, scale, offset, has_aux=True)
+        return y, pull(dy), moments
+
+    got = JaxWorld(4, how).run(replica, *args)
+    for members in groups or [range(4)]:
+        truth = oracle.BatchNorm(of(members, xs), masks=of(members, masks))
+        n, mean, variance = truth.moments[0]
+        for _, _, (got_mean, got_variance, count) in of(members, got):
+            assert count == n
+            np.testing.assert_allclose(got_mean, mean, atol=2e-6)
+            np.testing.assert_allclose(got_variance, variance, rtol=1e-5)
+        close([y for y, _, _ in of(members, got)], truth.forward(of(members, scale), of(members, offset)), case, "output")
+        for i, expected in enumerate(truth.backward(of(members, dys), of(members, scale))):
+            close([g[i] for _, g, _ in of(members, got)], expected, case, "gradient")
+
+
+@pytest.mark.parametrize(("axis", "parameters"), [(1, (3,)), ([1, 3], (1, 3, 1, 5)), ((-1,), (1, 1, 1, 5))], ids=str)
+def test_axes(axis, parameters):
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype("float32")
+    scale, offset = np.full(parameters, 1.5, "float32"), np.full(parameters, 0.5, "float32")
+    y, mean, variance, count = jax.jit(lambda x: sync_batch_norm(x, scale, offset, axis=axis))(x)
+    axes = tuple(np.atleast_1d(axis))
+    truth = oracle.BatchNorm([x], axes=axes)
+    assert mean.shape == variance.shape == parameters
+    assert count == truth.moments[0][0]
+    np.testing.assert_allclose(y, truth.forward(scale.ravel(), offset.ravel())[0], atol=1e-5)
+
+
+def test_arguments_have_an_effect_and_moments_no_gradient():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.bfloat16)
+    one, zero = jnp.ones(3), jnp.zeros(3)
+    y, mean, variance, count = sync_batch_norm(x, one, zero)
+    assert y.dtype == jnp.bfloat16
+    assert mean.dtype == variance.dtype == jnp.float32
+    assert np.issubdtype(count.dtype, np.integer)
+    assert not np.array_equal(y, sync_batch_norm(x, one, zero, epsilon=1.0)[0])
+    grads = jax.grad(lambda x: jnp.vdot(jnp.arange(3.0), sum(sync_batch_norm(x, one, zero)[1:3])))(x)
+    assert not grads.any()
+
+
+def test_padding_that_is_not_finite_spreads_nowhere():
+    x, mask = np.array([[1.0, np.nan], [np.inf, 3.0], [2.0, 5.0]], "float32"), np.array([False, False, True])
+
+    def f(x):
+        y, *moments = sync_batch_norm(x, jnp.ones(2), jnp.zeros(2), mask=mask)
+        return jnp.vdot(y, jnp.arange(6.0).reshape(3, 2)), (y, moments)
+
+    dx, (y, (mean, variance, count)) = jax.grad(f, has_aux=True)(x)
+    assert np.isfinite(y).all()
+    assert np.isfinite(dx).all()
+    assert dx[0, 1] == dx[1, 0] == 0
+    np.testing.assert_array_equal(mean, [2, 5])
+    np.testing.assert_array_equal(variance, [0, 0])
+    assert count == 1
+
+
+# ------------------------------------------------------------------------------------------------- beside Flax
+
+
+def flax_step(masked, fast=True):
+    """One training step of Flax's layer on 4 devices, with everything returned."""
+    linen = pytest.importorskip("flax.linen")
+    layer = linen.BatchNorm(use_running_average=False, axis_name=AXIS, epsilon=EPSILON, momentum=0.0, use_fast_variance=fast)
+
+    def run(x, dy, mask):
+        variables = {"params": {"scale": jnp.ones(3), "bias": jnp.zeros(3)},
+                     "batch_stats": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}  # fmt: skip
+
+        def f(x, parameters):
+            y, moved = layer.apply({**variables, "params": parameters}, x, mask=mask, mutable=["batch_stats"])
+            return y, moved["batch_stats"]
+
+        y, pull, moved = jax.vjp(f, x, variables["params"], has_aux=True)
+        return y, pull(dy), moved
+
+    specs = {"in_specs": (EACH, EACH, EACH if masked else None), "out_specs": (EACH, (EACH, EACH), SAME)}
+    return jax.jit(jax.shard_map(run, mesh=JaxWorld(4).mesh(), check_vma=False, **specs))
+
+
+def our_moments(x, mask=None):
+    def run(x, mask):
+        return sync_batch_norm(x, jnp.ones(3), jnp.zeros(3), mask=mask, epsilon=EPSILON, axis_name=AXIS)
+
+    specs = {"in_specs": (EACH, None if mask is None else EACH), "out_specs": (EACH, SAME, SAME, SAME)}
+    return jax.jit(jax.shard_map(run, mesh=JaxWorld(4).mesh(), **specs))(x, mask)
+
+
+def test_masks_where_flax_is_wrong():
+    """Flax averages the devices' masked means as if each counted as much."""
+    case = Case("flax, masked", mask="rows")
+    xs, dys, _, _, masks = equal_shards(case, 4)
+    for i, mask in enumerate(masks):
+        mask[:] = False
+        mask[: (3, 1, 1, 2)[i], : (4, 1, 2, 3)[i]] = True
+    _, mean, variance = oracle.BatchNorm(xs, masks=masks).moments[0]
+    ours = our_moments(whole(xs), whole(masks))
+    np.testing.assert_allclose(ours[1], mean, atol=2e-6)
+    np.testing.assert_allclose(ours[2], variance, rtol=1e-5)
+    _, _, flax = flax_step(masked=True)(whole(xs), whole(dys), whole(masks))
+    wrong = np.mean([oracle.BatchNorm([x], masks=[m]).moments[0][1] for x, m in zip(xs, masks, strict=True)], 0)
+    np.testing.assert_allclose(flax["mean"], wrong, atol=1e-5)
+    assert np.abs(wrong - mean).max() > 0.05
+
+
+def test_one_device_fully_masked_where_flax_is_nan():
+    case = Case("flax, one device masked", mask="one replica")
+    xs, dys, _, _, masks = equal_shards(case, 4)
+    y, *_ = our_moments(whole(xs), whole(masks))
+    truth = oracle.BatchNorm(xs, masks=masks, epsilon=EPSILON)
+    close(np.split(np.asarray(y), 4), truth.forward(np.ones(3), np.zeros(3)), case, "output")
+    y, _, moved = flax_step(masked=True)(whole(xs), whole(dys), whole(masks))
+    assert np.isnan(y).all()
+    assert np.isnan(moved["var"]).all()
+
+
+def test_large_mean_where_flax_is_wrong():
+    """mean/std = 1e4, replicas' means a standard deviation apart."""
+    case = Case("flax, large mean", (60, 60, 60, 60), (8, 3), mean=1e4)
+    xs, dys, *_ = equal_shards(case, 4)
+    truth = oracle.BatchNorm(xs, epsilon=EPSILON)
+    ours, right = our_moments(whole(xs)), truth.moments[0][2]
+    assert np.abs(ours[2] / right - 1).max() < 1e-5
+    expected = np.concatenate(truth.forward(np.ones(3), np.zeros(3)))
+    assert np.abs(ours[0] - expected).max() < 1e-5 * np.abs(expected).max()
+    y, _, moved = flax_step(masked=False)(whole(xs), whole(dys), None)
+    assert np.abs(moved["var"] / right - 1).max() > 0.1
+    assert np.abs(y - expected).max() > 0.1
+
+
+def test_flax_makes_as_many_messages():
+    case = Case("flax, counted")
+    xs, dys, *_ = equal_shards(case, 4)
+    found = collectives(flax_step(masked=False).lower(whole(xs), whole(dys), None).compile())
+    assert found == {"all-reduce": 2}
+
+
+def example():
+    path = Path(__file__).resolve().parents[2] / "examples" / "flax_nnx.py"
+    spec = importlib.util.spec_from_file_location("example_flax_nnx", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_nnx_example_on_4_devices_equals_one_device():
+    pytest.importorskip("flax")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 8)).astype("float32")
+    y = np.sin(x.sum(1, keepdims=True))
+    train = example().train
+    many, one, start = (jax.tree.leaves(train(*a)) for a in ((4, x, y), (1, x, y), (1, x, y, 0)))
+    for a, b, c in zip(many, one, start, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+        assert not np.array_equal(b, c), "nothing was learned"
+
+
+def test_docstring_example():
+    import doctest
+
+    import syncbn.functional
+
+    assert doctest.testmod(syncbn.functional).failed == 0
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+X, ONES = jnp.ones((4, 3)), jnp.ones(3)
+
+
+@pytest.mark.parametrize(("error", "text", "arguments"), [
+    (TypeError, "`x` must be an array of JAX, TensorFlow or PyTorch. Received: numpy.ndarray.", {"x": np.ones((4, 3))}),
+    (TypeError, "The input must be of a float dtype. Received: int32.", {"x": jnp.ones((4, 3), "int32")}),
+    (TypeError, "`process_group` is for PyTorch arrays. Received: it with an array of JAX.", {"process_group": 1}),
+    (TypeError, "`axis` must be an integer or a list of integers.", {"axis": 1.0}),
+    (ValueError, "`axis_index_groups` must come with `axis_name`", {"axis_index_groups": [[0, 1]]}),
+    (ValueError, "`axis_name` must name an axis that is mapped where the layer trains. Received: 'data'", {"axis_name": "data"}),
+    (ValueError, "`axis_name` must be None, the name of a mapped axis", {"axis_name": 3}),
+    (ValueError, "`axis` must lie in [-2, 2) for an input of rank 2.", {"axis": 2}),
+    (ValueError, "`epsilon` must be positive", {"epsilon": 0.0}),
+    (ValueError, "`mask` must have the input's shape without the channel axes", {"mask": jnp.ones((3, 3), bool)}),
+    (ValueError, "`scale` must have one value a channel: shape [3] or [3]. Received: shape (4,).", {"scale": jnp.ones(4)}),
+    (ValueError, "`offset` must have one value a channel: shape [3] or [1, 3]. Received: shape ().", {"offset": 0.0, "axis": [1]}),
+])  # fmt: skip
+def test_bad_input(error, text, arguments):
+    with pytest.raises(error) as caught:
+        sync_batch_norm(**{"x": X, "scale": ONES, "offset": ONES, **arguments})
+    assert text in str(caught.value)
+
+
+def test_uneven_groups_that_are_no_partition():
+    with pytest.raises(ValueError, match="must be a partition of the indices 0 to 3"):
+        jax.vmap(lambda x: sync_batch_norm(x, ONES, ONES, axis_name="v", axis_index_groups=[[0, 1], [2]])[0], axis_name="v")(
+            jnp.ones((4, 2, 3))
+        )
+
+
+def test_two_axes_are_one_batch():
+    x = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype("float32")
+    inner = jax.vmap(lambda x: sync_batch_norm(x, jnp.ones(4), jnp.zeros(4), axis_name=("a", "b")), axis_name="b")
+    y, _, _, count = jax.vmap(inner, axis_name="a")(x)
+    assert (count == 30).all()
+    truth = oracle.BatchNorm([x])
+    np.testing.assert_allclose(y, truth.forward(np.ones(4), np.zeros(4))[0], atol=1e-5)
+
+
+def test_a_loss_of_its_own_on_every_replica():
+    """Without check_vma the cotangents of all replicas reach dx, as a sum of all their losses."""
+    x = np.random.default_rng(0).normal(size=(4, 5, 3)).astype("float32")
+
+    def loss(x):
+        y, *_ = sync_batch_norm(x, ONES, ONES, axis_name="v")
+        return jnp.sin(y).mean() * (1.0 + lax.axis_index("v"))
+
+    dx = jax.vmap(jax.grad(loss), axis_name="v")(x)
+    truth = oracle.BatchNorm(list(x))
+    dys = [np.cos(y) * (1.0 + r) / 15 for r, y in enumerate(truth.forward(np.ones(3), np.ones(3)))]
+    np.testing.assert_allclose(dx, truth.backward(dys, np.ones(3))[0], atol=1e-6)

@@ -1,0 +1,63 @@
+"""`sync_batch_norm` on torch processes; what an `axis_name` of JAX does there."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+import torch
+import torch.distributed as dist
+from cases import RAGGED, Case
+from checks import arguments, close
+from test_engine_torch import numbers, tensor
+
+from syncbn import policy
+from syncbn.functional import sync_batch_norm
+from syncbn.torch import engine
+
+
+def step(axes, pair, x, dy, scale, offset, mask):
+    """Output, gradients and moments of one rank; with `pair` it meets only its neighbour."""
+    x, scale, offset = (tensor(v).requires_grad_() for v in (x, scale, offset))
+    group = dist.new_subgroups(2)[0] if pair else None
+    y, mean, variance, count = sync_batch_norm(x, scale, offset, axis=axes, mask=tensor(mask), process_group=group)
+    assert not any(v.requires_grad for v in (mean, variance, count))
+    return {"y": numbers(y), "gradients": numbers(torch.autograd.grad(y, [x, scale, offset], tensor(dy))),
+            "moments": numbers((count, mean, variance))}  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_equals_the_concatenated_batch(torch_world, pair):
+    case = Case("functional", RAGGED, (3, 4, 5), (1, 3), mask="rows")
+    xs, dys, scale, offset, masks = args = arguments(case, torch_world.replicas)
+    given = (*args[:4], [m[:, 0, :, 0] for m in masks])
+    got = torch_world.run(step, *given, common=([1, 3], pair))
+    truth = oracle.BatchNorm(xs, axes=case.axes, masks=masks, group_size=2 if pair else None)
+    for r, out in enumerate(got):
+        n, mean, variance = truth.moments[r // truth.size]
+        assert out["moments"][0] == n
+        assert out["moments"][1].shape == (1, 3, 1, 5)
+        np.testing.assert_allclose(out["moments"][1].ravel(), mean, atol=2e-6)
+        np.testing.assert_allclose(out["moments"][2].ravel(), variance, rtol=1e-5)
+    close([out["y"] for out in got], truth.forward(scale, offset), case, "output")
+    for i, expected in enumerate(truth.backward(dys, scale)):
+        close([out["gradients"][i] for out in got], expected, case, "gradient")
+
+
+@pytest.mark.parametrize("name", ["axis_name", "axis_index_groups"])
+def test_keywords_of_other_frameworks(name):
+    with pytest.raises(TypeError, match=f"`{name}` is for JAX arrays. Received: it with an array of PyTorch"):
+        sync_batch_norm(torch.ones(4, 3), torch.ones(3), torch.zeros(3), **{name: "it"})
+
+
+def with_an_axis_of_jax():
+    try:
+        engine.moments(torch.ones(4, 3), axes=(1,), group=policy.Axes(("data",)))
+    except ValueError as error:
+        return str(error)
+
+
+def test_an_axis_name_on_ranks(torch_world):
+    for text in torch_world.run(with_an_axis_of_jax):
+        assert "`axis_name` is for JAX: on PyTorch replicas are found without it." in text
+    assert with_an_axis_of_jax() is None
