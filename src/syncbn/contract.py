@@ -90,8 +90,13 @@ class Operators(NamedTuple):
     cast: Callable[..., Any]
 
 
-def are_usable(moments: Moments, operators: Operators) -> Any:
-    """Whether moving statistics may take these moments, a bool array: not at count 0, nor, on several replicas, if not finite."""
+def are_usable(moments: Moments, may_update: Any, operators: Operators) -> Any:
+    """Whether a step with these moments updates the moving statistics: False, or a bool array.
+
+    Not at count 0, nor, on several replicas, if the moments are not finite. may_update: of `should_update_statistics`.
+    """
+    if may_update is False:
+        return False
     count, mean, variance = moments.average or (moments.count, moments.mean_hi, moments.variance)
     usable = count > 0
     if moments.replicas > 1:
@@ -99,18 +104,15 @@ def are_usable(moments: Moments, operators: Operators) -> Any:
         finite = operators.isfinite(mean + variance)
         # A count a channel says that JAX shards the channels: asking all of them would cost a message.
         usable = usable & (finite if len(count.shape) else operators.all(finite))
-    return usable
+    return usable if may_update is True else usable & may_update
 
 
-def updated(statistics: Statistics, moments: Moments, may_update: Any, operators: Operators) -> Statistics:
-    """The statistics after a step with these moments. may_update: what `should_update_statistics` returned."""
-    if may_update is False:
+def updated(statistics: Statistics, moments: Moments, usable: Any, operators: Operators) -> Statistics:
+    """The statistics after a step with these moments. usable: of `are_usable`."""
+    if usable is False:
         return statistics._replace(assigned=True)
     count, mean, variance = moments.average or (moments.count, moments.mean_hi, moments.variance)
     wide, weight, batches = variance.dtype, statistics.weight, statistics.batches
-    usable = are_usable(moments, operators)
-    if may_update is not True:
-        usable = usable & may_update
     if batches is not None:
         batches = batches + operators.cast(usable, batches.dtype)
     if weight is None:
@@ -142,15 +144,17 @@ def default_train_step(
         group: Any = None,
         activation: Any = None,
         residual: Any = None,
+        **own: Any,
     ) -> tuple[Any, Statistics | None]:
-        """(y, the statistics after this step)."""
-        measured = moments(x, axes=axes, mask=mask, group=group)
+        """(y, the statistics after this step). own: what both verbs of this engine take besides."""
+        measured = moments(x, axes=axes, mask=mask, group=group, **own)
         if statistics is not None:
             # Asked about a tensor that lies in memory: compiled code would write the count there first.
             lies_in_memory = statistics.mean if statistics.batches is None else statistics.batches
-            statistics = updated(statistics, measured, may_update(lies_in_memory, False), operators)
-        fused = {"activation": activation, "residual": residual}
-        y = normalize(x, measured, weight, bias, axes=axes, epsilon=epsilon, mask=mask, group=group, **fused)
+            usable = are_usable(measured, may_update(lies_in_memory, False), operators)
+            statistics = updated(statistics, measured, usable, operators)
+        own |= {"activation": activation, "residual": residual}
+        y = normalize(x, measured, weight, bias, axes=axes, epsilon=epsilon, mask=mask, group=group, **own)
         return y, statistics
 
     return train_step
