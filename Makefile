@@ -18,7 +18,7 @@ test: $(SETUP)
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(TESTS)
 
 test-architecture:
-	$(PYTEST) tests/test_architecture.py tests/test_maths.py tests/test_mutants.py -k "not is_caught"
+	$(PYTEST) tests/test_architecture.py tests/test_benchmarks.py tests/test_maths.py tests/test_mutants.py -k "not is_caught"
 
 test-demos:
 	$(PYTEST) tests/demo/test_demo.py

@@ -1,11 +1,16 @@
-"""The 28 cases of the GPU benchmarks, and how they are timed."""
+"""What PyTorch's suites on GPUs share: the 28 cases, how they are timed, and where they run."""
 
 from __future__ import annotations
 
+import argparse
+import os
 import statistics
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from timing import chosen
 
 SHAPES = [
     (32, 64, 112, 112),
@@ -16,7 +21,6 @@ SHAPES = [
     (2, 256, 200, 336),
     (4, 64, 32, 32),
 ]
-COPY_BANDWIDTH = 4.24e12  # bytes a second, read and written, of one H200
 
 
 class Case(NamedTuple):
@@ -38,15 +42,9 @@ class Case(NamedTuple):
         n, c, h, w = self.shape
         return n * c * h * w * self.torch_dtype().itemsize / 1e6
 
-    def floor(self, bandwidth: float = COPY_BANDWIDTH) -> float:
+    def floor(self, bandwidth: float) -> float:
         """µs to move 8 tensors: forward reads x twice and writes y, backward reads x and dy twice and writes dx."""
         return 8 * self.megabytes() * 1e12 / bandwidth
-
-    def fold(self) -> Any:
-        from syncbn.torch.triton.tiling import Fold
-
-        n, c, h, w = self.shape
-        return Fold(n * h * w, c, 1) if self.layout == "NHWC" else Fold(n, c, h * w)
 
 
 CASES = [Case(dtype, layout, shape) for dtype in ("bfloat16", "float32") for layout in ("NCHW", "NHWC") for shape in SHAPES]
@@ -74,6 +72,10 @@ def tensors(case: Case, seed: int = 0) -> Tensors:
     return Tensors(x, dy, draw(c), draw(c), zeros, ones, torch.zeros((), dtype=torch.int64, device="cuda"))
 
 
+def chosen_cases(given: argparse.Namespace) -> list[Case]:
+    return chosen(CASES, given.cases, lambda case: case.name)
+
+
 def graph_time(step: Any, calls: int = 10, replays: int = 5) -> float:
     """Median µs of one call in a CUDA graph that holds `calls` of them."""
     stream = torch.cuda.Stream()
@@ -89,13 +91,66 @@ def graph_time(step: Any, calls: int = 10, replays: int = 5) -> float:
         for _ in range(calls):
             step()
     graph.replay()
-    times = []
-    for _ in range(replays):
+    return event_time(graph.replay, calls, replays)
+
+
+def eager_time(step: Callable[[], Any], rounds: int = 30) -> float:
+    """Median µs of one call from Python."""
+    for _ in range(5):
+        step()
+
+    def calls() -> None:
+        for _ in range(rounds):
+            step()
+
+    return event_time(calls, rounds, 5)
+
+
+def event_time(work: Callable[[], Any], calls: int, times: int) -> float:
+    """µs by CUDA events, the median of so many times, of one of the calls that `work` holds."""
+    found = []
+    for _ in range(times):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        graph.replay()
+        work()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / calls)
-    del graph
-    return statistics.median(times)
+        found.append(start.elapsed_time(end) * 1e3 / calls)
+    return statistics.median(found)
+
+
+def start() -> torch.device:
+    """This process's device, and its group under torchrun."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if on_gpu else "gloo", **({"device_id": device} if on_gpu else {}))
+    return device
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def where(device: torch.device, *packages: str) -> dict[str, Any]:
+    """What all rows of a run say: replicas, how their messages travel, device and versions."""
+    on_gpu = device.type == "cuda"
+    return {
+        "replicas": world(),
+        "transport": transport(device),
+        "device": torch.cuda.get_device_name() if on_gpu else None,
+        "cuda": torch.version.cuda,
+        "versions": ("torch", *packages),
+    }
+
+
+def transport(device: torch.device) -> str:
+    """How our replicas' messages travel."""
+    if world() == 1:
+        return "none"
+    from syncbn.torch.groups import link_of
+    from syncbn.torch.peer_memory import lane_of
+
+    return "all-reduce" if lane_of(link_of(None), device) is None else "peer memory"

@@ -1,4 +1,4 @@
-"""Where the host's time goes: `python benchmarks/gpu_host.py [OUT]`; on several GPUs under torchrun, the exchange included.
+"""Where the host's time goes, with PyTorch on GPUs; on several GPUs the exchange is included.
 
 µs of the host for one layer out of 20 in a row, forward and backward; the GPU's part is far smaller. Each line does more than the one
 before it, so that differences say what a step costs.
@@ -6,23 +6,26 @@ before it, so that differences say what a step costs.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import json
-import os
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from rows import provenance
-
-import syncbn
-from syncbn.torch.triton.launch import Launch
+from baselines import ONE_REPLICA, OURS, torch_adapters
+from gpu_cases import start, where, world
+from gpu_kernels import without_launches
+from timing import case_name
 
 SHAPE, DEPTH, ROUNDS = (4, 64, 8, 8), 20, 40
+WITHOUT = "syncbn without launches"
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=2, help="each gives two rows per layer, forward and backward")
 
 
 class Function(torch.autograd.Function):
@@ -68,18 +71,7 @@ class Nothing(torch.nn.Module):
         return x
 
 
-@contextlib.contextmanager
-def without_launches() -> Iterator[None]:
-    """Our kernels are not launched: what they would write stays as it was allocated."""
-    real = Launch.__call__
-    Launch.__call__ = lambda self, stream, *arguments: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Launch.__call__ = real  # type: ignore[method-assign]
-
-
-def measure(layer: Callable[[], torch.nn.Module]) -> tuple[float, float]:
+def host_times(layer: Callable[[], torch.nn.Module]) -> tuple[float, float]:
     """(forward, backward)."""
     x = torch.randn(*SHAPE, device="cuda", requires_grad=True)
     dy = torch.randn_like(x)
@@ -99,35 +91,24 @@ def measure(layer: Callable[[], torch.nn.Module]) -> tuple[float, float]:
     return statistics.median(there), statistics.median(back)
 
 
-def main() -> None:
-    if "RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-    C, rows = SHAPE[1], []
-    ours = lambda: syncbn.SyncBatchNorm(C)  # noqa: E731
-    measure(ours)
-    layers: list[tuple[str, Callable[[], torch.nn.Module]]] = [
-        ("a module that does nothing", Nothing),
-        ("an empty autograd function", lambda: Applies(C)),
-        ("and its allocations", lambda: Allocates(C)),
-        ("syncbn without launches", ours),
-        ("syncbn", ours),
-        ("BatchNorm2d", lambda: torch.nn.BatchNorm2d(C)),
-    ]
-    if torch.distributed.is_initialized():
-        layers.append(("torch SyncBatchNorm", lambda: torch.nn.SyncBatchNorm(C)))
-    for _ in range(2):
-        for name, layer in layers:
-            with without_launches() if "without" in name else contextlib.nullcontext():
-                forward, backward = measure(layer)
-            rows.append({"benchmark": "gpu host", "what": name, "forward": forward, "backward": backward})
-            print(f"{name:28} forward {forward:6.1f}  backward {backward:6.1f}  both {forward + backward:6.1f}", flush=True)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        replicas = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        more = {**provenance("torch", "triton", "numpy"), "device": torch.cuda.get_device_name(), "replicas": replicas}
-        out = sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).parent / "results" / "gpu-host.jsonl")
-        Path(out).write_text("".join(json.dumps({**row, **more}) + "\n" for row in rows))
-
-
-if __name__ == "__main__":
-    main()
+def measure(given: argparse.Namespace, record: Callable[..., Any]) -> None:
+    device, C = start(), SHAPE[1]
+    adapters = torch_adapters(world() > 1)
+    ours = partial(adapters[OURS].make, SHAPE)
+    host_times(ours)
+    layers: dict[str, Callable[[], torch.nn.Module]] = {
+        "a module that does nothing": Nothing,
+        "an empty autograd function": lambda: Applies(C),
+        "and its allocations": lambda: Allocates(C),
+        WITHOUT: ours,
+        **{name: partial(adapter.make, SHAPE) for name, adapter in adapters.items() if name != ONE_REPLICA},
+    }
+    name = f"{case_name(SHAPE)}, {DEPTH} in a row"
+    record = partial(record, case=name, unit="µs", **where(device, "triton", "numpy"))
+    for _ in range(given.rounds):
+        for subject in layers:
+            with without_launches() if subject == WITHOUT else contextlib.nullcontext():
+                forward, backward = host_times(layers[subject])
+            record(measure="host time per layer, forward", subject=subject, values=forward)
+            record(measure="host time per layer, backward", subject=subject, values=backward)
+            print(f"{subject:28} forward {forward:6.1f}  backward {backward:6.1f}  both {forward + backward:6.1f}", flush=True)

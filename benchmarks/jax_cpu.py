@@ -6,53 +6,29 @@ what real models look like; 20 bare layers unrolled.
 
 from __future__ import annotations
 
-import time
+import argparse
+import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from flax import linen
+from baselines import jax_adapters
 from jax.sharding import Mesh, PartitionSpec
-from rows import quantiles
-
-from syncbn.functional import sync_batch_norm
+from timing import case_name, case_option, chosen, in_turns, rounds_option, seconds
 
 SHAPES = [(8, 28, 28, 64), (4, 14, 14, 256), (2, 56, 56, 64), (4, 256)]
 DEVICES = 4
-MOMENTUM, EPSILON = 0.9, 1e-5
 AXIS = "data"
 
 # One layer: (x, (scale, bias), (mean, var)) -> (y, (moved mean, moved var)).
 Layer = Callable[[Any, tuple[Any, Any], tuple[Any, Any]], tuple[Any, tuple[Any, Any]]]
 
 
-def ours(axis_name: str | None) -> Layer:
-    def layer(x: Any, parameters: tuple[Any, Any], statistics: tuple[Any, Any]) -> Any:
-        y, mean, var, _ = sync_batch_norm(x, *parameters, epsilon=EPSILON, axis_name=axis_name)
-        old_mean, old_var = statistics
-        return y, (MOMENTUM * old_mean + (1 - MOMENTUM) * mean, MOMENTUM * old_var + (1 - MOMENTUM) * var)
-
-    return layer
-
-
-def flax(axis_name: str | None) -> Layer:
-    module = linen.BatchNorm(use_running_average=False, momentum=MOMENTUM, epsilon=EPSILON, axis_name=axis_name)
-
-    def layer(x: Any, parameters: tuple[Any, Any], statistics: tuple[Any, Any]) -> Any:
-        variables = {"params": dict(zip(("scale", "bias"), parameters, strict=True)),
-                     "batch_stats": dict(zip(("mean", "var"), statistics, strict=True))}  # fmt: skip
-        y, moved = module.apply(variables, x, mutable=["batch_stats"])
-        return y, (moved["batch_stats"]["mean"], moved["batch_stats"]["var"])
-
-    return layer
-
-
-PEERS: dict[str, Layer] = {
-    "syncbn": ours(AXIS),
-    "flax axis_name": flax(AXIS),
-    "flax unsynchronised": flax(None),
-}
+def options(parser: argparse.ArgumentParser) -> None:
+    case_option(parser)
+    rounds_option(parser, 9)
 
 
 def scan_of(layer: Layer) -> Callable[..., Any]:
@@ -87,16 +63,22 @@ PROGRAMS: dict[str, tuple[int, Callable[[Layer], Callable[..., Any]]]] = {
 }
 
 
-def step_of(run: Callable[..., Any], layers: int, shape: tuple[int, ...], mesh: Mesh) -> Callable[[], Any]:
-    """A function without arguments that runs one step on all devices: y, all gradients and statistics; waits for them."""
-    channels, rng = shape[-1], np.random.default_rng(0)
+def with_gradients(run: Callable[..., Any]) -> Callable[..., Any]:
+    """(x, dy, weights, statistics) -> a step's y, gradients and statistics. What is per device has a new first axis."""
 
     def local(x: Any, dy: Any, weights: Any, statistics: Any) -> Any:
         y, pull, moved = jax.vjp(lambda x, w: run(x, w, statistics), x, weights, has_aux=True)
         dx, gradients = pull(dy)
-        return y, dx, jax.tree.map(lambda g: g[None], (gradients, moved))
+        return {"y": y, "dx": dx, **jax.tree.map(lambda v: v[None], {"gradients": gradients, "moved": moved})}
 
+    return local
+
+
+def step_of(run: Callable[..., Any], layers: int, shape: tuple[int, ...], mesh: Mesh) -> Callable[[], Any]:
+    """A function without arguments that runs one step on all devices, and waits for it."""
+    channels, rng = shape[-1], np.random.default_rng(0)
     each, same = PartitionSpec(AXIS), PartitionSpec()
+    local = with_gradients(run)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(each, each, same, same), out_specs=each, check_vma=False)
     kernels = rng.standard_normal((layers, channels, channels), np.float32) / np.sqrt(channels)
     weights = (np.ones((layers, channels), "float32"), np.zeros((layers, channels), "float32"), kernels.astype("float32"))
@@ -110,24 +92,22 @@ def step_of(run: Callable[..., Any], layers: int, shape: tuple[int, ...], mesh: 
     return lambda: jax.block_until_ready(program(x, dy, weights, statistics))
 
 
-def times(rounds: int, programs: list[str]) -> list[dict[str, Any]]:
-    """Rows of seconds per step; peers take turns within each round, in an order that rotates."""
-    mesh, rows = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,)), []
-    for program in programs:
+def measure(given: argparse.Namespace, record: Callable[..., Any]) -> None:
+    # Read when JAX first looks for devices.
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    mesh = Mesh(np.array(jax.devices("cpu")[:DEVICES]), (AXIS,))
+    record = functools.partial(record, measure="step", unit="s", replicas=DEVICES, versions=("jax", "flax", "numpy"))
+    cases = [(program, shape) for program in PROGRAMS for shape in SHAPES]
+    for program, shape in chosen(cases, given.cases, name_of):
         layers, build = PROGRAMS[program]
-        for shape in SHAPES:
-            steps = {name: step_of(build(PEERS[name]), layers, shape, mesh) for name in PEERS}
-            for step in steps.values():
-                step()
-            seconds: dict[str, list[float]] = {name: [] for name in steps}
-            order = list(steps)
-            for _ in range(rounds):
-                for name in order:
-                    start = time.perf_counter()
-                    steps[name]()
-                    seconds[name].append(time.perf_counter() - start)
-                order = order[1:] + order[:1]
-            common = {"quantity": f"seconds per step, {program}", "dtype": "float32", "shape": shape, "layers": layers,
-                      "replicas": DEVICES, "rounds": rounds}  # fmt: skip
-            rows += [{"peer": name, **common, **quantiles(seconds[name])} for name in steps]
-    return rows
+        steps = {name: step_of(build(adapter.make(shape)), layers, shape, mesh) for name, adapter in jax_adapters(AXIS).items()}
+        for step in steps.values():
+            step()
+        details = {"dtype": "float32", "shape": shape, "layers": layers, "rounds": given.rounds}
+        for name, taken in in_turns(steps, given.rounds, seconds).items():
+            record(case=name_of((program, shape)), subject=name, values=taken, **details)
+
+
+def name_of(case: tuple[str, tuple[int, ...]]) -> str:
+    program, shape = case
+    return f"{program}, {case_name(shape)}"

@@ -1,99 +1,97 @@
-"""The runner: `python benchmarks/run.py tensorflow-cpu` measures, prints the ratios and writes the rows."""
+"""Measures a suite: `python benchmarks/run.py SUITE [options]`. Prints medians and ratios, and keeps the rows."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import functools
+import importlib
+import io
 import os
 import sys
-from math import exp, log
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Any
 
-import typer
-from rich.console import Console
-from rich.table import Table
-from rows import provenance, read, write
+from baselines import OURS
+from rows import RESULTS, commit, geometric_mean, merge, read, write
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-app = typer.Typer(add_completion=False)
-
-
-@app.callback()
-def main() -> None:
-    """Ours beside its peers, in one run."""
-
-
-@app.command()
-def tensorflow_cpu(
-    rounds: Annotated[int, typer.Option(min=3, help="Rounds per shape; the peers take turns in each.")] = 15,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory too, a process per layer.")] = True,
-) -> None:
-    """TensorFlow, 4 replicas on logical CPU devices, forward + backward."""
-    import tensorflow_cpu as cpu
-
-    strategy = cpu.strategy_of(cpu.REPLICAS)
-    rows = cpu.times(strategy, rounds) + cpu.accuracy(strategy) + (cpu.memory() if memory else [])
-    where = provenance("tensorflow-cpu", "keras", "numpy")
-    path = write("tensorflow-cpu", [{"benchmark": "tensorflow-cpu", **row, **where} for row in rows])
-    show(rows, "syncbn", sys.stdout.isatty())
-    print(f"{len(rows)} rows in {path}")
+SUITES = {
+    "tensorflow-cpu": "TensorFlow, 4 replicas on logical CPU devices",
+    "torch-cpu": "PyTorch, one process and two over gloo",
+    "jax-cpu": "JAX, 4 host devices",
+    "gpu": "PyTorch's layers; on several GPUs under torchrun",
+    "gpu-host": "PyTorch, where the host's time goes; on several GPUs under torchrun",
+    "gpu-resnet": "PyTorch, training ResNet-50; on several GPUs under torchrun",
+    "gpu-tiles": "PyTorch, a search for the kernels' tiles",
+    "jax-gpu": "JAX, on all GPUs of one process",
+}
 
 
-@app.command()
-def jax_cpu(
-    rounds: Annotated[int, typer.Option(min=3, help="Rounds per shape; the peers take turns in each.")] = 9,
-    program: Annotated[str, typer.Option(help="scan, convolutions or bare: only these rows are measured again.")] = "",
-) -> None:
-    """JAX, 4 host devices, forward + backward of 10 and 20 layers in one jit."""
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    import jax_cpu as cpu
+def main(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__, "\nSuites (`run.py SUITE --help` prints a suite's options):")
+        print("\n".join(f"  {name:16}{text}" for name, text in SUITES.items()))
+        return
+    if words[0] not in SUITES:
+        sys.exit(f"SUITE must be one of {', '.join(SUITES)}. Received: {words[0]}.")
+    name, *words = words
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    suite = importlib.import_module(name.replace("-", "_"))
+    parser = argparse.ArgumentParser(f"run.py {name}", description=suite.__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    out = RESULTS / f"{name}.jsonl"
+    parser.add_argument("--out", type=Path, default=out, help="where the rows go; rows of other cases there stay")
+    parser.add_argument("--no-rows", action="store_true", help="keep no rows: to try something out")
+    parser.add_argument("--commit", help="the commit that is measured, where there is no git repository")
+    suite.options(parser)
+    given = parser.parse_args(words)
+    first = os.environ.get("RANK", "0") == "0"
+    # A run that is cut off leaves its rows here, beside those that were complete.
+    partial = given.out.with_suffix(".partial.jsonl")
+    if first:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+    record = functools.partial(write, partial if first else None, suite=name, commit=given.commit or commit())
+    # Only the first rank prints.
+    with contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
+        wrong = suite.measure(given, record)
+    if first:
+        found = read(partial)
+        partial.unlink(missing_ok=True)
+        show(found)
+        if not given.no_rows:
+            merge(given.out, found)
+            print(f"{len(found)} rows in {given.out}")
+    sys.exit(wrong)
 
-    chosen = [name for name in cpu.PROGRAMS if program in name]
-    where = provenance("jax", "flax", "numpy")
-    rows = [{"benchmark": "jax-cpu", **row, **where} for row in cpu.times(rounds, chosen)]
-    for quantity in dict.fromkeys(row["quantity"] for row in rows):
-        print(quantity)
-        show([row for row in rows if row["quantity"] == quantity], "syncbn", sys.stdout.isatty())
-    measured = {row["quantity"] for row in rows}
-    kept = [row for row in read("jax-cpu") if row["quantity"] not in measured]
-    path = write("jax-cpu", kept + rows)
-    print(f"{len(rows)} rows in {path}")
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A table a quantity: medians, and ours over each baseline and, where there is one, over the floor."""
+    for of in dict.fromkeys((row["measure"], row["unit"], row["replicas"]) for row in rows):
+        print("\n{}, {}, replicas: {}".format(*of))
+        part = [row for row in rows if (row["measure"], row["unit"], row["replicas"]) == of]
+        print("\n".join(table(part)))
 
 
-@app.command()
-def torch_cpu(
-    rounds: Annotated[int, typer.Option(min=3, help="Rounds per shape; the peers take turns in each.")] = 15,
-) -> None:
-    """PyTorch, one process and two over gloo, forward + backward; and host time a layer."""
-    import torch_cpu as cpu
-
-    rows = cpu.times(rounds) + cpu.host_microseconds()
-    where = provenance("torch", "numpy")
-    path = write("torch-cpu", [{"benchmark": "torch-cpu", **row, **where} for row in rows])
-    for quantity, replicas in dict.fromkeys((row["quantity"], row["replicas"]) for row in rows):
-        print(f"{replicas} processes, {quantity}")
-        table = [row for row in rows if (row["quantity"], row["replicas"]) == (quantity, replicas)]
-        show([{**row, "quantity": "seconds"} for row in table], "syncbn", sys.stdout.isatty())
-    print(f"{len(rows)} rows in {path}")
-
-
-def show(rows: list[dict[str, Any]], ours: str, tty: bool) -> None:
-    """Medians, and ours over each peer's where the quantity is a time or a size."""
-    peers = list(dict.fromkeys(row["peer"] for row in rows))
-    others = [peer for peer in peers if peer != ours]
-    table = Table("", "shape", *peers, *[f"{ours} / {peer}" for peer in others])
-    ratios: dict[str, list[float]] = {peer: [] for peer in others}
-    for quantity, shape in dict.fromkeys((row["quantity"], tuple(row["shape"])) for row in rows):
-        of = {row["peer"]: row["median"] for row in rows if row["quantity"] == quantity and tuple(row["shape"]) == shape}
-        timed, compared = quantity.startswith("seconds"), "error" not in quantity
-        cells = [(f"{of[peer] * 1e3:.2f} ms" if timed else f"{of[peer]:.2g}") if peer in of else "" for peer in peers]
-        for peer in others:
-            if timed:
-                ratios[peer].append(of[ours] / of[peer])
-            cells.append(f"{of[ours] / of[peer]:.2f}" if compared else "")
-        table.add_row("time" if timed else quantity, "×".join(map(str, shape)), *cells)
-    means = [f"{exp(sum(map(log, ratios[peer])) / len(ratios[peer])):.2f}" for peer in others]
-    table.add_row("geometric mean", "", *[""] * len(peers), *means)
-    Console(width=None if tty else 160).print(table)
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of Markdown."""
+    at: dict[str, dict[str, float]] = {}
+    for row in rows:
+        at.setdefault(row["case"], {})[row["subject"]] = row["values"]["median"]
+        if "floor" in row["details"]:
+            at[row["case"]]["floor"] = row["details"]["floor"]
+    subjects = list(dict.fromkeys(name for of in at.values() for name in of))
+    # Errors are not compared.
+    others = [name for name in subjects if name != OURS] if OURS in subjects and rows[0]["unit"] != "1" else []
+    lines = [["", *subjects, *[f"{OURS} / {name}" for name in others]], ["---"] * (1 + len(subjects) + len(others))]
+    ratios = {case: {name: of[OURS] / of[name] for name in others if of.get(name) and of.get(OURS)} for case, of in at.items()}
+    for case, of in at.items():
+        medians = [f"{of[name]:.4g}" if name in of else "" for name in subjects]
+        lines.append([case, *medians, *[f"{ratios[case][name]:.2f}" if name in ratios[case] else "" for name in others]])
+    means = [[of[name] for of in ratios.values() if name in of] for name in others]
+    if others:
+        lines.append(["geometric mean", *[""] * len(subjects), *[f"{geometric_mean(m):.2f}" if m else "" for m in means]])
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 if __name__ == "__main__":
-    app()
+    main(sys.argv[1:])

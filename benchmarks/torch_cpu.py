@@ -1,106 +1,102 @@
-"""PyTorch on the CPU: one layer forward + backward, on one process beside torch's local layer, on two over gloo too."""
+"""PyTorch on the CPU: forward + backward of one layer, on one process and on two over gloo; and host time per layer.
+
+One process is compared with torch's local layer. Two are compared with torch's local layer and two bare all-reduces.
+"""
 
 from __future__ import annotations
 
+import argparse
+import functools
 import multiprocessing
 import socket
-import time
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
+from baselines import OURS, Adapter, torch_adapters
 from rows import quantiles
+from timing import case_name, case_option, chosen, in_turns, rounds_option, seconds
+from torch import nn
+
+from syncbn.torch import cpu
 
 SHAPES = [(32, 64, 56, 56), (8, 256, 14, 14), (64, 512)]
+REPLICAS = (1, 2)
 
 
-def local(channels: int, rank: int) -> Any:
-    """Torch's layer that does not synchronise."""
-    import torch.nn as nn
-
-    return nn.BatchNorm2d(channels) if rank == 4 else nn.BatchNorm1d(channels)
+def options(parser: argparse.ArgumentParser) -> None:
+    case_option(parser)
+    rounds_option(parser, 15)
 
 
-def ours(channels: int, rank: int) -> Any:
-    import syncbn
-
-    return syncbn.SyncBatchNorm(channels)
-
-
-def ours_by_eager(channels: int, rank: int) -> Any:
-    """Our layer on the reference kernels."""
-    import torch.nn as nn
-
-    import syncbn
-    from syncbn.torch import cpu as native
-    from syncbn.torch import dispatch as choice
-
-    serves = native.serves
-
-    class ByEager(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = syncbn.SyncBatchNorm(channels)
-            self.weight, self.bias = self.layer.weight, self.layer.bias
-
-        def forward(self, x: Any) -> Any:
-            choice.native.serves = lambda x, mask: False
-            y = self.layer(x)
-            choice.native.serves = serves
-            return y
-
-    return ByEager()
+def measure(given: argparse.Namespace, record: Callable[..., Any]) -> None:
+    record = functools.partial(record, unit="s", versions=("torch", "numpy"), dtype="float32")
+    for row in times(chosen(SHAPES, given.cases, case_name), given.rounds) + host_times():
+        record(**row)
 
 
-def local_with_bare_all_reduces(channels: int, rank: int) -> Any:
-    """Torch's local layer, and two all-reduces of the sizes of ours at the same places: what any synchronised layer pays."""
-    import torch
-    import torch.distributed as dist
-    import torch.nn as nn
+class Wrapped(nn.Module):
+    """A layer that runs by `call(layer, x)`."""
 
-    class Bare(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Any) -> Any:
-            dist.all_reduce(torch.zeros(1 + 2 * channels, dtype=torch.float64))
-            return x.view_as(x)
+    def __init__(self, layer: Any, call: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.layer, self.call = layer, call
+        self.weight, self.bias = layer.weight, layer.bias
 
-        @staticmethod
-        def backward(ctx: Any, dx: Any) -> Any:
-            dist.all_reduce(torch.zeros(2 * channels, dtype=torch.float64))
-            return dx
-
-    class WithBare(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = local(channels, rank)
-            self.weight, self.bias = self.layer.weight, self.layer.bias
-
-        def forward(self, x: Any) -> Any:
-            return self.layer(Bare.apply(x))
-
-    return WithBare()
+    def forward(self, x: Any) -> Any:
+        return self.call(self.layer, x)
 
 
-PEERS: dict[int, dict[str, Callable[..., Any]]] = {
-    1: {"syncbn": ours, "torch local": local},
-    2: {
-        "syncbn": ours,
-        "torch local + 2 bare all_reduces": local_with_bare_all_reduces,
-        "syncbn, reference kernels": ours_by_eager,
-    },
-}
+def by_reference(layer: Any, x: Any) -> Any:
+    """On the reference kernels."""
+    serves, cpu.serves = cpu.serves, lambda x, mask: False
+    y = layer(x)
+    cpu.serves = serves
+    return y
 
 
-def times(rounds: int) -> list[dict[str, Any]]:
-    """Rows of seconds per step; peers take turns within each round, in an order that rotates. Two threads in all."""
+class Bare(torch.autograd.Function):
+    """Two all-reduces of the sizes of ours at the same places: what any synchronised layer pays."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        ctx.channels = x.shape[1]
+        dist.all_reduce(torch.zeros(1 + 2 * ctx.channels, dtype=torch.float64))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Any) -> Any:
+        dist.all_reduce(torch.zeros(2 * ctx.channels, dtype=torch.float64))
+        return dx
+
+
+def adapters(replicas: int) -> dict[str, Adapter]:
+    ours, local = torch_adapters(False).values()
+    if replicas == 1:
+        return {OURS: ours, "torch local": local}
+    return {
+        OURS: ours,
+        "torch local + 2 bare all_reduces": Adapter(
+            lambda shape: Wrapped(local.make(shape), lambda layer, x: layer(Bare.apply(x)))
+        ),
+        "syncbn, reference kernels": Adapter(lambda shape: Wrapped(ours.make(shape), by_reference)),
+    }
+
+
+def times(shapes: list[tuple[int, ...]], rounds: int) -> list[dict[str, Any]]:
+    """Seconds per step, two threads in all."""
     rows = []
-    for replicas in PEERS:
+    for replicas in REPLICAS:
         context = multiprocessing.get_context("spawn")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
         answers = context.Queue()
-        processes = [context.Process(target=_measure, args=(r, replicas, address, rounds, answers)) for r in range(replicas)]
+        given = [(rank, replicas, address, shapes, rounds, answers) for rank in range(replicas)]
+        processes = [context.Process(target=_measure, args=arguments) for arguments in given]
         for process in processes:
             process.start()
         rows += answers.get(timeout=600)
@@ -109,55 +105,50 @@ def times(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _measure(rank: int, replicas: int, address: str, rounds: int, answers: Any) -> None:
-    import torch
-    import torch.distributed as dist
-
+def _measure(rank: int, replicas: int, address: str, shapes: list[tuple[int, ...]], rounds: int, answers: Any) -> None:
     torch.set_num_threads(2 // replicas)
     if replicas > 1:
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=replicas)
     rows = []
-    for shape in SHAPES:
+    for shape in shapes:
         torch.manual_seed(rank)
         x, dy = torch.randn(shape).requires_grad_(), torch.randn(shape)
-        layers = {name: make(shape[1], len(shape)) for name, make in PEERS[replicas].items()}
+        repeats = 2 if np.prod(shape) > 1_000_000 else 40
 
-        def step(layer: Any, x: Any = x, dy: Any = dy) -> None:
-            torch.autograd.grad(layer(x), [x, layer.weight, layer.bias], dy)
+        def step_of(adapter: Adapter, shape: Any = shape, x: Any = x, dy: Any = dy) -> Callable[[], Any]:
+            layer = adapter.make(shape)
+            return lambda: torch.autograd.grad(layer(x), [x, layer.weight, layer.bias], dy)
 
         # Each step is timed by itself, so that what else the machine does spoils few of them.
-        repeats = 2 if np.prod(shape) > 1_000_000 else 40
-        seconds: dict[str, list[float]] = {name: [] for name in layers}
-        order = list(layers)
-        for turn in range(rounds + 2):
-            for name in order:
-                if replicas > 1:
-                    dist.barrier()
-                for _ in range(repeats):
-                    start = time.perf_counter()
-                    step(layers[name])
-                    if turn > 1:
-                        seconds[name].append(time.perf_counter() - start)
-            order = order[1:] + order[:1]
-        common = {"quantity": "seconds per step", "dtype": "float32", "shape": shape, "replicas": replicas, "rounds": rounds}
-        rows += [{"peer": name, **common, "best": min(taken), **quantiles(taken)} for name, taken in seconds.items()]
+        def timed(step: Callable[[], Any], repeats: int = repeats) -> list[float]:
+            if replicas > 1:
+                dist.barrier()
+            return [seconds(step) for _ in range(repeats)]
+
+        steps = {name: step_of(adapter) for name, adapter in adapters(replicas).items()}
+        in_turns(steps, 2, timed)
+        found = {name: list(chain(*taken)) for name, taken in in_turns(steps, rounds, timed).items()}
+        common = {"case": case_name(shape), "measure": "step", "shape": shape, "replicas": replicas, "rounds": rounds}
+        rows += [{"subject": name, **common, "values": spread(taken)} for name, taken in found.items()]
     if rank == 0:
         answers.put(rows)
     if replicas > 1:
         dist.destroy_process_group()
 
 
-def host_microseconds(layers: int = 20, rounds: int = 200) -> list[dict[str, Any]]:
-    """Rows of host time a layer in a chain of small layers on one process: what Python and autograd cost."""
-    import torch
+def spread(taken: list[float]) -> dict[str, float]:
+    return {"best": min(taken), **quantiles(taken)}
 
-    import syncbn
 
+def host_times(layers: int = 20, rounds: int = 200) -> list[dict[str, Any]]:
+    """Host time per layer in a chain of small layers on one process: what Python and autograd cost."""
     torch.set_num_threads(1)
+    shape = (2, 4)
+    ours, local = torch_adapters(False).values()
 
-    def chain(make: Callable[[], Any], through_autograd: bool) -> Callable[[], None]:
-        norms = [make() for _ in range(layers)]
-        x, dy = torch.randn(2, 4).requires_grad_(), torch.randn(2, 4)
+    def step_of(adapter: Adapter, through_autograd: bool = False) -> Callable[[], None]:
+        norms = [adapter.make(shape) for _ in range(layers)]
+        x, dy = torch.randn(shape).requires_grad_(), torch.randn(shape)
         if through_autograd:
             for norm in norms:
                 norm._suits_torchs_own = lambda x: False  # our own function, as with several replicas
@@ -170,16 +161,12 @@ def host_microseconds(layers: int = 20, rounds: int = 200) -> list[dict[str, Any
 
         return step
 
-    peers = {
-        "syncbn": chain(lambda: syncbn.SyncBatchNorm(4), False),
-        "syncbn, through its own function": chain(lambda: syncbn.SyncBatchNorm(4), True),
-        "torch local": chain(lambda: torch.nn.BatchNorm1d(4), False),
+    steps = {OURS: step_of(ours), "syncbn, through its own function": step_of(ours, True), "torch local": step_of(local)}
+    found = in_turns(steps, rounds, lambda step: seconds(step) / layers)
+    common = {
+        "case": f"{case_name(shape)}, {layers} in a row",
+        "measure": "host time per layer",
+        "shape": shape,
+        "rounds": rounds,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
-    for _ in range(rounds):
-        for name, step in peers.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append((time.perf_counter() - start) / layers)
-    common = {"quantity": "host seconds per layer", "dtype": "float32", "shape": (2, 4), "replicas": 1, "rounds": rounds}
-    return [{"peer": name, **common, "best": min(taken), **quantiles(taken)} for name, taken in seconds.items()]
+    return [{"subject": name, **common, "values": spread(taken)} for name, taken in found.items()]

@@ -188,7 +188,7 @@ def test_the_oracle_shares_nothing_with_the_source():
 
 def test_the_readme_says_what_the_rows_say():
     check = subprocess.run(
-        [sys.executable, "benchmarks/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "benchmarks/figures.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert check.returncode == 0, check.stderr
 

@@ -1,0 +1,134 @@
+"""Writes what the rows say: the tables of README.md and docs/kernels.md, and the plots of docs/figures.
+
+`python benchmarks/figures.py`; with `--check` it writes nothing and fails if a table differs from the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from baselines import COMPILED, LOCAL, OURS, TORCH_SYNC
+from gpu_tables import one_gpu, training, two_gpus
+from rows import geometric_mean, read
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- from benchmarks/results, by benchmarks/figures.py -->\n", "<!-- end -->\n"
+
+
+def ratios(suite: str, baseline: str, only: Callable[[dict[str, Any]], bool] = lambda row: True, **keys: Any) -> list[float]:
+    """Ours over the baseline's, of each case, in the order of the rows; of rows with these keys, and where `only` is true."""
+    rows = [row for row in read(suite) if keys.items() <= row.items() and only(row)]
+    of = {(row["subject"], row["case"]): row["values"]["median"] for row in rows}
+    return [ours / of[baseline, case] for (subject, case), ours in of.items() if subject == OURS and (baseline, case) in of]
+
+
+def line(where: str, baseline: str, found: list[float]) -> str:
+    each = " ".join(f"{r:.2f}" for r in found) if len(found) <= 5 else f"{min(found):.2f} to {max(found):.2f}"
+    return f"| {where} | {baseline} | {geometric_mean(found):.2f} | {each} |"
+
+
+def gpus(suite: str, replicas: int) -> str:
+    """How many GPUs of which kind a run had."""
+    row = next(row for row in read(suite) if row["replicas"] == replicas)
+    return f"{replicas} × {row['device'].removeprefix('NVIDIA ').split()[0]}"
+
+
+def cpu_lines() -> list[str]:
+    step = {"measure": "step"}
+    large = lambda row: prod(row["details"]["shape"]) > 100_000  # noqa: E731
+    bare = ratios("torch-cpu", "torch local + 2 bare all_reduces", replicas=2, **step)
+    return [
+        line("TensorFlow, CPU, 4 replicas", "Keras `synchronized=True`", ratios("tensorflow-cpu", "keras synchronized", **step)),
+        line(
+            "— inputs over 100,000 elements",
+            "Keras, unsynchronised",
+            ratios("tensorflow-cpu", "keras unsynchronised", large, **step),
+        ),
+        line("PyTorch, CPU, one process", "`nn.BatchNorm`", ratios("torch-cpu", "torch local", replicas=1, **step)),
+        line("PyTorch, CPU, 2 processes, gloo", "`nn.BatchNorm` and two bare all-reduces", bare),
+    ]
+
+
+def gpu_lines() -> list[str]:
+    graph = {"measure": "step in a CUDA graph"}
+    by_memory = lambda row: row["details"]["transport"] == "peer memory"  # noqa: E731
+    one, two, local = gpus("gpu", 1), gpus("gpu", 2), "`nn.BatchNorm2d`, unsynchronised"
+    images = "8, 32 and 128 images"
+    inverse = lambda replicas, baseline: [1 / rate for rate in training(replicas, baseline)]  # noqa: E731
+    return [
+        line(f"PyTorch, {one}, in a graph", "`nn.BatchNorm2d`", ratios("gpu", LOCAL, replicas=1, **graph)),
+        line("— the same", "`nn.BatchNorm2d`, compiled", ratios("gpu", COMPILED, replicas=1, **graph)),
+        line(f"PyTorch, {two}, in a graph", "`nn.SyncBatchNorm`", ratios("gpu", TORCH_SYNC, by_memory, replicas=2, **graph)),
+        line("— the same", local, ratios("gpu", LOCAL, by_memory, replicas=2, **graph)),
+        line(f"ResNet-50, {two}, {images} each", "`nn.SyncBatchNorm`", inverse(2, TORCH_SYNC)),
+        line("— the same", local, inverse(2, LOCAL)),
+        line(f"ResNet-50, {one}, {images}", "`nn.BatchNorm2d`", inverse(1, LOCAL)),
+    ]
+
+
+def jax_lines() -> list[str]:
+    half = lambda row: row["details"]["dtype"] == "bfloat16"  # noqa: E731
+    lines = []
+    for program in ("20 in a scan", "10 with 1×1 convolutions between", "20 bare, unrolled"):
+        found = ratios("jax-cpu", "flax axis_name", lambda row, program=program: row["case"].startswith(program))
+        lines.append(line(f"JAX, CPU, 4 devices: {program}", "Flax `axis_name`", found))
+    return [
+        *lines,
+        line(f"JAX, {gpus('jax-gpu', 1)}", "Flax, unsynchronised", ratios("jax-gpu", "flax", replicas=1)),
+        line(f"JAX, {gpus('jax-gpu', 2)}", "Flax `axis_name`", ratios("jax-gpu", "flax axis_name", replicas=2)),
+        line("— in bfloat16", "Flax `axis_name`", ratios("jax-gpu", "flax axis_name", half, replicas=2)),
+    ]
+
+
+def error_lines() -> list[str]:
+    rows = [row for row in read("tensorflow-cpu") if row["measure"] == "relative error of the variance"]
+    errors = {(row["subject"], row["details"]["mean"]): row["values"]["median"] for row in rows}
+    means = dict.fromkeys(mean for _, mean in errors)
+    return [f"| {mean:,.0f} | {errors[OURS, mean]:.0e} | {errors['keras synchronized', mean]:.1g} |" for mean in means]
+
+
+def readme() -> str:
+    lines = ["| forward + backward | against | time, ours / theirs | each shape |", "|---|---|---|---|"]
+    lines += [*cpu_lines(), *gpu_lines(), *jax_lines()]
+    lines += ["", "| variance's relative error, float32, mean/std | syncbn | Keras `synchronized=True` |", "|---|---|---|"]
+    return "\n".join(lines + error_lines()) + "\n"
+
+
+# What each document takes from the rows, in its order.
+TABLES: dict[str, list[Callable[[], str]]] = {"README.md": [readme], "docs/kernels.md": [two_gpus, one_gpu]}
+
+
+def written(text: str, tables: list[Callable[[], str]]) -> str:
+    """The text with its tables made anew."""
+    head, *parts = text.split(START)
+    if len(parts) != len(tables):
+        raise SystemExit(f"There must be {len(tables)} places for tables. Received: {len(parts)}.")
+    for part, make in zip(parts, tables, strict=True):
+        head += START + "\n" + make() + "\n" + END + part.split(END)[1]
+    return head
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with an error if a table differs")
+    check = parser.parse_args().check
+    for name, tables in TABLES.items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        new = written(text, tables)
+        if not check:
+            (ROOT / name).write_text(new, encoding="utf-8")
+        elif new != text:
+            sys.exit(f"{name} must say what the rows say. Received: another table. Run benchmarks/figures.py.")
+    if not check:
+        import plots
+
+        plots.write_all()
+
+
+if __name__ == "__main__":
+    main()
