@@ -10,6 +10,7 @@ from syncbn import _moved
 if TYPE_CHECKING:
     from syncbn.conversion import convert, fold, revert
     from syncbn.keras import SyncBatchNormalization, load_legacy, load_weights
+    from syncbn.tensorflow.compiled_step import compiled_step
     from syncbn.torch import EmptySteps, SyncBatchNorm, checkpoint_contexts, debug, local_statistics
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ _HOMES = {
     "SyncBatchNorm": "syncbn.torch",
     "SyncBatchNormalization": "syncbn.keras",
     "checkpoint_contexts": "syncbn.torch",
+    "compiled_step": "syncbn.tensorflow.compiled_step",
     "convert": "syncbn.conversion",
     "debug": "syncbn.torch",
     "fold": "syncbn.conversion",
@@ -39,6 +41,7 @@ __all__ = [
     "SyncBatchNormalization",
     "__version__",
     "checkpoint_contexts",
+    "compiled_step",
     "convert",
     "debug",
     "fold",

@@ -175,6 +175,10 @@ def materialize(*vectors: Any) -> Any:
     return vectors
 
 
+def check_variables(name: str, *variables: Any) -> None:
+    """Raises where the variables of the layer of this name cannot hold what training replicas assign to them."""
+
+
 def speak_as(name: str) -> None:
     """Says whose messages come next."""
 

@@ -16,12 +16,32 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from syncbn import policy
-from syncbn.contract import Moments, found_once, may_move, realized, speak_as
+from syncbn.contract import (
+    Moments,
+    Operators,
+    check_variables,
+    default_train_step,
+    materialize,
+    record_or_replay,
+    should_update_statistics,
+    speak_as,
+)
 from syncbn.jax import mapped as jax_mapped
 from syncbn.jax.axes import Replicas, manual_axes, on_one_device, replicas_of
 from syncbn.jax.mapped import arithmetic_dtype
 
-__all__ = ["arithmetic_dtype", "found_once", "may_move", "moments", "normalize", "realized", "speak_as", "supports_jit"]
+__all__ = [
+    "arithmetic_dtype",
+    "check_variables",
+    "materialize",
+    "moments",
+    "normalize",
+    "record_or_replay",
+    "should_update_statistics",
+    "speak_as",
+    "supports_jit",
+    "train_step",
+]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array, float], jax.Array]] = {
     "relu": lambda y, slope: jax.nn.relu(y),
@@ -74,6 +94,14 @@ def normalize(
     if activation is not None:
         y = ACTIVATIONS[activation.name](y, activation.slope)
     return y.astype(x.dtype)
+
+
+train_step = default_train_step(
+    moments,
+    normalize,
+    should_update_statistics,
+    Operators(jnp.where, jnp.maximum, jnp.isfinite, jnp.all, lambda v, dtype: v.astype(dtype)),
+)
 
 
 # Compiled, so that eager calls do not dispatch a mapped program operator by operator.

@@ -11,7 +11,7 @@ from keras import activations, ops
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope  # not public: Keras does not say it otherwise
 
 from syncbn import maths, policy
-from syncbn.contract import Moments
+from syncbn.contract import Moments, Operators, Statistics, are_usable, updated
 from syncbn.keras import backend, distribution
 
 # Those that engines apply themselves, with Keras's slope; any other runs after them.
@@ -21,6 +21,7 @@ FUSED_ACTIVATIONS = {
     activations.silu: policy.Activation("silu"),
     activations.leaky_relu: policy.Activation("leaky_relu", 0.2),
 }
+OPERATORS = Operators(ops.where, ops.maximum, ops.isfinite, ops.all, ops.cast)
 
 
 @keras.saving.register_keras_serializable(package="syncbn")
@@ -191,24 +192,44 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             inputs = ops.where(ops.logical_or(mask, ops.isfinite(inputs)), inputs, ops.zeros([], inputs.dtype))
         gamma, beta = self._gamma_and_beta(_float32_or_wider(inputs.dtype))
         where = {"axes": self._channel_axes, "mask": mask, "group": self._group()}
+        fused = {"epsilon": self.epsilon, "activation": FUSED_ACTIVATIONS.get(self.activation)}
         if training:
-            self._refuse_recomputed_renorm()
+            self._engine.check_variables(self.name, self.moving_mean.value, self.moving_variance.value)
             self._engine.speak_as(self.name)
-            scale, offset = self._adjusted(inputs, gamma, beta)
-            moments = self._engine.moments(inputs, **where)
-            if self.renorm:
-                found = self._engine.found_once(lambda: self._renorm_correction(moments, gamma.dtype))
-                r, d = self._engine.realized(*found)
-                scale, offset = r * scale, d * scale + offset
-            self._move(moments)
-        else:
+        if not training:
             mean, variance = (self._vector(v, gamma.dtype) for v in (self.moving_mean, self.moving_variance))
-            moments, scale, offset = Moments(None, mean, variance), gamma, beta
-        fused = FUSED_ACTIVATIONS.get(self.activation)
-        y = self._engine.normalize(inputs, moments, scale, offset, epsilon=self.epsilon, activation=fused, **where)
+            y = self._engine.normalize(inputs, Moments(None, mean, variance), gamma, beta, **fused, **where)
+        elif self.renorm or self.adjustment is not None:
+            moments = self._engine.moments(inputs, **where)
+            scale, offset = self._scale_and_offset(inputs, moments, gamma, beta)
+            self._update_statistics(moments)
+            y = self._engine.normalize(inputs, moments, scale, offset, **fused, **where)
+        else:
+            y, statistics = self._engine.train_step(inputs, gamma, beta, self._statistics(), **fused, **where)
+            self._assign_statistics(statistics)
         if self.activation not in FUSED_ACTIVATIONS:
             y = self.activation(y)
         return ops.cast(y, self.compute_dtype)
+
+    def _statistics(self) -> Statistics:
+        """The moving statistics that every layer has, as the engines take them."""
+        mean, variance = (self._vector(v, v.dtype) for v in (self.moving_mean, self.moving_variance))
+        return Statistics(mean, variance, 1 - self.momentum)
+
+    def _assign_statistics(self, new: Statistics) -> None:
+        if not new.assigned:
+            self._assign(self.moving_mean, new.mean)
+            self._assign(self.moving_variance, new.variance)
+
+    def _scale_and_offset(self, inputs: Any, moments: Moments, gamma: Any, beta: Any) -> tuple[Any, Any]:
+        """What takes the place of gamma and beta in this step: with the adjustment, and with renorm's r and d."""
+        self._refuse_recomputed_renorm()
+        scale, offset = self._adjusted(inputs, gamma, beta)
+        if not self.renorm:
+            return scale, offset
+        found = self._engine.record_or_replay(lambda: self._renorm_correction(moments, gamma.dtype))
+        r, d = self._engine.materialize(*found)
+        return r * scale, d * scale + offset
 
     def _group(self) -> policy.Group:
         """Which replicas this layer meets."""
@@ -223,7 +244,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         """r and d, clipped, from the statistics before this step moves them."""
         dtype = moments.variance.dtype
         r, d = maths.renorm_correction(
-            _rounded(moments.mean),
+            moments.mean_hi,
             ops.sqrt(moments.variance + self.epsilon),
             self._vector(self.renorm_mean, dtype),
             self._vector(self.renorm_stddev, dtype),
@@ -240,35 +261,29 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             d = ops.maximum(ops.minimum(d, bounds["dmax"]), -bounds["dmax"])
         return ops.cast(ops.stop_gradient(r), result_dtype), ops.cast(ops.stop_gradient(d), result_dtype)
 
-    def _move(self, moments: Moments) -> None:
+    def _update_statistics(self, moments: Moments) -> None:
         """Moves the statistics towards this batch's, where it has any."""
-        count, mean, variance = moments.average or (moments.count, _rounded(moments.mean), moments.variance)
-        sound = count > 0
-        may_move = self._engine.may_move(count, self.renorm)
-        if may_move is not True:
-            sound = ops.logical_and(sound, may_move)
-        if moments.replicas > 1:
-            # Every replica sees the same statistics, so all skip the same steps. One replica does as its framework does.
-            finite = ops.isfinite(mean + variance)
-            # A count a channel says that JAX shards the channels: asking all of them would cost a message.
-            sound = ops.logical_and(sound, finite if len(ops.shape(count)) else ops.all(finite))
+        may_update = self._engine.should_update_statistics(moments.count, self.renorm)
+        usable = are_usable(moments, may_update, OPERATORS)
+        if not self.renorm:
+            self._assign_statistics(updated(self._statistics(), moments, usable, OPERATORS))
+        if not self.renorm or usable is False:
+            return
+        _, mean, variance = moments.average or (None, moments.mean_hi, moments.variance)
+        stddev = ops.sqrt(variance + self.epsilon)
 
-        def move(statistic: Any, batch: Any, momentum: float) -> Any:
+        def update(statistic: Any, batch: Any, momentum: float) -> Any:
             old = self._vector(statistic, statistic.dtype)
-            new = ops.where(sound, maths.moving_average(old, ops.cast(batch, old.dtype), momentum), old)
+            new = ops.where(usable, maths.moving_average(old, ops.cast(batch, old.dtype), momentum), old)
             self._assign(statistic, new)
             return new
 
-        move(self.moving_mean, mean, self.momentum)
-        if not self.renorm:
-            move(self.moving_variance, variance, self.momentum)
-            return
-        stddev = ops.sqrt(variance + self.epsilon)
-        move(self.renorm_mean, mean, self.renorm_momentum)
-        move(self.renorm_stddev, stddev, self.renorm_momentum)
-        moved = move(self.moving_stddev, stddev, self.momentum)
-        new = maths.variance_of_stddev(moved, self.epsilon, maximum=ops.maximum)
-        self._assign(self.moving_variance, ops.where(sound, new, self._vector(self.moving_variance, new.dtype)))
+        update(self.moving_mean, mean, self.momentum)
+        update(self.renorm_mean, mean, self.renorm_momentum)
+        update(self.renorm_stddev, stddev, self.renorm_momentum)
+        new_stddev = update(self.moving_stddev, stddev, self.momentum)
+        new = maths.variance_of_stddev(new_stddev, self.epsilon, maximum=ops.maximum)
+        self._assign(self.moving_variance, ops.where(usable, new, self._vector(self.moving_variance, new.dtype)))
 
     def _adjusted(self, inputs: Any, gamma: Any, beta: Any) -> tuple[Any, Any]:
         """Scale and offset of (x_hat·a + b)·gamma + beta, where `adjustment` returns (a, b)."""
@@ -379,10 +394,6 @@ def _float32_or_wider(dtype: Any) -> str:
     if keras.backend.backend() == "torch" and keras.backend.standardize_dtype(dtype) == "float64":
         return "float64"  # result_type has float32 for it there
     return keras.backend.result_type(dtype, "float32")
-
-
-def _rounded(mean: Any) -> Any:
-    return mean[0] + mean[1] if isinstance(mean, tuple) else mean
 
 
 def _serialized_bound(key: str, value: Any) -> Any:

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import tensorflow as tf
 
 from syncbn import maths, policy
-from syncbn.contract import Moments, found_once, may_move, realized, speak_as
-from syncbn.tensorflow import passes_cpu as kernels
+from syncbn.contract import (
+    Moments,
+    Operators,
+    Statistics,
+    default_train_step,
+    materialize,
+    record_or_replay,
+    should_update_statistics,
+    speak_as,
+)
+from syncbn.tensorflow import passes_cpu, passes_gpu
+from syncbn.tensorflow._private import compiled_by_xla, has_tangents
+from syncbn.tensorflow.passes_cpu import Fold, along_channels
 from syncbn.tensorflow.replicas import Replicas, joined, moments_in_pairs, own_moments, refuse_parameter_server, replicas_of
 
-__all__ = ["arithmetic_dtype", "found_once", "may_move", "moments", "normalize", "realized", "speak_as", "supports_jit"]
+__all__ = [
+    "arithmetic_dtype",
+    "check_variables",
+    "materialize",
+    "moments",
+    "normalize",
+    "record_or_replay",
+    "should_update_statistics",
+    "speak_as",
+    "supports_jit",
+    "train_step",
+]
 
 ACTIVATIONS: dict[str, Callable[[tf.Tensor, float], tf.Tensor]] = {
     "relu": lambda y, slope: tf.nn.relu(y),
@@ -27,6 +50,16 @@ def arithmetic_dtype(x: tf.Tensor) -> tf.DType:
     return tf.float64 if x.dtype == tf.float64 else tf.float32
 
 
+def passes_for(x: tf.Tensor) -> ModuleType:
+    """The passes for the device that runs what is traced here: a model on the CPU of a GPU machine takes the CPU's."""
+    if compiled_by_xla():
+        return passes_gpu
+    with tf.init_scope():
+        # A new tensor lies on the device of this replica, or of the device scope. Graphs name it only where a scope does.
+        device = tf.constant(0.0).device
+    return passes_gpu if "GPU" in device else passes_cpu
+
+
 def supports_jit() -> bool:
     """False where several replicas train: TensorFlow cannot compile a model over them."""
     strategy = tf.distribute.get_strategy()
@@ -34,22 +67,34 @@ def supports_jit() -> bool:
     return strategy.num_replicas_in_sync == 1
 
 
+def check_variables(name: str, *variables: Any) -> None:
+    """Raises where several replicas train and a variable was made outside of their strategy's scope: all would assign it."""
+    strategy = tf.distribute.get_strategy()
+    refuse_parameter_server(strategy)
+    replicas = strategy.num_replicas_in_sync
+    if replicas == 1 or tf.distribute.get_replica_context() is None:
+        return
+    if not all(isinstance(v, tf.distribute.DistributedValues) for v in variables):
+        raise RuntimeError(
+            f"A layer that several replicas train must be made in their strategy's scope. Received: the layer {name!r}, made "
+            f"outside of it, and {replicas} replicas of {type(strategy).__name__}. Make the layer, or its model, inside "
+            "`with strategy.scope():`."
+        )
+
+
 @tf.autograph.experimental.do_not_convert
 def moments(x: tf.Tensor, *, axes: tuple[int, ...], mask: tf.Tensor | None = None, group: policy.Group = None) -> Moments:
     """Measures the global batch: one all-reduce of (n, Σx, Σx²) in float64; on TPUs one gather of (n, k, s/n, m2)."""
-    world = replicas_of(group)
-    folded, folded_mask = _fold(x, mask, axes)
-    n, k, s, q = kernels.local_moments(tf.stop_gradient(folded), folded_mask, world.wide(folded.dtype))
+    world, x = replicas_of(group), tf.stop_gradient(x)
     if not world.has_float64:
-        return moments_in_pairs(world, n, k, s, q)
-    count, wide_k = tf.cast(n, tf.float64), tf.cast(k, tf.float64)
-    if world.replicas == 1:
-        variance = maths.local_m2(count, s, q, maximum=tf.maximum) / tf.maximum(count, 1)
-        return Moments(count, wide_k + s / tf.maximum(count, 1), maths.variance_or_one(count, variance, maximum=tf.maximum))
-    total, squares = maths.raw_sums(count, wide_k, s, q)
-    message = world.sum_by_group(tf.concat([tf.reshape(count, [1]), total, squares], 0))
-    channels = k.shape[0]
-    counts, totals, squares = tf.split(message, [1, channels, channels], axis=-1)
+        return moments_in_pairs(world, *passes_cpu.local_moments(x, mask, axes, arithmetic_dtype(x)))
+    passes = passes_for(x)
+    message = passes.local_sums(x, mask, axes=axes)
+    if world.groups == 1:
+        count, mean, variance = passes.moments_of_sums(world.messages(message))
+        return Moments(count, mean, variance, world.replicas)
+    channels = (message.shape[0] - 1) // 2
+    counts, totals, squares = tf.split(world.sum_by_group(message), [1, channels, channels], axis=-1)
     return own_moments(world, counts, *maths.moments_of_sums(counts, totals, squares, maximum=tf.maximum))
 
 
@@ -68,126 +113,199 @@ def normalize(
     residual: tf.Tensor | None = None,
 ) -> tf.Tensor:
     """activation(scale·(x − mean)/√(variance + epsilon) + offset + residual); one all-reduce, in the backward pass."""
-    folded, folded_mask = _fold(x, mask, axes)
-    pass_ = _Normalization(moments, epsilon, folded_mask, folded.dtype)
     if moments.count is None:
-        # TensorFlow's own gradients are right for constants, and an exported model keeps them.
-        y = pass_.forward(folded, scale, offset)
+        y = _with_constants(x, moments, scale, offset, axes, epsilon)
     else:
-        y = pass_.synchronised(folded, scale, offset, replicas_of(group))
-    y = kernels.Fold(axes, x.shape.rank).unfold(y, x)
+        normalization = _Normalization(moments, epsilon, mask, axes, replicas_of(group), passes_for(x))
+        y = normalization(x, scale, offset, _dtype_before(x, activation, residual))
+    return _finished(y, x.dtype, activation, residual)
+
+
+def train_step(
+    x: tf.Tensor,
+    weight: tf.Tensor,
+    bias: tf.Tensor,
+    statistics: Statistics,
+    *,
+    axes: tuple[int, ...],
+    epsilon: float,
+    mask: tf.Tensor | None = None,
+    group: policy.Group = None,
+    activation: policy.Activation | None = None,
+    residual: tf.Tensor | None = None,
+) -> tuple[tf.Tensor, Statistics | None]:
+    """(y, the statistics after this step). On a GPU: two clusters forward and two backward; with one replica one each way."""
+    world, passes = replicas_of(group), passes_for(x)
+    common = {"axes": axes, "epsilon": epsilon}
+    if passes is passes_cpu or world.groups > 1 or not world.has_float64:
+        fused = {"mask": mask, "group": group, "activation": activation, "residual": residual}
+        return _train_step_by_verbs(x, weight, bias, statistics, **common, **fused)
+    normalization = _Normalization(None, epsilon, mask, axes, world, passes)
+    moved: list[tf.Tensor] = []
+
+    def forward(x: tf.Tensor, weight: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+        y, (count, mean, variance), moved[:] = passes.forward(
+            x,
+            mask,
+            weight,
+            bias,
+            (statistics.mean, statistics.variance),
+            normalization.exchange,
+            dtype=_dtype_before(x, activation, residual),
+            weight=statistics.weight,
+            **common,
+        )
+        normalization.moments = Moments(count, mean, variance, world.replicas)
+        return y
+
+    y = normalization.with_gradients(forward, x, weight, bias)
+    mean, variance = moved
+    return _finished(y, x.dtype, activation, residual), statistics._replace(mean=mean, variance=variance)
+
+
+_train_step_by_verbs = default_train_step(
+    moments,
+    normalize,
+    should_update_statistics,
+    Operators(tf.where, tf.maximum, tf.math.is_finite, tf.reduce_all, tf.cast),
+)
+
+
+def _dtype_before(x: tf.Tensor, activation: policy.Activation | None, residual: tf.Tensor | None) -> tf.DType:
+    """What a normalization returns: rounded once, after the residual and the activation."""
+    return x.dtype if activation is None and residual is None else arithmetic_dtype(x)
+
+
+def refuse_forward_mode(given: tuple[tf.Tensor, ...]) -> None:
+    """Raises where a `tf.autodiff.ForwardAccumulator` is in force: it does not see through custom gradients."""
+    if has_tangents(given):
+        raise NotImplementedError(
+            "Forward-mode derivatives of a batch norm in training are not supported on TensorFlow. Received: an input with a "
+            "tangent of a tf.autodiff.ForwardAccumulator. Use tf.GradientTape, or call the layer with training=False."
+        )
+
+
+def _finished(y: tf.Tensor, dtype: tf.DType, activation: policy.Activation | None, residual: tf.Tensor | None) -> tf.Tensor:
     if residual is not None:
         y = y + tf.cast(residual, y.dtype)
     if activation is not None:
         y = ACTIVATIONS[activation.name](y, activation.slope)
-    return tf.cast(y, x.dtype)
+    return tf.cast(y, dtype)
+
+
+def _with_constants(
+    x: tf.Tensor, moments: Moments, scale: tf.Tensor, offset: tf.Tensor, axes: tuple[int, ...], epsilon: float
+) -> tf.Tensor:
+    """Plain or fused operators, which exported models keep; TensorFlow's own gradients are right for constants."""
+    passes = passes_for(x)
+    if passes is passes_cpu:
+        return passes.normalize(
+            x, moments.mean, moments.variance, scale, offset, axes=axes, epsilon=epsilon, dtype=arithmetic_dtype(x)
+        )
+    wide = tf.cast(x, arithmetic_dtype(x))
+    hi, lo = passes.split(moments.mean, wide.dtype)
+    a, b = maths.affine_coefficients(lo, tf.math.rsqrt(moments.variance + epsilon), scale, offset)
+    hi, a, b = (passes.Layout.of(x, axes).spread(tf.cast(v, wide.dtype)) for v in (hi, a, b))
+    return (wide - hi) * a + b
 
 
 class _Normalization:
-    """One normalization of a folded input, and its gradients where the moments are those of replicas that meet."""
+    """One normalization, and its gradients where the moments are those of replicas that communicate."""
 
-    def __init__(self, moments: Moments, epsilon: float, mask: tf.Tensor | None, dtype: tf.DType):
-        self.mask, self.epsilon = mask, epsilon
-        self.mean, self.variance = joined(moments.mean), moments.variance
-        self.wide = self.variance.dtype
-        self.hi, self.lo = _split(moments.mean, dtype)
-        self.n = None if moments.count is None else tf.cast(moments.count, self.wide)
+    def __init__(
+        self,
+        moments: Any,
+        epsilon: float,
+        mask: tf.Tensor | None,
+        axes: tuple[int, ...],
+        world: Replicas,
+        passes: ModuleType,
+    ):
+        self.moments, self.epsilon, self.mask, self.axes = moments, epsilon, mask, axes
+        self.world, self.passes = world, passes
+        self.exchange = None if world.replicas == 1 else world.messages
 
-    def forward(self, x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
-        rstd = self._rstd(self.variance)
-        return self._affine(x, *maths.affine_coefficients(self.lo, rstd, self._widen(scale), self._widen(offset)))
+    def __call__(self, x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+        """The output, of this dtype."""
+        static = {"axes": self.axes, "epsilon": self.epsilon, "dtype": dtype}
 
-    def synchronised(self, x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, world: Replicas) -> tf.Tensor:
-        self.world = world
+        def forward(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
+            return self.passes.normalize(x, self.moments.mean, self.moments.variance, scale, offset, **static)
+
+        return self.with_gradients(forward, x, scale, offset)
+
+    def with_gradients(self, forward: Callable[..., tf.Tensor], *given: tf.Tensor) -> tf.Tensor:
+        """forward(x, scale, offset), with the gradients of a normalization."""
+        refuse_forward_mode(given)
 
         @tf.custom_gradient
         def normalized(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> Any:
             # The pass itself is hidden from the tape, which would keep its temporaries.
-            y = self.forward(*map(tf.stop_gradient, (x, scale, offset)))
+            y = forward(*map(tf.stop_gradient, (x, scale, offset)))
             return y, lambda dy: self.backward(dy, x, scale)
 
-        return normalized(x, scale, offset)
+        return normalized(*given)
 
-    def backward(self, dy: tf.Tensor, x: tf.Tensor, scale: tf.Tensor) -> list[tf.Tensor]:
-        """(dx, dscale, doffset), by the fused passes; differentiated again, by plain operators."""
+    def backward(self, *given: tf.Tensor) -> list[tf.Tensor]:
+        """(dx, dscale, doffset) of (dy, x, scale), by the fused passes; differentiated again, by plain operators."""
 
         @tf.custom_gradient
-        def gradients(dy: tf.Tensor, x: tf.Tensor, scale: tf.Tensor) -> Any:
+        def gradients(*given: tf.Tensor) -> Any:
             def again(*cotangents: tf.Tensor) -> list[tf.Tensor]:
                 with tf.GradientTape() as tape:
-                    tape.watch([dy, x, scale])
-                    outputs = self._backward_by_operators(dy, x, scale)
-                return tape.gradient(outputs, [dy, x, scale], cotangents, unconnected_gradients="zero")
+                    tape.watch(given)
+                    outputs = self._backward_by_operators(*given)
+                return tape.gradient(outputs, given, cotangents, unconnected_gradients="zero")
 
-            return self._backward_by_passes(*map(tf.stop_gradient, (dy, x, scale))), again
+            return self._backward_by_passes(*map(tf.stop_gradient, given)), again
 
-        return gradients(dy, x, scale)
+        return gradients(*given)
 
     def _backward_by_passes(self, dy: tf.Tensor, x: tf.Tensor, scale: tf.Tensor) -> list[tf.Tensor]:
-        rstd, wide_scale = self._rstd(self.variance), self._widen(scale)
-        dx, sum_dy, sum_dy_x = kernels.affine_gradient(dy, x, self.hi, tf.cast(wide_scale * rstd, x.dtype), self.wide)
-        dscale = maths.scale_gradient(self.lo, rstd, sum_dy, sum_dy_x)
-        sums = self.world.sum_of_group(tf.concat([wide_scale * sum_dy, wide_scale * dscale], 0))
-        a, b = maths.moment_path_coefficients(self.n, self.lo, rstd, *tf.split(sums, 2), maximum=tf.maximum)
-        dx += self._where_counted(self._affine(x, a, b))
-        return [dx, tf.cast(dscale, scale.dtype), tf.cast(sum_dy, scale.dtype)]
+        static = {"axes": self.axes, "epsilon": self.epsilon}
+        return list(self.passes.backward(dy, x, self.mask, self.moments[:3], scale, self.exchange, **static))
 
     def _backward_by_operators(self, dy: tf.Tensor, x: tf.Tensor, scale: tf.Tensor) -> list[tf.Tensor]:
         """The same, differentiable any number of times: the moments, which came in as constants, hang on x again."""
-        mean, variance = self._attach(x)
+        dtype, fold = x.dtype, Fold(self.axes, x.shape.rank)
         # In the wide dtype x − mean needs no pair, and nobody asks for a fast second derivative.
-        dy, x, wide_scale = self._widen(dy), self._widen(x), self._widen(scale)
+        folded, dy = self._widen(fold.fold(x)), self._widen(fold.fold(dy))
+        mask = None if self.mask is None else fold.fold_mask(self.mask, x)
+        wide_scale = self._widen(scale)
+        mean, variance = self._attach(folded, mask)
 
         def along(v: tf.Tensor) -> tf.Tensor:
-            return kernels.along_channels(v, x)
+            return along_channels(v, folded)
 
-        rstd, rest = self._rstd(variance), [0, *range(2, x.shape.rank)]
-        x_hat = (x - along(mean)) * along(rstd)
+        rstd, rest = tf.math.rsqrt(variance + self.epsilon), [0, *range(2, folded.shape.rank)]
+        x_hat = (folded - along(mean)) * along(rstd)
         sum_dy, dscale = tf.reduce_sum(dy, rest), tf.reduce_sum(dy * x_hat, rest)
         sums = self.world.sum_of_group(tf.concat([wide_scale * sum_dy, wide_scale * dscale], 0))
-        through = maths.moment_path(self.n, x_hat, along(rstd), *map(along, tf.split(sums, 2)), maximum=tf.maximum)
-        dx = along(wide_scale * rstd) * dy + self._where_counted(through)
-        return [tf.cast(dx, self.hi.dtype), tf.cast(dscale, scale.dtype), tf.cast(sum_dy, scale.dtype)]
+        n = self._widen(self.moments.count)
+        through = maths.moment_path(n, x_hat, along(rstd), *map(along, tf.split(sums, 2)), maximum=tf.maximum)
+        dx = along(wide_scale * rstd) * dy + _where(mask, through)
+        parameter = arithmetic_dtype(x)
+        return [tf.cast(fold.unfold(dx, x), dtype), tf.cast(dscale, parameter), tf.cast(sum_dy, parameter)]
 
-    def _attach(self, x: tf.Tensor) -> list[tf.Tensor]:
-        """(mean, variance) as they are, with their true gradient for x, which is differentiable again."""
+    def _attach(self, x: tf.Tensor, mask: tf.Tensor | None) -> list[tf.Tensor]:
+        """(mean, variance) as they are, with their true gradient for x, folded and wide; differentiable again."""
+        n = tf.maximum(self._widen(self.moments.count), 1)
 
         @tf.custom_gradient
         def attached(x: tf.Tensor) -> Any:
             def grad(dmean: tf.Tensor, dvariance: tf.Tensor) -> tf.Tensor:
-                mean, _ = self._attach(x)
-                sums = self.world.sum_of_group(tf.concat([dmean, dvariance], 0)) / tf.maximum(self.n, 1)
-                of_mean, of_variance = (kernels.along_channels(half, x) for half in tf.split(sums, 2))
-                dx = of_mean + 2 * of_variance * (self._widen(x) - kernels.along_channels(mean, x))
-                return tf.cast(self._where_counted(dx), x.dtype)
+                mean, _ = self._attach(x, mask)
+                sums = self.world.sum_of_group(tf.concat([dmean, dvariance], 0)) / n
+                of_mean, of_variance = (along_channels(half, x) for half in tf.split(sums, 2))
+                return _where(mask, of_mean + 2 * of_variance * (x - along_channels(mean, x)))
 
-            return [tf.identity(self.mean), tf.identity(self.variance)], grad
+            return [tf.identity(joined(self.moments.mean)), tf.identity(self.moments.variance)], grad
 
         return attached(x)
 
-    def _affine(self, x: tf.Tensor, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-        return kernels.affine(x, self.hi, tf.cast(a, x.dtype), tf.cast(b, x.dtype))
-
-    def _rstd(self, variance: tf.Tensor) -> tf.Tensor:
-        return tf.math.rsqrt(variance + self.epsilon)
-
     def _widen(self, v: tf.Tensor) -> tf.Tensor:
-        return tf.cast(v, self.wide)
-
-    def _where_counted(self, dx: tf.Tensor) -> tf.Tensor:
-        return dx if self.mask is None else tf.where(self.mask, dx, tf.zeros([], dx.dtype))
+        return tf.cast(v, self.moments.variance.dtype)
 
 
-def _fold(x: tf.Tensor, mask: tf.Tensor | None, axes: tuple[int, ...]) -> tuple[tf.Tensor, tf.Tensor | None]:
-    fold = kernels.Fold(axes, x.shape.rank)
-    if mask is not None:
-        mask = fold.fold(tf.broadcast_to(mask, [1 if i in axes else kernels.size(x, i) for i in range(x.shape.rank)]))
-    return fold.fold(tf.cast(x, arithmetic_dtype(x))), mask
-
-
-def _split(mean: Any, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
-    """The mean as (hi, lo): hi in the arithmetic's dtype, lo what it leaves."""
-    if isinstance(mean, tuple):
-        return mean
-    hi = tf.cast(mean, dtype)
-    return hi, mean - tf.cast(hi, mean.dtype)
+def _where(mask: tf.Tensor | None, v: tf.Tensor) -> tf.Tensor:
+    return v if mask is None else tf.where(mask, v, tf.zeros([], v.dtype))

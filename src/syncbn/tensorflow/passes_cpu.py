@@ -1,4 +1,4 @@
-"""One TensorFlow replica's arithmetic, on inputs folded to [A, C], or to [A, C, B] where the channels are not the last axes.
+"""One TensorFlow replica's arithmetic on the CPU: inputs are folded to [A, C], or to [A, C, B] where channels are not last.
 
 Each pass has two forms. On float32 with the channels last it is one of TensorFlow's fused batch norm operators in inference
 mode, which make one pass over memory where plain operators make three; everywhere else it is plain operators.
@@ -7,9 +7,12 @@ mode, which make one pass over memory where plain operators make three; everywhe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+
+from syncbn import maths
 
 # TensorFlow sums float32 on the CPU one row after the other: 5e-4 off at 4 million rows. Blocks keep that under 1e-6.
 BLOCK_ROWS = 1024
@@ -48,6 +51,10 @@ class Fold(NamedTuple):
         back = [self._order.index(i) for i in range(self.rank)]
         return tf.transpose(tf.reshape(folded, [shape[i] for i in self._order]), back)
 
+    def fold_mask(self, mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+        """A mask for x, bool of its rank, as [A, 1] or [A, 1, B]."""
+        return self.fold(tf.broadcast_to(mask, [1 if i in self.axes else size(x, i) for i in range(self.rank)]))
+
 
 def size(x: tf.Tensor, *dims: int) -> Any:
     """How many elements these dimensions hold: an int where it is known, which spares the graph operators."""
@@ -62,11 +69,23 @@ def along_channels(v: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     return v if x.shape.rank == 2 else v[:, None]
 
 
-def local_moments(x: tf.Tensor, mask: tf.Tensor | None, wide: tf.DType) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """(n, k, s, q): the count (int64), the pivot k in x's dtype, Σ(x − k) and Σ(x − k)² in the wide one.
+def local_sums(x: tf.Tensor, mask: tf.Tensor | None, *, axes: tuple[int, ...]) -> tf.Tensor:
+    """The message of the forward pass, float64 [1 + 2C]: this replica's n, Σx and Σx²."""
+    n, k, s, q = local_moments(x, mask, axes, tf.float64)
+    count = tf.cast(n, tf.float64)
+    return tf.concat([tf.reshape(count, [1]), *maths.raw_sums(count, tf.cast(k, tf.float64), s, q)], 0)
 
-    x: folded; mask: bool, folded with 1 for C, or None. The pivot is the replica's own mean, rounded.
+
+def local_moments(
+    x: tf.Tensor, mask: tf.Tensor | None, axes: tuple[int, ...], wide: tf.DType
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """(n, k, s, q): the count (int64), the pivot k in the arithmetic's dtype, Σ(x − k) and Σ(x − k)² in the wide one.
+
+    mask: bool of x's rank, 1 on the channel axes, or None. The pivot is the replica's own mean, rounded.
     """
+    fold = Fold(axes, x.shape.rank)
+    mask = None if mask is None else fold.fold_mask(mask, x)
+    x = _folded(x, fold)
     if mask is None:
         n, counted = tf.cast(size(x, 0, *range(2, x.shape.rank)), tf.int64), x
     else:
@@ -77,6 +96,76 @@ def local_moments(x: tf.Tensor, mask: tf.Tensor | None, wide: tf.DType) -> tuple
     if mask is not None:
         rest = tf.where(mask, rest, tf.zeros([], x.dtype))
     return n, k, total(rest, wide), total(rest * rest, wide)
+
+
+def moments_of_sums(messages: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """(count [], mean [C], variance [C]), float64, of the replicas that sent these messages."""
+    message = messages[0] if len(messages) == 1 else tf.add_n(messages)
+    channels = (message.shape[0] - 1) // 2
+    count, sums, squares = tf.split(message, [1, channels, channels])
+    return tf.reshape(count, []), *maths.moments_of_sums(count, sums, squares, maximum=tf.maximum)
+
+
+def normalize(
+    x: tf.Tensor,
+    mean: Any,
+    variance: tf.Tensor,
+    scale: tf.Tensor,
+    offset: tf.Tensor,
+    *,
+    axes: tuple[int, ...],
+    epsilon: float,
+    dtype: tf.DType,
+) -> tf.Tensor:
+    """scale·(x − mean)/√(variance + epsilon) + offset, rounded to this dtype."""
+    fold = Fold(axes, x.shape.rank)
+    folded = _folded(x, fold)
+    hi, lo = split(mean, folded.dtype)
+    rstd = tf.math.rsqrt(variance + epsilon)
+    a, b = maths.affine_coefficients(lo, rstd, tf.cast(scale, variance.dtype), tf.cast(offset, variance.dtype))
+    return tf.cast(fold.unfold(affine(folded, hi, a, b), x), dtype)
+
+
+def backward(
+    dy: tf.Tensor,
+    x: tf.Tensor,
+    mask: tf.Tensor | None,
+    moments: tuple[Any, ...],
+    scale: tf.Tensor,
+    exchange: Callable[[tf.Tensor], list[tf.Tensor]] | None,
+    *,
+    axes: tuple[int, ...],
+    epsilon: float,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """(dx, dscale, doffset). exchange: takes [2C], Σscale·dy and Σscale·dy·x_hat, and returns those of all replicas."""
+    count, mean, variance = moments
+    fold = Fold(axes, x.shape.rank)
+    folded, folded_dy = _folded(x, fold), _folded(dy, fold)
+    hi, lo = split(mean, folded.dtype)
+    rstd, scale = tf.math.rsqrt(variance + epsilon), tf.cast(scale, variance.dtype)
+    scaled, sum_dy, sum_dy_x = affine_gradient(folded_dy, folded, hi, tf.cast(scale * rstd, folded.dtype), variance.dtype)
+    dscale = maths.scale_gradient(lo, rstd, sum_dy, sum_dy_x)
+    message = tf.concat([scale * sum_dy, scale * dscale], 0)
+    messages = [message] if exchange is None else exchange(message)
+    sums = tf.split(messages[0] if len(messages) == 1 else tf.add_n(messages), 2)
+    a, b = maths.moment_path_coefficients(tf.cast(count, rstd.dtype), lo, rstd, *sums, maximum=tf.maximum)
+    through = affine(folded, hi, a, b)
+    if mask is not None:
+        through = tf.where(fold.fold_mask(mask, x), through, tf.zeros([], through.dtype))
+    dx = tf.cast(fold.unfold(scaled + through, x), x.dtype)
+    return dx, tf.cast(dscale, folded.dtype), tf.cast(sum_dy, folded.dtype)
+
+
+def split(mean: Any, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
+    """The mean as (hi, lo): hi in the arithmetic's dtype, lo what it leaves."""
+    if isinstance(mean, tuple):
+        return mean
+    hi = tf.cast(mean, dtype)
+    return hi, mean - tf.cast(hi, mean.dtype)
+
+
+def _folded(x: tf.Tensor, fold: Fold) -> tf.Tensor:
+    return fold.fold(tf.cast(x, tf.float64 if x.dtype == tf.float64 else tf.float32))
 
 
 def total(v: tf.Tensor, wide: tf.DType) -> tf.Tensor:
@@ -98,15 +187,8 @@ def total(v: tf.Tensor, wide: tf.DType) -> tf.Tensor:
 
 
 def _sum_rows(v: tf.Tensor) -> tf.Tensor:
-    # On the CPU a product with ones is the fastest sum. An accelerator would round its factors to TF32 or bfloat16, and
-    # sums by a tree anyway.
-    if _accelerated():
-        return tf.reduce_sum(v, -2)
+    # On the CPU a product with ones is the fastest sum.
     return tf.squeeze(tf.matmul(tf.ones([1, size(v, -2)], v.dtype), v), -2)
-
-
-def _accelerated() -> bool:
-    return any(device.device_type != "CPU" for device in tf.config.list_logical_devices())
 
 
 def _fused(x: tf.Tensor) -> bool:
@@ -127,7 +209,8 @@ _UNIT = {"epsilon": 0.5, "is_training": False}
 
 
 def affine(x: tf.Tensor, hi: tf.Tensor, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-    """a·(x − hi) + b for the folded x and vectors [C] of the same dtype."""
+    """a·(x − hi) + b for the folded x and vectors [C]."""
+    a, b = tf.cast(a, x.dtype), tf.cast(b, x.dtype)
     if not _fused(x):
         hi, a, b = (along_channels(v, x) for v in (hi, a, b))
         return (x - hi) * a + b

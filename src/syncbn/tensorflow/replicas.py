@@ -9,7 +9,10 @@ import tensorflow as tf
 
 from syncbn import maths, policy
 from syncbn.contract import Moments
+from syncbn.tensorflow._private import compiled_by_xla
 
+# Up to this many replicas copy their messages to each other: each sends W − 1 copies, where an all-reduce sends two.
+COPIED_REPLICAS = 4
 # Above this many replicas gathering every replica's moments would cost more than two sums.
 GATHERED_REPLICAS = 64
 
@@ -20,6 +23,7 @@ class Replicas(NamedTuple):
     replicas: int
     groups: int
     has_float64: bool
+    copied: bool = False  # whether replicas copy messages to each other, in place of an all-reduce
 
     def wide(self, dtype: tf.DType) -> tf.DType:
         """The dtype of sums and moments."""
@@ -40,6 +44,13 @@ class Replicas(NamedTuple):
             return v
         return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, v)
 
+    def messages(self, v: tf.Tensor) -> list[tf.Tensor]:
+        """Tensors, on this replica's device, whose sum is that of v over the group: in the same order on every replica."""
+        if not self.copied:
+            return [self.sum_of_group(v)]
+        context = tf.distribute.get_replica_context()
+        return context.merge_call(_copies_for_all, args=(v,))[tf.get_static_value(context.replica_id_in_sync_group)]
+
     def of_own_group(self, by_group: tf.Tensor) -> tf.Tensor:
         """This replica's part of what `sum_by_group` gives."""
         return by_group if self.groups == 1 else by_group[self.own_group()]
@@ -47,6 +58,16 @@ class Replicas(NamedTuple):
     def sum_of_group(self, v: tf.Tensor) -> tf.Tensor:
         """The sum of v over this replica's group, differentiable."""
         return self.of_own_group(self.sum_by_group(v))
+
+
+def _copies_for_all(strategy: tf.distribute.Strategy, message: Any) -> list[list[tf.Tensor]]:
+    """Every replica's message on the device of each replica: a list for each replica, in the order of the replicas."""
+    messages = strategy.experimental_local_results(message)
+    copies = []
+    for own in messages:
+        with tf.device(own.device):
+            copies.append([v if v is own else tf.identity(v) for v in messages])
+    return copies
 
 
 def replicas_of(group: policy.Group) -> Replicas:
@@ -62,7 +83,8 @@ def replicas_of(group: policy.Group) -> Replicas:
         return Replicas(1, 1, has_float64(strategy))
     if isinstance(group, policy.Axes | policy.Sharded):
         raise policy.axis_name_elsewhere(group, "TensorFlow", replicas)
-    return Replicas(replicas, policy.groups(replicas, group), has_float64(strategy))
+    groups = policy.groups(replicas, group)
+    return Replicas(replicas, groups, has_float64(strategy), groups == 1 and copies_messages(strategy))
 
 
 def refuse_parameter_server(strategy: tf.distribute.Strategy) -> None:
@@ -75,6 +97,17 @@ def refuse_parameter_server(strategy: tf.distribute.Strategy) -> None:
 def has_float64(strategy: tf.distribute.Strategy) -> bool:
     """Whether messages can be float64: not on TPUs."""
     return not isinstance(strategy, tf.distribute.TPUStrategy | tf.distribute.experimental.TPUStrategy)
+
+
+def copies_messages(strategy: tf.distribute.Strategy) -> bool:
+    """Whether replicas copy their messages to each other: a few GPUs of one process, where that costs less than an all-reduce."""
+    # A step that XLA compiles cannot wait for other replicas; its all-reduce is XLA's own.
+    return (
+        isinstance(strategy, tf.distribute.MirroredStrategy)
+        and strategy.num_replicas_in_sync <= COPIED_REPLICAS
+        and not compiled_by_xla()
+        and all("GPU" in device for device in strategy.extended.worker_devices)
+    )
 
 
 def moments_in_pairs(world: Replicas, n: tf.Tensor, k: tf.Tensor, s: tf.Tensor, q: tf.Tensor) -> Moments:
