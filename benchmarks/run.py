@@ -17,6 +17,7 @@ from rows import RESULTS, commit, geometric_mean, merge, read, write
 
 SUITES = {
     "tensorflow-cpu": "TensorFlow, 4 replicas on logical CPU devices",
+    "tensorflow-gpu": "TensorFlow, layers and a ResNet-50 on the GPUs of one process",
     "torch-cpu": "PyTorch, one process and two over gloo",
     "jax-cpu": "JAX, 4 host devices",
     "gpu": "PyTorch's layers; on several GPUs under torchrun",
