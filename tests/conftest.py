@@ -34,6 +34,7 @@ elif os.environ.get("SYNCBN_TEST_DEVICE") == "interpreter":
 
 def pytest_addoption(parser):
     parser.addoption("--replicas", type=int, default=4, help="how many replicas the tests run on")
+    parser.addoption("--passes", choices=["cpu", "gpu"], default="cpu", help="TensorFlow: whose passes run, on this device")
     parser.addoption("--all-mutants", action="store_true", help="every deliberate fault, not the essential ones alone")
 
 
@@ -53,6 +54,16 @@ def torch_world(request):
     world = TorchWorld(request.config.getoption("--replicas"))
     yield world
     world.close()
+
+
+@pytest.fixture(autouse=True)
+def _passes_of_gpus(request, monkeypatch):
+    """With --passes gpu: the clusters of GPUs, and messages that replicas copy to each other, on the CPU too."""
+    if request.config.getoption("--passes") == "gpu" and "tensorflow" in sys.modules:
+        from syncbn.tensorflow import engine, passes_gpu, replicas
+
+        monkeypatch.setattr(engine, "passes_for", lambda x: passes_gpu)
+        monkeypatch.setattr(replicas, "copies_messages", lambda strategy: True)
 
 
 @pytest.fixture(scope="session", autouse=True)

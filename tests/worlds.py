@@ -28,7 +28,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class TensorFlowWorld:
-    """The one MirroredStrategy of this process, over logical CPU devices.
+    """The one MirroredStrategy of this process, over logical CPU devices; with SYNCBN_TEST_DEVICE=gpu over GPUs.
 
     A second strategy object would restart the keys of TensorFlow's collectives and break the process.
     """
@@ -36,10 +36,18 @@ class TensorFlowWorld:
     def __init__(self, replicas: int):
         import tensorflow as tf
 
-        cpu = tf.config.list_physical_devices("CPU")[0]
-        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
         self.tf, self.replicas = tf, replicas
-        self.strategy = tf.distribute.MirroredStrategy([f"/cpu:{i}" for i in range(replicas)])
+        gpus = tf.config.list_physical_devices("GPU") if os.environ.get("SYNCBN_TEST_DEVICE") == "gpu" else []
+        physical = gpus or tf.config.list_physical_devices("CPU")
+        used = min(replicas, len(physical))
+        limit = {"memory_limit": 8192} if gpus else {}
+        for i, device in enumerate(physical[:used]):
+            logical = [tf.config.LogicalDeviceConfiguration(**limit)] * len(range(i, replicas, used))
+            tf.config.set_logical_device_configuration(device, logical)
+        # NCCL, the default on GPUs, refuses two replicas on one GPU.
+        shared = {"cross_device_ops": tf.distribute.ReductionToOneDevice()} if gpus and used < replicas else {}
+        kind = "gpu" if gpus else "cpu"
+        self.strategy = tf.distribute.MirroredStrategy([f"/{kind}:{i}" for i in range(replicas)], **shared)
 
     def run(self, function: Callable[..., Any], *per_replica: list[Any] | None, graph: bool = False) -> list[Any]:
         """function(*arguments) on every replica, each with its own arguments; one nest of arrays a replica.

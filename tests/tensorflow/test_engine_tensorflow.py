@@ -155,7 +155,7 @@ def test_second_order(world, graph, mask):
 def test_constants_send_nothing_and_have_the_plain_gradient(world, monkeypatch):
     case = Case("constants", RAGGED, (4, 3), dtype="float64")
     xs, dys, scale, offset, _ = arguments(case, world.replicas)
-    calls = count_all_reduces(monkeypatch)
+    calls = count_messages(monkeypatch)
     mean, variance = np.arange(3.0), np.arange(1.0, 4.0)
 
     def replica(x, dy, scale, offset):
@@ -176,22 +176,22 @@ def test_constants_send_nothing_and_have_the_plain_gradient(world, monkeypatch):
     assert calls == []
 
 
-def count_all_reduces(monkeypatch):
-    """Records the shape of every all-reduce that a replica asks for."""
-    calls, real = [], tf.distribute.ReplicaContext.all_reduce
+def count_messages(monkeypatch):
+    """Records the shape of every message that a replica sends: all that replicas of one process exchange is a merge call."""
+    calls, real = [], tf.distribute.ReplicaContext.merge_call
 
-    def counting(self, op, value, *args, **kwargs):
-        calls.append(tuple(value.shape))
-        return real(self, op, value, *args, **kwargs)
+    def counting(self, merge, args=(), kwargs=None):
+        calls.extend(tuple(v.shape) for v in tf.nest.flatten(args))
+        return real(self, merge, args, kwargs)
 
-    monkeypatch.setattr(tf.distribute.ReplicaContext, "all_reduce", counting)
+    monkeypatch.setattr(tf.distribute.ReplicaContext, "merge_call", counting)
     return calls
 
 
 @pytest.mark.parametrize("group", [None, 1])
 def test_one_message_each_way(world, monkeypatch, group):
     case = Case("messages", RAGGED, (4, 5))
-    calls = count_all_reduces(monkeypatch)
+    calls = count_messages(monkeypatch)
     world.run(step(case, group), *arguments(case, world.replicas))
     rows = () if group is None else (world.replicas,)
     assert sorted(calls) == sorted([(*rows, 11), (*rows, 10)] * world.replicas)

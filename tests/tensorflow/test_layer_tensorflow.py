@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from cases import RAGGED, Case
 from checks import close
-from test_engine_tensorflow import count_all_reduces
+from test_engine_tensorflow import count_messages
 
 from syncbn import SyncBatchNormalization
 from syncbn.tensorflow import replicas
@@ -214,7 +214,7 @@ def test_keras_own_needs_five(world):
 
 
 def test_inference_and_building_send_nothing(world, monkeypatch):
-    calls = count_all_reduces(monkeypatch)
+    calls = count_messages(monkeypatch)
     case = Case("inference", RAGGED, (4, 3))
     layer = make(world, case)
     world.run(lambda x: layer(x, training=False), case.inputs(world.replicas))
@@ -443,7 +443,7 @@ def test_remat_scope(world):
 
 
 def refused_before_any_message(world, monkeypatch, error, text, layer, *arguments):
-    calls, before = count_all_reduces(monkeypatch), layer.get_weights()
+    calls, before = count_messages(monkeypatch), layer.get_weights()
     with pytest.raises(error) as caught:
         world.run(lambda x, mask=None: layer(x, training=True, mask=mask), *arguments)
     assert text in str(caught.value)
@@ -489,7 +489,7 @@ def test_shapes_are_inferred_in_cross_replica_context(world, monkeypatch):
         def call(self, x):
             return self.norm(x, training=True)
 
-    calls = count_all_reduces(monkeypatch)
+    calls = count_messages(monkeypatch)
     with world.strategy.scope():
         inputs = keras.Input((4, 3))
         model = keras.Model(inputs, Block()(inputs))
