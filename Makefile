@@ -9,7 +9,7 @@ PYTEST := $(BIN)/pytest
 REPLICATED := tests/tensorflow/test_engine_tensorflow.py tests/tensorflow/test_layer_tensorflow.py
 TESTS := test-architecture test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants
 
-.PHONY: demo test check lint mutants gpu gpu-ranks benchmark clean $(TESTS)
+.PHONY: demo test check lint mutants gpu gpu-ranks gpu-tensorflow benchmark clean $(TESTS)
 
 demo: $(SETUP)
 	$(BIN)/syncbn demo
@@ -77,6 +77,16 @@ gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
 	$(ON_GPU) tests/torch/test_layer_torch.py
 	CUDA_VISIBLE_DEVICES=0 $(ON_GPU) tests/torch/test_layer_torch_ranks.py tests/torch/test_engine_torch.py tests/torch/test_torch_training.py --replicas 2
+
+# On a machine with GPUs, TensorFlow's CUDA build and Keras: TensorFlow's suites on one GPU and on GPUS of them. More replicas than
+# GPUs share them.
+GPUS ?= 2
+ON_TENSORFLOW_GPU := SYNCBN_TEST_DEVICE=gpu TF_FORCE_GPU_ALLOW_GROWTH=true PYTHONPATH=src $(PYTHON) -m pytest
+gpu-tensorflow:
+	$(ON_TENSORFLOW_GPU) tests/gpu/test_tensorflow_gpu.py
+	$(ON_TENSORFLOW_GPU) tests/keras/test_layer_keras.py tests/tensorflow/test_functional_tensorflow.py --replicas 1
+	$(ON_TENSORFLOW_GPU) $(REPLICATED) --replicas $(GPUS)
+	$(ON_TENSORFLOW_GPU) tests/tensorflow/test_multi_worker.py
 
 # On a machine with several: RANKS of them.
 RANKS ?= 2

@@ -49,6 +49,13 @@ class TensorFlowWorld:
         kind = "gpu" if gpus else "cpu"
         self.strategy = tf.distribute.MirroredStrategy([f"/{kind}:{i}" for i in range(replicas)], **shared)
 
+    @property
+    def copies(self) -> bool:
+        """Whether replicas copy their messages to each other, in place of an all-reduce."""
+        from syncbn.tensorflow import replicas
+
+        return replicas.copies_messages(self.strategy)
+
     def run(self, function: Callable[..., Any], *per_replica: list[Any] | None, graph: bool = False) -> list[Any]:
         """function(*arguments) on every replica, each with its own arguments; one nest of arrays a replica.
 

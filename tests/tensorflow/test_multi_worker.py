@@ -23,7 +23,11 @@ def test_two_workers_one_of_them_empty_once(tmp_path):
         config = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})
         log = (tmp_path / f"{rank}.log").open("w")
         command = [sys.executable, str(HERE / "multi_worker.py"), str(rank), str(tmp_path / f"{rank}.npz")]
-        workers.append(subprocess.Popen(command, env={**os.environ, "TF_CONFIG": config}, stdout=log, stderr=log))
+        workers.append(
+            subprocess.Popen(
+                command, env={**os.environ, "TF_CONFIG": config, "CUDA_VISIBLE_DEVICES": str(rank)}, stdout=log, stderr=log
+            )
+        )
     try:
         codes = [worker.wait(timeout=150) for worker in workers]
     finally:
