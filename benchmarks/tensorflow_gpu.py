@@ -171,12 +171,18 @@ def sizes_seconds(strategy: Any) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes a second that a large pass over memory reads and writes."""
-    x = tf.zeros([1 << 28])
-    copy = tf.function(lambda x: x + 1.0, autograph=False)
-    copy(x)
-    taken = statistics.median(seconds(lambda: copy(x)[:1].numpy()) for _ in range(9))
-    return 2 * 4 * (1 << 28) / taken
+    """Bytes a second that passes over memory read and write."""
+    x, passes = tf.ones([1 << 28]), 20
+
+    @tf.function(autograph=False)
+    def chain(x: Any) -> Any:
+        for _ in range(passes):
+            x = tf.sqrt(x)
+        return x[:1]
+
+    chain(x)
+    taken = statistics.median(seconds(lambda: chain(x).numpy()) for _ in range(9))
+    return passes * 2 * 4 * (1 << 28) / taken
 
 
 def everywhere(strategy: Any, step: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
@@ -231,13 +237,17 @@ def resnet_step(strategy: Any, name: str, images: int, compiled: bool) -> Callab
     keras.mixed_precision.set_dtype_policy("float32")
     loss_of = keras.losses.SparseCategoricalCrossentropy(reduction="sum")
 
-    def step(x: Any, labels: Any) -> Any:
+    def gradients(x: Any, labels: Any) -> Any:
         with tf.GradientTape() as tape:
             loss = loss_of(labels, model(x, training=True)) / (images * strategy.num_replicas_in_sync)
-        optimizer.apply(tape.gradient(loss, [v.value for v in model.trainable_variables]), model.trainable_variables)
+        return loss, tape.gradient(loss, [v.value for v in model.trainable_variables])
+
+    def step(x: Any, labels: Any) -> Any:
+        loss, found = (syncbn.compiled_step(gradients) if compiled else gradients)(x, labels)
+        optimizer.apply(found, model.trainable_variables)
         return loss
 
-    run = everywhere(strategy, step, compiled)
+    run = everywhere(strategy, step, False)
     x = values_of(strategy, (images, 224, 224, 3), "float32", 0)
     labels = strategy.experimental_distribute_values_from_function(
         lambda context: tf.constant(np.random.default_rng(context.replica_id_in_sync_group).integers(0, 1000, images))

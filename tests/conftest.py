@@ -10,7 +10,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 # What several suites share, for the processes that tests start too.
-sys.path[:0] = [str(TESTS), str(TESTS / "torch")]
+sys.path[:0] = [str(TESTS), str(TESTS / "torch"), str(TESTS.parent / "examples")]
 os.environ["PYTHONPATH"] = os.pathsep.join([p for p in [os.environ.get("PYTHONPATH")] if p] + [str(TESTS)])
 
 # oneDNN's convolution gives a wrong shape for an empty batch; the rest keeps TensorFlow quiet and on the CPU.

@@ -47,6 +47,7 @@ class TensorFlowWorld:
         # NCCL, the default on GPUs, refuses two replicas on one GPU.
         shared = {"cross_device_ops": tf.distribute.ReductionToOneDevice()} if gpus and used < replicas else {}
         kind = "gpu" if gpus else "cpu"
+        tf.config.experimental.enable_tensor_float_32_execution(False)
         self.strategy = tf.distribute.MirroredStrategy([f"/{kind}:{i}" for i in range(replicas)], **shared)
 
     @property

@@ -9,20 +9,21 @@ import tensorflow as tf
 
 
 def compiled_step(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step that XLA compiles as a whole, to be run on each replica: `strategy.run(syncbn.compiled_step(step), args=(x, y))`.
+    """A step that XLA compiles as a whole on each replica. Call it inside `strategy.run`.
 
     It is the fastest way to train on several GPUs. Keras's own `jit_compile=True` compiles one program for all replicas, which
     TensorFlow cannot do. XLA compiles the step once for each shape of its arguments, on each GPU.
 
     Args:
-        step: a function of tensors that runs on one replica: forward pass, gradients, `optimizer.apply`.
+        step: a function of tensors that runs on one replica: forward pass and gradients. `optimizer.apply` stays outside: it
+            updates a counter that all replicas share, which TensorFlow cannot do inside.
 
     Returns:
-        A function with the step's arguments and results, for `strategy.run`. In a loop that is not a `tf.function`, keep it: it
-        compiles once. It also runs on one replica, without a strategy.
+        A function with the step's arguments and results. In a loop that is not a `tf.function`, keep it: it compiles once. It
+        also runs on one replica, without a strategy.
 
     Raises:
-        RuntimeError: when called where several replicas train and one of them is on the CPU.
+        RuntimeError: when called, if several replicas train and one is on the CPU, or if the step applies gradients.
 
     Source: TensorFlow's `tf.function(jit_compile=True)`, a function for each replica.
 
@@ -31,13 +32,6 @@ def compiled_step(step: Callable[..., Any]) -> Callable[..., Any]:
         >>> double = syncbn.compiled_step(lambda x: x + x)
         >>> print(double(tf.constant([1.0, 2.0])).numpy())
         [2. 4.]
-
-        In `fit`, a model compiles the step of each replica so:
-
-        >>> import keras
-        >>> class CompiledModel(keras.Model):
-        ...     def train_step(self, data):
-        ...         return syncbn.compiled_step(super().train_step)(data)
     """
     # XLA binds the variables of the replica that traces a function: each replica has its own.
     functions: dict[int, Any] = {}
@@ -50,7 +44,15 @@ def compiled_step(step: Callable[..., Any]) -> Callable[..., Any]:
             context = tf.distribute.get_replica_context()
             number = 0 if context is None else int(context.replica_id_in_sync_group)
             compiled = functions.setdefault(number, compiled)
-        return compiled(*arguments, **named)
+        try:
+            return compiled(*arguments, **named)
+        except RuntimeError as error:
+            if "merge_call" not in str(error):
+                raise
+            raise RuntimeError(
+                "A step that XLA compiles on several replicas must not update variables that they share. Received: a step that "
+                "applies gradients, or assigns such a variable. Return the gradients, and call `optimizer.apply` outside of the step."
+            ) from error
 
     return run
 

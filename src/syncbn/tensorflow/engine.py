@@ -116,7 +116,9 @@ def normalize(
     if moments.count is None:
         y = _with_constants(x, moments, scale, offset, axes, epsilon)
     else:
-        normalization = _Normalization(moments, epsilon, mask, axes, replicas_of(group), passes_for(x))
+        world = replicas_of(group)
+        passes = passes_for(x) if world.has_float64 else passes_cpu
+        normalization = _Normalization(moments, epsilon, mask, axes, world, passes)
         y = normalization(x, scale, offset, _dtype_before(x, activation, residual))
     return _finished(y, x.dtype, activation, residual)
 

@@ -71,9 +71,16 @@ class Layout(NamedTuple):
         """The layout of x with its channels on these axes."""
         return cls(axes, tuple(tf.shape(x)[i] if n is None else n for i, n in enumerate(x.shape)))
 
-    def sum(self, v: tf.Tensor) -> tf.Tensor:
-        """Over all but the channels: [C]. XLA adds by a tree."""
-        return tf.reshape(tf.reduce_sum(v, self.reduced()), [-1])
+    def sums(self, *values: tf.Tensor) -> list[tf.Tensor]:
+        """The sum of each over all but the channels: float64 [C]. The innermost sizes are added in the dtype of the values.
+
+        In two stages: XLA makes the first one pass over memory for all values, and rounding errors do not add up. In one, it
+        writes x − k to memory before it adds.
+        """
+        last = self.axes[-1] + 1
+        inner = list(range(last, len(self.shape))) or self.reduced()[-1:]
+        parts = barrier(*[tf.reduce_sum(v, inner, keepdims=True) for v in values])
+        return [tf.reshape(tf.reduce_sum(tf.cast(part, tf.float64), self.reduced()), [-1]) for part in parts]
 
     def reduced(self) -> list[int]:
         """The axes without channels."""
@@ -103,17 +110,16 @@ def local_sums(x: tf.Tensor, mask: tf.Tensor | None, *, axes: tuple[int, ...]) -
     if mask is None:
         n, part = layout.values(), layout.beginning(x)
         of_part = Layout.of(part, axes)
-        k = of_part.sum(part) / tf.cast(tf.maximum(of_part.values(), 1), x.dtype)
+        # Divided before they are added, which is one kernel less. Nothing depends on the pivot's last bits.
+        k = tf.reduce_sum(part / tf.cast(tf.maximum(of_part.values(), 1), x.dtype), layout.reduced())
     else:
         n = tf.reduce_sum(tf.cast(_full(mask, layout), tf.float64))
-        k = layout.sum(_where(mask, x)) / tf.cast(tf.maximum(n, 1), x.dtype)
+        k = tf.reduce_sum(_where(mask, x) / tf.cast(tf.maximum(n, 1), x.dtype), layout.reduced())
     # The k that is subtracted must be the k that is added: rounded to x's dtype.
-    (k,) = barrier(k)
+    (k,) = barrier(tf.reshape(k, [-1]))
     rest = _where(mask, x - layout.spread(k))
-    # XLA would put one of the sums into the concatenation, where one thread adds a whole channel.
-    s, q = barrier(layout.sum(rest), layout.sum(rest * rest))
-    wide_k, s, q = (tf.cast(v, tf.float64) for v in (k, s, q))
-    return tf.concat([tf.reshape(n, [1]), *maths.raw_sums(n, wide_k, s, q)], 0)
+    s, q = layout.sums(rest, rest * rest)
+    return tf.concat([tf.reshape(n, [1]), *maths.raw_sums(n, tf.cast(k, tf.float64), s, q)], 0)
 
 
 @cluster
@@ -166,7 +172,9 @@ def finish_forward(
     finite.
     """
     count, mean, variance = moments_of_sums(messages)
-    y = normalize(x, mean, variance, scale, offset, axes=axes, epsilon=epsilon, dtype=dtype)
+    # The backward pass takes the mean as a pair: it would make it anew in both of its clusters.
+    pair = split(mean, _widened(x).dtype)
+    y = normalize(x, pair, variance, scale, offset, axes=axes, epsilon=epsilon, dtype=dtype)
     sound = count > 0
     if several:
         sound &= tf.reduce_all(tf.math.is_finite(mean + variance))
@@ -174,7 +182,7 @@ def finish_forward(
         tf.where(sound, maths.moving_average(old, tf.cast(new, old.dtype), 1 - weight), old)
         for old, new in zip(moving, (mean, variance), strict=True)
     ]
-    return y, (count, mean, variance), moved
+    return y, (count, pair, variance), moved
 
 
 @cluster
@@ -185,9 +193,7 @@ def gradient_sums(
     _, mean, variance = moments
     layout, x, dy = Layout.of(x, axes), _widened(x), _widened(dy)
     hi, lo = split(mean, x.dtype)
-    (hi,) = barrier(hi)
-    sums = barrier(layout.sum(dy), layout.sum(dy * (x - layout.spread(hi))))
-    sum_dy, sum_dy_x = (tf.cast(v, variance.dtype) for v in sums)
+    sum_dy, sum_dy_x = layout.sums(dy, dy * (x - layout.spread(hi)))
     dscale = maths.scale_gradient(lo, tf.math.rsqrt(variance + epsilon), sum_dy, sum_dy_x)
     scale = tf.cast(scale, variance.dtype)
     return tf.cast(dscale, x.dtype), tf.cast(sum_dy, x.dtype), tf.concat([scale * sum_dy, scale * dscale], 0)

@@ -173,7 +173,7 @@ def own_moments(world: Replicas, counts: tf.Tensor, means: Any, variances: tf.Te
 
 def joined(mean: Any) -> tf.Tensor:
     """A mean that may be a pair, as one tensor."""
-    return mean[0] + mean[1] if isinstance(mean, tuple) else mean
+    return tf.cast(mean[0], mean[1].dtype) + mean[1] if isinstance(mean, tuple | list) else mean
 
 
 def _map(mean: Any, f: Callable[[tf.Tensor], tf.Tensor]) -> Any:
