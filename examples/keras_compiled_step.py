@@ -30,7 +30,9 @@ class CompiledModel(keras.Model):
         self.optimizer.apply(found, self.trainable_weights)
         for metric in self.metrics:
             if metric.name == "loss":
-                metric.update_state(loss)
+                # Keras divides a loss by the number of replicas, for the sum of their gradients.
+                replicas = tf.distribute.get_strategy().num_replicas_in_sync
+                metric.update_state(loss * replicas, sample_weight=tf.shape(x)[0])
             else:
                 metric.update_state(y, prediction, sample_weight)
         return self.get_metrics_result()

@@ -51,7 +51,7 @@ def compiled_step(step: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             raise RuntimeError(
                 "A step that XLA compiles on several replicas must not update variables that they share. Received: a step that "
-                "applies gradients, or assigns such a variable. Return the gradients, and call `optimizer.apply` outside of the step."
+                "applies gradients, or assigns such a variable. Return the gradients, and call `optimizer.apply` outside."
             ) from error
 
     return run
