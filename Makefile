@@ -29,6 +29,8 @@ test-tensorflow:
 
 test-tensorflow-2:
 	$(PYTEST) $(REPLICATED) --replicas 2
+	$(PYTEST) tests/tensorflow/test_passes_gpu.py --replicas 2
+	$(PYTEST) $(REPLICATED) --replicas 2 --passes gpu -k "large or million or second_order or ordered or collective or nothing or groups"
 	$(PYTEST) tests/tensorflow/test_multi_worker.py
 
 test-torch:

@@ -1,4 +1,4 @@
-"""Writes what the rows say: the tables of README.md and docs/kernels.md, and the plots of docs/figures.
+"""Writes what the rows say: the tables of README.md, docs/kernels.md and docs/tensorflow.md, and the plots of docs/figures.
 
 `python benchmarks/figures.py`; with `--check` it writes nothing and fails if a table differs from the rows.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from baselines import COMPILED, LOCAL, OURS, TORCH_SYNC
 from gpu_tables import one_gpu, training, two_gpus
 from rows import geometric_mean, read
+from tensorflow_tables import layers, resnet
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- from benchmarks/results, by benchmarks/figures.py -->\n", "<!-- end -->\n"
@@ -51,6 +52,19 @@ def cpu_lines() -> list[str]:
         ),
         line("PyTorch, CPU, one process", "`nn.BatchNorm`", ratios("torch-cpu", "torch local", replicas=1, **step)),
         line("PyTorch, CPU, 2 processes, gloo", "`nn.BatchNorm` and two bare all-reduces", bare),
+    ]
+
+
+def tensorflow_gpu_lines() -> list[str]:
+    sync, local = "Keras `synchronized=True`", "Keras, unsynchronised"
+    layer, training_ = {"measure": "layer"}, {"measure": "training", "replicas": 2}
+    one, two = gpus("tensorflow-gpu", 1), gpus("tensorflow-gpu", 2)
+    images = lambda baseline: [1 / rate for rate in ratios("tensorflow-gpu", baseline, **training_)]  # noqa: E731
+    return [
+        line(f"TensorFlow, {two}", sync, ratios("tensorflow-gpu", "keras synchronized", replicas=2, **layer)),
+        line(f"TensorFlow, {one}", local, ratios("tensorflow-gpu", "keras unsynchronised", replicas=1, **layer)),
+        line(f"ResNet-50 on TensorFlow, {two}, 32 and 8 images each", sync, images("keras synchronized")),
+        line("— the same", local, images("keras unsynchronised")),
     ]
 
 
@@ -94,13 +108,17 @@ def error_lines() -> list[str]:
 
 def readme() -> str:
     lines = ["| forward + backward | against | time, ours / theirs | each shape |", "|---|---|---|---|"]
-    lines += [*cpu_lines(), *gpu_lines(), *jax_lines()]
+    lines += [*cpu_lines(), *tensorflow_gpu_lines(), *gpu_lines(), *jax_lines()]
     lines += ["", "| variance's relative error, float32, mean/std | syncbn | Keras `synchronized=True` |", "|---|---|---|"]
     return "\n".join(lines + error_lines()) + "\n"
 
 
 # What each document takes from the rows, in its order.
-TABLES: dict[str, list[Callable[[], str]]] = {"README.md": [readme], "docs/kernels.md": [two_gpus, one_gpu]}
+TABLES: dict[str, list[Callable[[], str]]] = {
+    "README.md": [readme],
+    "docs/kernels.md": [two_gpus, one_gpu],
+    "docs/tensorflow.md": [layers, resnet],
+}
 
 
 def written(text: str, tables: list[Callable[[], str]]) -> str:

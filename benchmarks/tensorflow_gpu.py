@@ -1,7 +1,7 @@
 """TensorFlow on the GPUs of one process: layers in a row, forward + backward, and a ResNet-50.
 
 Parts: layers and resnet (a step is a tf.function), layers-compiled and resnet-compiled (XLA compiles each replica's step as a
-whole), shapes (what inputs whose shape changes cost).
+whole), shapes (what inputs whose shape changes cost), exchange (what a message costs).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from timing import case_name, case_option, chosen, in_turns, rounds_option, seco
 
 import syncbn
 from syncbn.tensorflow import passes_gpu
+from syncbn.tensorflow.replicas import Replicas
 
 SHAPES = [
     (32, 112, 112, 64),
@@ -34,7 +35,7 @@ SHAPES = [
 ]
 CASES = [(dtype, shape) for dtype in ("float32", "bfloat16") for shape in SHAPES]
 LAYERS, REPEATS = 10, 10
-PARTS = ("layers", "layers-compiled", "resnet", "resnet-compiled", "shapes")
+PARTS = ("layers", "layers-compiled", "resnet", "resnet-compiled", "shapes", "exchange")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +60,10 @@ def measure(given: argparse.Namespace, record: Callable[..., Any]) -> None:
             layers(strategy, cases, given.rounds, compiled, record)
         elif part.startswith("resnet"):
             resnet(strategy, given.rounds, compiled, record)
-        else:
+        elif part == "shapes":
             shapes(strategy, record)
+        elif given.replicas > 1:
+            exchange(strategy, given.rounds, record)
 
 
 def layers(strategy: Any, cases: Any, rounds: int, compiled: bool, record: Callable[..., Any]) -> None:
@@ -168,6 +171,27 @@ def sizes_seconds(strategy: Any) -> float:
         results = run(tf.random.stateless_normal((4, 64 + 2 * i, 164 - 2 * i, 3), (0, i)))
     wait(strategy, results)
     return time.perf_counter() - start
+
+
+def exchange(strategy: Any, rounds: int, record: Callable[..., Any]) -> None:
+    """Microseconds of one exchange: a chain of 50 in one graph, by copies and by TensorFlow's all-reduce."""
+    replicas = strategy.num_replicas_in_sync
+
+    def chain(kind: Replicas, numbers: int) -> Callable[[], Any]:
+        def replica() -> Any:
+            v = tf.zeros(numbers, tf.float64)
+            for _ in range(50):
+                v = tf.add_n(kind.messages(v)) / replicas
+            return v
+
+        return tf.function(lambda: strategy.run(replica), autograph=False)
+
+    for numbers in (129, 4097):
+        kinds = {"copies": Replicas(replicas, 1, True, True), "all_reduce": Replicas(replicas, 1, True)}
+        steps = {name: chain(kind, numbers) for name, kind in kinds.items()}
+        for name, taken in timed(strategy, steps, rounds)[1].items():
+            values = [second / 50 * 1e6 for second in taken]
+            record(subject=name, case=f"{numbers} float64", measure="exchange", unit="µs", values=values)
 
 
 def copy_rate() -> float:

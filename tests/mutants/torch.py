@@ -46,7 +46,7 @@ MUTANTS = [
     Mutant("inputs not apart in a second derivative", "torch/autograd.py", "v.view_as(v) if v.requires_grad", "v if v.requires_grad", "torch/test_layer_torch.py", "share_a_history"),
     Mutant("a module as activation hidden", LAYER, "self._activation if module is None else module", "self._activation", "torch/test_layer_torch.py", "module_as_activation"),
     Mutant("r and d compiled anew", LAYER, "r, d = engine.realized(*context.found_once(lambda: self._renorm_correction(moments, weight.dtype)))", "r, d = self._renorm_correction(moments, weight.dtype)", "torch/test_layer_torch.py", "compiled_in_float64"),
-    Mutant("Keras's r and d compiled anew", KERAS, "r, d = self._engine.realized(*found)", "r, d = found", "keras/test_layer_keras_torch.py", "renorm_compiled"),
+    Mutant("Keras's r and d compiled anew", KERAS, "r, d = self._engine.materialize(*found)", "r, d = found", "keras/test_layer_keras_torch.py", "renorm_compiled"),
     Mutant("fake constants kept", "torch/cpu.py", "if type(x) is not Tensor:", "if False:", "torch/test_layer_torch.py", "fake_tensors"),
     Mutant("one tensor twice in a compiled function", "torch/compiled.py", "if residual is x:", "if False:", "torch/test_layer_torch.py", "compiled_in_float64"),
     Mutant("messages between taken for a change", "torch/compiled.py", "= torch.autograd._unsafe_preserve_version_counter(_state)",
