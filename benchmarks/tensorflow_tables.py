@@ -29,15 +29,7 @@ def layers() -> str:
         "|---" * 9 + "|",
     ]
     for case in one:
-        cells = [
-            f"{of[case][subject]:,.0f}" if case in of else "not run"
-            for of, subjects in (
-                (two, (OURS, SYNCHRONISED, LOCAL)),
-                (one, (OURS, LOCAL)),
-                (compiled, (OURS, SYNCHRONISED, LOCAL)),
-            )
-            for subject in subjects
-        ]
+        cells = [f"{of[case][subject]:,.0f}" if case in of else "not run" for of, subjects in columns for subject in subjects]
         lines.append(f"| {case} | {' | '.join(cells)} |")
     means = [
         ("2 GPUs, over Keras sync", two, SYNCHRONISED),
