@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.made
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/pytest
 
 # One framework, and one number of replicas, a process; two processes at a time.
 REPLICATED := tests/tensorflow/test_engine_tensorflow.py tests/tensorflow/test_layer_tensorflow.py
 TESTS := test-architecture test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants
 
-.PHONY: demo test check lint mutants gpu gpu-ranks gpu-tensorflow benchmark clean $(TESTS)
+.PHONY: demo test check lint quick mutants gpu gpu-ranks gpu-tensorflow benchmark clean $(TESTS)
 
 demo: $(SETUP)
 	$(BIN)/syncbn demo
@@ -24,34 +25,34 @@ test-demos:
 	$(PYTEST) tests/demo/test_demo.py
 	$(PYTEST) tests/demo/test_demo_torch.py tests/demo/test_demo_jax.py
 
-test-tensorflow:
+test-tensorflow: $(VENV)/.made-tensorflow
 	$(PYTEST) tests/keras/test_layer_keras.py tests/tensorflow/test_functional_tensorflow.py $(REPLICATED) --replicas 4
 
-test-tensorflow-2:
+test-tensorflow-2: $(VENV)/.made-tensorflow
 	$(PYTEST) $(REPLICATED) --replicas 2
 	$(PYTEST) tests/tensorflow/test_passes_gpu.py --replicas 2
 	$(PYTEST) $(REPLICATED) --replicas 2 --passes gpu -k "large or million or second_order or ordered or collective or nothing or groups"
 	$(PYTEST) tests/tensorflow/test_multi_worker.py
 
-test-torch:
+test-torch: $(VENV)/.made-torch
 	$(PYTEST) tests/torch/test_layer_torch.py tests/torch/test_engine_torch.py tests/torch/test_layer_torch_ranks.py tests/torch/test_functional_torch.py --replicas 4
 	$(PYTEST) tests/keras/test_layer_keras_torch.py --replicas 4
 
-test-torch-2:
+test-torch-2: $(VENV)/.made-torch
 	$(PYTEST) tests/torch/test_engine_torch.py tests/torch/test_torch_training.py --replicas 2
 
-test-jax:
+test-jax: $(VENV)/.made-jax
 	$(PYTEST) tests/jax/test_engine_jax.py tests/jax/test_layer_jax.py tests/jax/test_functional_jax.py
 	$(PYTEST) tests/jax/test_engine_jax.py -k "concatenated and (ragged or masked) or groups" --replicas 2
 	$(PYTEST) tests/jax/test_engine_jax.py -k "concatenated and (ragged or masked) or groups" --replicas 8
 	JAX_ENABLE_X64=1 $(PYTEST) tests/jax/test_engine_jax.py -k "float64 or large or second or groups"
 	$(PYTEST) tests/jax/test_multi_process_jax.py
 
-test-kernels:
+test-kernels: $(VENV)/.made-torch
 	$(PYTEST) tests/torch/test_kernels_triton.py tests/torch/test_exchange.py tests/torch/test_kernels_compile.py
 
 # What torch's layers and engine promise, through the kernels for CUDA under Triton's interpreter.
-test-torch-kernels:
+test-torch-kernels: $(VENV)/.made-torch
 	SYNCBN_TEST_DEVICE=interpreter $(PYTEST) tests/torch/test_layer_torch.py tests/torch/test_layer_torch_ranks.py tests/torch/test_engine_torch.py tests/torch/test_torch_training.py --replicas 2
 
 test-conversion:
@@ -59,6 +60,12 @@ test-conversion:
 	$(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py tests/keras/test_legacy.py
 	KERAS_BACKEND=torch $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"
 	KERAS_BACKEND=jax $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"
+
+# Most mistakes, in about two minutes.
+quick: lint test-architecture
+	$(PYTEST) tests/tensorflow/test_engine_tensorflow.py tests/tensorflow/test_layer_tensorflow.py --replicas 2 -k "ragged or collective"
+	$(PYTEST) tests/torch/test_layer_torch.py
+	$(PYTEST) tests/jax/test_engine_jax.py -k "ragged and checked"
 
 test-mutants:
 	$(PYTEST) tests/test_mutants.py -k is_caught
@@ -110,7 +117,13 @@ clean:
 
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
+	$(PIP) -e ".[demo,dev]"
 	# By itself: what it asks for is the other build of TensorFlow.
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps tf_keras
+	$(PIP) --no-deps tf_keras
+	touch $@ $(VENV)/.made-tensorflow $(VENV)/.made-torch $(VENV)/.made-jax
+
+# For the suites of one framework, that framework alone.
+$(VENV)/.made-%: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[dev-$*]"
 	touch $@
