@@ -123,6 +123,7 @@ def normalize(
     return _finished(y, x.dtype, activation, residual)
 
 
+@tf.autograph.experimental.do_not_convert
 def train_step(
     x: tf.Tensor,
     weight: tf.Tensor,
@@ -143,10 +144,10 @@ def train_step(
         fused = {"mask": mask, "group": group, "activation": activation, "residual": residual}
         return _train_step_by_verbs(x, weight, bias, statistics, **common, **fused)
     normalization = _Normalization(None, epsilon, mask, axes, world, passes)
-    moved: list[tf.Tensor] = []
+    updated: list[tf.Tensor] = []
 
     def forward(x: tf.Tensor, weight: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
-        y, (count, mean, variance), moved[:] = passes.forward(
+        y, (count, mean, variance), updated[:] = passes.forward(
             x,
             mask,
             weight,
@@ -161,7 +162,7 @@ def train_step(
         return y
 
     y = normalization.with_gradients(forward, x, weight, bias)
-    mean, variance = moved
+    mean, variance = updated
     return _finished(y, x.dtype, activation, residual), statistics._replace(mean=mean, variance=variance)
 
 

@@ -178,11 +178,11 @@ def finish_forward(
     sound = count > 0
     if several:
         sound &= tf.reduce_all(tf.math.is_finite(mean + variance))
-    moved = [
+    updated = [
         tf.where(sound, maths.moving_average(old, tf.cast(new, old.dtype), 1 - weight), old)
         for old, new in zip(moving, (mean, variance), strict=True)
     ]
-    return y, (count, pair, variance), moved
+    return y, (count, pair, variance), updated
 
 
 @cluster
