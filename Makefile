@@ -8,6 +8,8 @@ PYTEST := $(BIN)/pytest
 
 # One framework, and one number of replicas, a process; two processes at a time.
 REPLICATED := tests/tensorflow/test_engine_tensorflow.py tests/tensorflow/test_layer_tensorflow.py
+# What TensorFlow 2.2 to 2.15 wrote, on each backend of Keras.
+FILES := tests/keras/test_old_files.py tests/keras/test_matching.py tests/keras/test_hostile_files.py
 TESTS := test-architecture test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants
 
 .PHONY: demo test check lint quick mutants gpu gpu-ranks gpu-tensorflow benchmark clean $(TESTS)
@@ -58,8 +60,11 @@ test-torch-kernels: $(VENV)/.made-torch
 test-conversion:
 	$(PYTEST) tests/torch/test_convert_torch.py tests/torch/test_export_torch.py
 	$(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py tests/keras/test_legacy.py
+	$(PYTEST) $(FILES)
 	KERAS_BACKEND=torch $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"
 	KERAS_BACKEND=jax $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"
+	KERAS_BACKEND=torch $(PYTEST) $(FILES) -k "(computes or in_code) and (tf2.2 or tf2.15) or hdf5 or fit"
+	KERAS_BACKEND=jax $(PYTEST) $(FILES) -k "(computes or in_code) and (tf2.2 or tf2.15) or hdf5 or fit"
 
 # Most mistakes, in about two minutes.
 quick: lint test-architecture

@@ -36,9 +36,9 @@ RULES = {
     "syncbn.torch*": ((*SHARED, "syncbn.class_swap", "syncbn.torch"), ("torch",)),
     "syncbn.tensorflow*": ((*SHARED, "syncbn.tensorflow"), ("tensorflow",)),
     "syncbn.jax*": ((*SHARED, "syncbn.jax"), ("jax", "numpy")),
-    # Old files are read with TensorFlow, inside functions.
-    "syncbn.keras.legacy": ((*SHARED, "syncbn.keras"), ("h5py", "keras", "tensorflow")),
-    "syncbn.keras*": ((*SHARED, "syncbn.class_swap", "syncbn.keras"), ("h5py", "keras", "numpy")),
+    # Checkpoints are read with TensorFlow, inside functions.
+    "syncbn.keras.checkpoints": (("syncbn.keras",), ("keras", "tensorflow")),
+    "syncbn.keras*": ((*SHARED, "syncbn.class_swap", "syncbn.keras"), ("h5py", "keras", "ml_dtypes", "numpy")),
     "syncbn.doctor": (("syncbn",), ("torch", "triton")),
     "syncbn.cli": (("syncbn.demo", "syncbn.doctor"), ("rich", "typer")),
     "syncbn.demo*": (("syncbn",), ("jax", "keras", "matplotlib", "numpy", "rich", "sklearn", "tensorflow", "torch")),

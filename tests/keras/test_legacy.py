@@ -52,8 +52,6 @@ OURS = {
 @pytest.mark.parametrize("kind", ["h5", "SavedModel"])
 @pytest.mark.parametrize("name", OURS)
 def test_old_model_computes_what_it_did(folder, name, kind, convert):
-    if name == "plain_several_axes" and not convert:
-        pytest.skip("refused: see below")
     path = folder / (f"{name}.h5" if kind == "h5" else name)
     model = syncbn.load_legacy(str(path), convert=convert)
     kinds = {layer.name: type(layer) is SyncBatchNormalization for layer in norms(model)}
@@ -78,14 +76,6 @@ def test_old_model_computes_what_it_did(folder, name, kind, convert):
                     np.testing.assert_array_equal(w, expected)
 
 
-def test_several_axes_of_a_plain_layer_need_convert(folder):
-    for path in ("plain_several_axes", "plain_several_axes.h5"):
-        with pytest.raises(
-            ValueError, match=r"takes one axis\. Received: the layer 'two' with axis=\[1, 3\]\. Load with convert=True"
-        ):
-            syncbn.load_legacy(folder / path)
-
-
 def test_loaded_model_saves_as_keras_3(folder, tmp_path):
     model = syncbn.load_legacy(folder / "functional.h5")
     model.save(tmp_path / "new.keras")
@@ -97,12 +87,12 @@ def test_loaded_model_saves_as_keras_3(folder, tmp_path):
 
 REFUSED = {
     "new format.keras": r"a `\.keras` file\. A file of Keras 3 loads with keras\.models\.load_model; one of tf_keras must be written again.*`\.h5`",
-    "alone.h5": r"which holds weights alone\. Build the model in code and call model\.load_weights",
-    "subclassed": r"'Subclassed', which is subclassed\. For inference alone use keras\.layers\.TFSMLayer\(path\); .*`\.h5`",
-    "no keras": r"a SavedModel without keras_metadata\.pb\. For inference alone use keras\.layers\.TFSMLayer",
-    "garbage.h5": r"which is no HDF5 file\. Give the path of such a file",
-    "empty": r"a folder without saved_model\.pb",
-    "garbled": r"whose keras_metadata\.pb cannot be read",
+    "alone.h5": r"which is an HDF5 file of weights alone\. Build the model in code, and load the weights of the same file with syncbn\.load_weights",
+    "subclassed": r"'Subclassed', which is subclassed.*Build the model in code, and load the weights of the same file with syncbn\.load_weights",
+    "no keras": r"a SavedModel in which there is no Keras model\. For inference use keras\.layers\.TFSMLayer",
+    "garbage.h5": r"which is of another kind\. Give the path of such a file",
+    "empty": r"which is of another kind",
+    "garbled": r"which cannot be read \(ValueError: a number has no end\)",
 }  # fmt: skip
 
 
@@ -134,7 +124,7 @@ def test_values_that_are_missing_are_named(folder, tmp_path):
     for file in (folder / "sequential" / "variables").iterdir():
         shutil.copy(file, tmp_path / "model" / "variables")
     with pytest.raises(
-        ValueError, match=r"A SavedModel must hold a value for each variable.*none, or one of another shape: .*gamma"
+        ValueError, match=r"must hold the weights of this model\. Received: .*in the model, not in the file: .*gamma"
     ):
         syncbn.load_legacy(tmp_path / "model")
 
@@ -220,7 +210,7 @@ def test_weights_that_do_not_fit_are_named_and_none_is_loaded(tmp_path):
         (model_of(Ours(name="only")), r"in the file, not in the model: .*layers/batch_normalization_1 \(second\)"),
         (
             model_of(Ours(), Ours(renorm=True), Ours(name="third")),
-            r"in the model, not in the file: .*layers/batch_normalization_2 \(third\)",
+            r"in the model, not in the file: .*/third",
         ),
         (model_of(Ours(), Ours(name="mine")), r"of other shapes: layers/batch_normalization_1 \(second\).*No weight was changed"),
     ):
@@ -255,7 +245,7 @@ def test_a_load_that_fails_midway_is_undone(tmp_path):
         v.assign(np.full(v.shape, 7.0))
     source.save_weights(tmp_path / "of.weights.h5")
     before = [np.array(v) for v in target.weights]
-    with pytest.raises(ValueError, match=r"which Keras does not load: (.|\n)*moody"):
+    with pytest.raises(ValueError, match=r"which cannot be read \(RuntimeError: moody\)"):
         syncbn.load_weights(target, tmp_path / "of.weights.h5")
     for a, b in zip(target.weights, before, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -266,20 +256,71 @@ def test_no_weights_file(tmp_path):
     (tmp_path / "text.weights.h5").write_text("no HDF5")
     with h5py.File(tmp_path / "other.weights.h5", "w") as file:
         file["data"] = 1
-    for name, message in (
-        ("model.h5", "does not end in"),
-        ("text.weights.h5", "is no HDF5 file"),
-        ("other.weights.h5", "no group `vars`"),
-    ):
-        (tmp_path / name).touch()
-        with pytest.raises(ValueError, match=rf"syncbn\.load_weights reads `\.weights\.h5` files.*which .*{message}"):
+    for name in ("text.weights.h5", "other.weights.h5"):
+        with pytest.raises(
+            ValueError, match=r"syncbn\.load_weights reads the weights of Keras 2 and 3.*which is of another kind"
+        ):
             syncbn.load_weights(model, tmp_path / name)
     with pytest.raises(FileNotFoundError):
         syncbn.load_weights(model, tmp_path / "nothing.weights.h5")
+    model.save_weights(tmp_path / "of.weights.h5")
     with pytest.raises(ValueError, match=r"must be built before weights are loaded into it. Received: later, which is not"):
-        syncbn.load_weights(keras.Sequential([Ours()], name="later"), tmp_path / "text.weights.h5")
+        syncbn.load_weights(keras.Sequential([Ours()], name="later"), tmp_path / "of.weights.h5")
     with pytest.raises(TypeError, match=r"syncbn\.load_weights takes"):
         syncbn.load_weights(3, tmp_path / "text.weights.h5")
+
+
+class Composite(keras.Model):
+    """Layers in dicts and in lists of lists, a layer made of layers, weights of its own, and a random layer."""
+
+    def __init__(self, cls):
+        super().__init__()
+        self.norm_1, self.parts = cls(), {"a": layers.Dense(3), "b": [[cls()], [cls(), layers.Dense(3)]]}
+        self.attention, self.drop = layers.MultiHeadAttention(2, 2), layers.Dropout(0.5, seed=3)
+        self.own = self.add_weight(shape=(3,), name="own")
+        self(np.zeros((2, 4, 3), "float32"))
+
+    def get_config(self):
+        return {}
+
+    def call(self, x, training=None):
+        x = self.parts["a"](self.norm_1(x))
+        for layer in (layer for inner in self.parts["b"] for layer in inner):
+            x = layer(x)
+        return self.drop(self.attention(x, x), training=training) * self.own
+
+
+@pytest.mark.parametrize("ending", [".weights.h5", ".keras"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_of_any_structure(ending, dtype, tmp_path):
+    """Of a compiled model that was trained: optimizer and metrics are in the file, and are left out."""
+    keras.config.set_dtype_policy(dtype)
+    try:
+        source, target = Composite(Plain), Composite(Ours)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    source.compile("adam", "mse", metrics=["mae"])
+    source.fit(np.ones((4, 4, 3)), np.ones((4, 4, 3)), verbose=0)
+    (source.save_weights if ending == ".weights.h5" else source.save)(tmp_path / f"of{ending}")
+    syncbn.load_weights(target, tmp_path / f"of{ending}")
+    for a, b in zip(source.weights, target.weights, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(a).astype("float32"), ops.convert_to_numpy(b).astype("float32"))
+
+
+@pytest.mark.parametrize("wrote", [-1, [3], [1, 3]])
+@pytest.mark.parametrize("reads", [-1, [3], [1, 3]])
+def test_a_list_of_one_axis_is_an_axis(wrote, reads, tmp_path):
+    source, target = (keras.Sequential([keras.Input((4, 5, 3)), Ours(axis=axis)]) for axis in (wrote, reads))
+    for i, v in enumerate(source.weights):
+        v.assign(np.random.default_rng(i).uniform(size=v.shape))
+    source.save_weights(tmp_path / "of.weights.h5")
+    if (wrote == [1, 3]) != (reads == [1, 3]):
+        with pytest.raises(ValueError, match="of other shapes"):
+            syncbn.load_weights(target, tmp_path / "of.weights.h5")
+        return
+    syncbn.load_weights(target, tmp_path / "of.weights.h5")
+    for a, b in zip(source.weights, target.weights, strict=True):
+        np.testing.assert_array_equal(ops.reshape(a, [-1]), ops.reshape(b, [-1]))
 
 
 def test_links_out_of_a_weights_file_are_not_followed(tmp_path):
