@@ -53,8 +53,8 @@ test-torch-kernels:
 	SYNCBN_TEST_DEVICE=interpreter $(PYTEST) tests/torch/test_layer_torch.py tests/torch/test_layer_torch_ranks.py tests/torch/test_engine_torch.py tests/torch/test_torch_training.py --replicas 2
 
 test-conversion:
-	$(PYTEST) tests/torch/test_convert_torch.py tests/torch/test_export_torch.py
-	$(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py tests/keras/test_legacy.py
+	$(PYTEST) tests/torch/test_convert_torch.py tests/torch/test_export_torch.py tests/torch/test_files_before.py
+	$(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py tests/keras/test_legacy.py tests/keras/test_files_before_keras.py
 	KERAS_BACKEND=torch $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"
 	KERAS_BACKEND=jax $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"
 

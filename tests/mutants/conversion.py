@@ -38,6 +38,8 @@ MUTANTS = [
     Mutant("one key for another is not taken", WEIGHTS, "container.move(key, KEY + match[2])", "pass", LEGACY_TESTS, "any_batch_norm"),
     Mutant("safe mode is off", LEGACY, "SafeModeScope(True)", "SafeModeScope(False)", LEGACY_TESTS, "does_not_run"),
     Mutant("several axes are dropped", LEGACY, '"axis": config["axes"]})', '"axis": -1})', LEGACY_TESTS, "computes and several_axes and h5"),
+    Mutant("a module path in old pickles is forgotten", "_moved.py", '    "syncbn.conversion.torch": "syncbn.torch.convert",\n', "",
+           "torch/test_files_before.py", "pickled"),
     Mutant("fold forgets the bias", TORCH_FOLD, "layer.bias.double() - mean", "-mean", TORCH_EXPORT, "computes_the_same and Linear"),
     Mutant("fold forgets other uses", TORCH_FOLD, "or len(before.users) != 1", "", TORCH_EXPORT, "others_use"),
     Mutant("fold forgets hooks", TORCH_FOLD, "return not any(hooks) and", "return", TORCH_EXPORT, "others_use"),
