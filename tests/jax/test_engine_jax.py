@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from worlds import JaxWorld, padded
 
-from syncbn import policy
+from syncbn.groups import LOCAL, Activation, Axes
 from syncbn.jax import axes as jax_axes
 from syncbn.jax import engine
 
@@ -50,7 +50,7 @@ def equal_shards(case, replicas):
 
 def step(case, groups=None, activation=None, names=(AXIS,)):
     """Moments, output and gradients of one replica."""
-    common = {"axes": case.channel_axes(), "group": policy.Axes(names, groups)}
+    common = {"axes": case.channel_axes(), "group": Axes(names, groups)}
 
     def replica(x, dy, scale, offset, mask, residual=None):
         x, dy = x.astype(case.dtype), dy.astype(case.dtype)
@@ -102,7 +102,7 @@ def test_equals_the_concatenated_batch_mapped_otherwise(replicas, case, how):
 def test_a_million_rows_a_channel():
     case = Case("a million rows", (1, 1, 1, 1), (1_000_000, 2), mean=1e4)
     xs = case.inputs(2)
-    got = JaxWorld(2).run(lambda x: engine.moments(x, axes=(2,), group=policy.Axes((AXIS,)))[:3], xs)
+    got = JaxWorld(2).run(lambda x: engine.moments(x, axes=(2,), group=Axes((AXIS,)))[:3], xs)
     n, mean, variance = oracle.BatchNorm(xs, axes=(2,)).moments[0]
     count, (hi, lo), got_variance = got[0]
     assert count == n
@@ -115,7 +115,7 @@ def test_a_batch_whose_beginning_lies_apart():
     xs = Case("beginning apart", (64, 64, 64, 64), (8, 3), mean=1e4).inputs(2)
     for x in xs:
         x[:4] += 100
-    got = JaxWorld(2).run(lambda x: engine.moments(x, axes=(2,), group=policy.Axes((AXIS,)))[:3], xs)
+    got = JaxWorld(2).run(lambda x: engine.moments(x, axes=(2,), group=Axes((AXIS,)))[:3], xs)
     _, mean, variance = oracle.BatchNorm(xs, axes=(2,)).moments[0]
     _, (hi, lo), got_variance = got[0]
     assert np.abs(got_variance / variance - 1).max() < 1e-5
@@ -128,7 +128,7 @@ def test_a_value_that_is_all_that_a_replica_has():
     xs[3][:] = 1e4 + np.sqrt(3 * 16_384)
     masks = [np.ones((len(x), 1), bool) for x in xs]
     masks[3][1:] = False
-    got = JaxWorld(4).run(lambda x, mask: engine.moments(x, axes=(1,), mask=mask, group=policy.Axes((AXIS,)))[:3], xs, masks)
+    got = JaxWorld(4).run(lambda x, mask: engine.moments(x, axes=(1,), mask=mask, group=Axes((AXIS,)))[:3], xs, masks)
     _, mean, variance = oracle.BatchNorm(xs, axes=(1,), masks=masks).moments[0]
     _, (hi, lo), got_variance = got[0]
     assert np.abs(got_variance / variance - 1).max() < 2e-6
@@ -214,7 +214,7 @@ def test_nan_stays_in_its_group(replicas, how):
     case = Case("nan in a group")
     xs, size = case.inputs(replicas), replicas // 2
     xs[0][:] = np.nan
-    got = JaxWorld(replicas, how).run(lambda x: engine.moments(x, axes=(3,), group=policy.Axes((AXIS,), size))[:3], xs)
+    got = JaxWorld(replicas, how).run(lambda x: engine.moments(x, axes=(3,), group=Axes((AXIS,), size))[:3], xs)
     assert np.isnan(got[0][2]).all()
     np.testing.assert_allclose(sum(got[-1][1]), oracle.BatchNorm(xs[size:]).moments[0][1], atol=2e-6)
 
@@ -232,9 +232,7 @@ def test_global_count_0(replicas, how):
         assert all(np.isfinite(g).all() for g in out["gradients"])
 
 
-@pytest.mark.parametrize(
-    "activation", [policy.Activation("relu"), policy.Activation("silu"), policy.Activation("leaky_relu", 0.2)]
-)
+@pytest.mark.parametrize("activation", [Activation("relu"), Activation("silu"), Activation("leaky_relu", 0.2)])
 def test_activation_and_residual(replicas, activation):
     case = Case("fused", (3, 3, 3, 3), (4, 5))
     xs, dys, scale, offset, _ = arguments(case, replicas)
@@ -274,7 +272,7 @@ def test_replicated_parameters_have_total_gradients(groups, scale_varies):
     """With check_vma=True the gradient of a replicated parameter is invariant: the total, from the one message."""
     case = Case("typed", RAGGED, mask="rows", scales_differ=scale_varies)
     xs, dys, scale, offset, masks = equal_shards(case, 4)
-    group = policy.Axes((AXIS,), groups)
+    group = Axes((AXIS,), groups)
     mesh, sharded, same = JaxWorld(4).mesh(), PartitionSpec(AXIS), PartitionSpec()
 
     def replica(x, dy, scale, offset, mask):
@@ -310,7 +308,7 @@ def test_a_mesh_of_two_axes(names):
     xs, dys, scale, offset, masks = equal_shards(case, 8)
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("model", AXIS))
     both, same = PartitionSpec(("model", AXIS)), PartitionSpec()
-    group = policy.Axes(names)
+    group = Axes(names)
 
     def replica(x, dy, scale, offset, mask):
         def f(x, scale, offset):
@@ -337,7 +335,7 @@ def test_one_collective_each_way_and_layer(how, groups):
     """Three chained layers, with everything returned."""
     case = Case("counted")
     xs, dys, scale, offset, _ = arguments(case, 4)
-    group = policy.Axes((AXIS,), groups)
+    group = Axes((AXIS,), groups)
 
     def replica(x, dy, scales, offsets):
         def f(x, scales, offsets):
@@ -383,7 +381,7 @@ def test_constants_send_nothing_and_have_the_plain_gradient(replicas):
     def replica(x, dy, scale, offset):
         def f(x, scale, offset):
             moments = engine.Moments(None, jnp.asarray(mean), jnp.asarray(variance))
-            return engine.normalize(x, moments, scale, offset, axes=(2,), epsilon=EPSILON, group=policy.Axes((AXIS,)))
+            return engine.normalize(x, moments, scale, offset, axes=(2,), epsilon=EPSILON, group=Axes((AXIS,)))
 
         y, pull = jax.vjp(f, x, scale, offset)
         return y, *pull(dy)
@@ -427,7 +425,7 @@ def test_second_order(how, mask, groups):
     case = Case("second order", (2, 2, 2, 2), (3, 2), dtype=dtype, mask=mask, scales_differ=True)
     xs, dys, scale, offset, masks = arguments(case, 4)
     directions = case.cotangents(4, "directions")
-    group = policy.Axes((AXIS,), groups)
+    group = Axes((AXIS,), groups)
     got = JaxWorld(4, how).run(lambda *a: penalty(*a, group), xs, dys, scale, offset, masks, directions)
     expected = oracle.BatchNorm(xs, axes=(2,), masks=masks, epsilon=EPSILON, group_size=groups).penalty_gradient(
         dys, scale, directions
@@ -451,7 +449,7 @@ def test_second_order_equals_plain_formulas_differentiated_by_jax():
         mean, variance = z.mean(0), z.var(0)
         return (z - mean) / jnp.sqrt(variance + EPSILON) * scale + offset
 
-    def ours(z, group=policy.ALONE):
+    def ours(z, group=LOCAL):
         moments = engine.moments(z, axes=(1,), group=group)
         return engine.normalize(z, moments, scale, offset, axes=(1,), epsilon=EPSILON, group=group)
 
@@ -460,7 +458,7 @@ def test_second_order_equals_plain_formulas_differentiated_by_jax():
 
     def mapped(x, w):
         def shard(x, w):
-            return lax.psum(loss(lambda z: ours(z, policy.Axes((AXIS,))), x, w), AXIS)
+            return lax.psum(loss(lambda z: ours(z, Axes((AXIS,))), x, w), AXIS)
 
         specs = (PartitionSpec(AXIS), PartitionSpec())
         return jax.shard_map(shard, mesh=JaxWorld(4).mesh(), in_specs=specs, out_specs=PartitionSpec())(x, w)
@@ -517,26 +515,26 @@ def on_mesh(f, x):
 
 def test_axes_that_are_not_bound():
     text = "`axis_name` must name an axis that is mapped where the layer trains. Received: 'batch', where the mapped axes of a mesh are"
-    refused(ValueError, f"{text} [].", policy.Axes(("batch",)))
-    refused(ValueError, f"{text} ['{AXIS}'].", policy.Axes((AXIS, "batch")), on_mesh)
+    refused(ValueError, f"{text} [].", Axes(("batch",)))
+    refused(ValueError, f"{text} ['{AXIS}'].", Axes((AXIS, "batch")), on_mesh)
 
 
 def test_mesh_axes_beside_a_vmap_axis():
     def run(f, x):
         return on_mesh(lambda x: jax.vmap(f, axis_name="lane")(x[None]), x)
 
-    refused(ValueError, "`axis_name` must name axes of a mesh, or axes of vmap, not both", policy.Axes((AXIS, "lane")), run)
+    refused(ValueError, "`axis_name` must name axes of a mesh, or axes of vmap, not both", Axes((AXIS, "lane")), run)
 
 
 @pytest.mark.parametrize("groups", [((0, 1), (2,)), ((0, 1), (1, 2, 3)), ((0, 1, 2, 3), ()), ((0, 1, 2, 4),)], ids=str)
 def test_groups_that_are_no_partition(groups):
     text = "`axis_index_groups` must be a partition of the indices 0 to 3"
-    refused(ValueError, text, policy.Axes((AXIS,), groups), on_mesh)
+    refused(ValueError, text, Axes((AXIS,), groups), on_mesh)
 
 
 def test_group_size_that_does_not_divide():
     refused(ValueError, "`group_size` must divide the number of replicas that train. Received: group_size=3 for 4 replicas.",
-            policy.Axes((AXIS,), 3), on_mesh)  # fmt: skip
+            Axes((AXIS,), 3), on_mesh)  # fmt: skip
 
 
 def test_group_size_without_a_way_to_tell_the_replicas():

@@ -370,7 +370,7 @@ def test_nothing_to_do_is_a_warning():
     model = keras.Sequential([layers.Dense(3)])
     with pytest.warns(UserWarning, match="syncbn.convert expects a model that holds batch norms"):
         assert syncbn.convert(model) is model
-    with pytest.warns(UserWarning, match="syncbn.revert expects a model that holds batch norms of ours"):
+    with pytest.warns(UserWarning, match="syncbn.revert expects a model that holds synchronised batch norms"):
         syncbn.revert(model)
 
 

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn import SyncBatchNormalization, policy
+from syncbn import SyncBatchNormalization
 
 RNG = np.random.default_rng(7)
 
@@ -563,5 +563,4 @@ def test_docstring_example():
     import doctest
 
     assert doctest.testmod(__import__("syncbn.keras.layer", fromlist=["_"])).failed == 0
-    assert policy.__doc__
     assert syncbn.__version__

@@ -22,7 +22,7 @@ MUTANTS = [
     Mutant("dropped term in the input gradient", MAPPED, "layout.spread(a) * rest + layout.spread(b)", "layout.spread(b) + 0 * rest",
            ENGINE_TESTS, "batch and ragged-checked"),
     Mutant("moving statistics from local moments", LAYER, "            moments = self._engine.moments(inputs, **where)\n",
-           "            moments = self._engine.moments(inputs, **where)\n            local = self._engine.moments(inputs, **{**where, 'group': policy.ALONE})\n"
+           "            moments = self._engine.moments(inputs, **where)\n            local = self._engine.moments(inputs, **{**where, 'group': LOCAL})\n"
            "            moments = moments._replace(average=(local.count, sum(local.mean), local.variance))\n",
            LAYER_TESTS, "mapped_step and unchecked and masked"),
     Mutant("local count in the backward pass", MAPPED, "Measured(moments.count.astype(wide), hi", "Measured(moments.count.astype(wide) / replicas.size, hi",

@@ -50,7 +50,7 @@ MUTANTS = [
     Mutant("a message in inference", LAYER, "        else:\n            mean, variance =", "        else:\n            self._engine.moments(inputs, **where)\n            mean, variance =",
            LAYER_TESTS, "inference_and_building"),
     Mutant("moving statistics from local moments", LAYER, "moments = self._engine.moments(inputs, **where)",
-           "moments = self._engine.moments(inputs, **where)\n            local = self._engine.moments(inputs, **{**where, 'group': policy.ALONE})\n            moments = moments._replace(average=local[:3])",
+           "moments = self._engine.moments(inputs, **where)\n            local = self._engine.moments(inputs, **{**where, 'group': LOCAL})\n            moments = moments._replace(average=local[:3])",
            LAYER_TESTS, "concatenated and ragged and graph"),
     Mutant("statistics move at count 0", LAYER, "sound = count > 0", "sound = count > -1", LAYER_TESTS, "says_nothing"),
     Mutant("statistics that are not finite move", LAYER, "sound = ops.logical_and(sound, finite if len(ops.shape(count)) else ops.all(finite))", "pass", LAYER_TESTS, "says_nothing"),
@@ -61,7 +61,7 @@ MUTANTS = [
     Mutant("adjustment dropped", LAYER, "a, b = flat", "a, b = 1, 0", ALONE_TESTS, "adjustment_by_formula or adjustment_in"),
     Mutant("r and d after the statistics moved", LAYER, "            if self.renorm:\n                found =",
            "            self._move(moments)\n            if self.renorm:\n                found =", ALONE_TESTS, "renorm_by_formula"),
-    Mutant("variable bounds become weights", LAYER, "self._clipping = _Untracked(policy.clipping(renorm_clipping))",
-           "self._clipping = _Untracked(policy.clipping(renorm_clipping)); self._bounds = policy.clipping(renorm_clipping)",
+    Mutant("variable bounds become weights", LAYER, "self._clipping = _Untracked(validation.check_renorm_clipping(renorm_clipping))",
+           "self._clipping = _Untracked(validation.check_renorm_clipping(renorm_clipping)); self._bounds = validation.check_renorm_clipping(renorm_clipping)",
            ALONE_TESTS, "clipping_takes"),
 ]  # fmt: skip
