@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "syncbn"
 FRAMEWORKS = {"tensorflow", "torch", "jax", "keras"}
 
 SHARED = ("syncbn.maths", "syncbn.contract", "syncbn.groups", "syncbn.validation", "syncbn.settings", "syncbn.policy")
-# The first pattern that a module's path matches says what it may import: which modules of ours, and which packages.
+# The first pattern that matches a module's path gives its imports: modules of syncbn, and packages.
 RULES = {
     "syncbn": (("syncbn._moved",), ()),
     "syncbn._moved": ((), ()),
@@ -150,7 +150,7 @@ def test_importing_syncbn_imports_no_framework():
     assert python(code).strip() == "[]"
 
 
-def test_the_front_door_is_real():
+def test_the_public_names_exist():
     import syncbn
 
     assert set(syncbn.__all__) <= set(dir(syncbn))

@@ -137,7 +137,7 @@ def test_a_value_that_is_all_that_a_replica_has():
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_global_arrays_are_summed_where_they_are(kind):
-    """XLA's partitioner adds up what each device holds of a batch, and moves none of it."""
+    """XLA's partitioner adds up each device's part of a batch, and copies none of it."""
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(getattr(jax.sharding.AxisType, kind),))
     case = Case("global", (64,) * 4, (3,))
     (x,), (scale, offset) = case.inputs(1), case.parameters(1)
@@ -191,9 +191,9 @@ def test_uneven_groups(monkeypatch, case, how, gathered):
     for members in table:
         mine = tuple(of(members, values) for values in args)
         truths.append(equals_oracle(of(members, got), case, mine))
-    kept = [t.moments[0] for t in truths if t.moments[0][0]]
-    total = sum(n for n, _, _ in kept)
-    averages_are(got, (total, *(sum(m[0] * m[i] for m in kept) / total for i in (1, 2))))
+    nonempty = [t.moments[0] for t in truths if t.moments[0][0]]
+    total = sum(n for n, _, _ in nonempty)
+    averages_are(got, (total, *(sum(m[0] * m[i] for m in nonempty) / total for i in (1, 2))))
 
 
 @pytest.mark.parametrize("groups", [None, 32, 64])
@@ -255,7 +255,7 @@ def test_activation_and_residual(replicas, activation):
 # ------------------------------------------------------------------------------------------------- types and messages
 
 
-def whole(arrays):
+def full_batch(arrays):
     return None if arrays is None else np.concatenate(arrays)
 
 
@@ -284,7 +284,7 @@ def test_replicated_parameters_have_total_gradients(groups, scale_varies):
         return y, *pull(dy)
 
     of_scale = sharded if scale_varies else same
-    given = (whole(xs), whole(dys), np.stack(scale)[: 4 if scale_varies else 1], offset[0], whole(masks))
+    given = (full_batch(xs), full_batch(dys), np.stack(scale)[: 4 if scale_varies else 1], offset[0], full_batch(masks))
     program = jax.jit(
         jax.shard_map(
             replica, mesh=mesh, in_specs=(sharded, sharded, of_scale, same, sharded), out_specs=(sharded, sharded, of_scale, same)
@@ -303,7 +303,7 @@ def test_replicated_parameters_have_total_gradients(groups, scale_varies):
 
 @pytest.mark.parametrize("names", [(AXIS,), ("model",), ("model", AXIS)], ids=str)
 def test_a_mesh_of_two_axes(names):
-    """x is cut along both; the replicas that meet are those along `names`, and scale's gradient is the total in any case."""
+    """x is cut along both axes. Replicas along `names` exchange statistics. The gradient of scale is the total in any case."""
     case = Case("two mesh axes", mask="rows")
     xs, dys, scale, offset, masks = equal_shards(case, 8)
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("model", AXIS))
@@ -319,7 +319,7 @@ def test_a_mesh_of_two_axes(names):
         return y, *pull(dy)
 
     program = jax.shard_map(replica, mesh=mesh, in_specs=(both, both, same, same, both), out_specs=(both, both, same, same))
-    y, dx, dscale, doffset = jax.jit(program)(whole(xs), whole(dys), scale[0], offset[0], whole(masks))
+    y, dx, dscale, doffset = jax.jit(program)(full_batch(xs), full_batch(dys), scale[0], offset[0], full_batch(masks))
     order = {(AXIS,): range(8), ("model",): [0, 4, 1, 5, 2, 6, 3, 7], ("model", AXIS): range(8)}[names]
     size = {(AXIS,): 4, ("model",): 2, ("model", AXIS): 8}[names]
     truth = oracle.BatchNorm(of(order, xs), axes=(3,), masks=of(order, masks), epsilon=EPSILON, group_size=size)
@@ -339,15 +339,15 @@ def test_one_collective_each_way_and_layer(how, groups):
 
     def replica(x, dy, scales, offsets):
         def f(x, scales, offsets):
-            kept = []
+            averages = []
             for scale, offset in zip(scales, offsets, strict=True):
                 moments = engine.moments(x, axes=(3,), group=group)
                 x = engine.normalize(x, moments, scale, offset, axes=(3,), epsilon=EPSILON, group=group)
-                kept.append(moments.average or (moments.count, moments.mean, moments.variance))
-            return x, kept
+                averages.append(moments.average or (moments.count, moments.mean, moments.variance))
+            return x, averages
 
-        y, pull, kept = jax.vjp(f, x, scales, offsets, has_aux=True)
-        return y, pull(dy), kept
+        y, pull, averages = jax.vjp(f, x, scales, offsets, has_aux=True)
+        return y, pull(dy), averages
 
     given = np.stack(xs), np.stack(dys), [np.stack(scale)] * 3, [np.stack(offset)] * 3
     assert sum(collectives(JaxWorld(4, how).mapped(replica).lower(*given).compile()).values()) == 6
@@ -360,11 +360,11 @@ def test_a_message_does_not_grow_with_the_replicas_beyond_64():
     assert "all_gather" not in text
 
 
-@pytest.mark.parametrize("how", ["unchecked", "pmap", "vmap", "alone"])
+@pytest.mark.parametrize("how", ["unchecked", "pmap", "vmap", "local"])
 def test_one_replica_sends_nothing(how):
     case = Case("one replica")
     args = equal_shards(case, 1)
-    if how == "alone":
+    if how == "local":
         given = [None if v is None else v[0] for v in args]
         program = jax.jit(step(case, names=()))
     else:
@@ -441,7 +441,7 @@ def test_second_order(how, mask, groups):
 
 @pytest.mark.skipif(not X64, reason="the comparison is of float64 arithmetic")
 def test_second_order_equals_plain_formulas_differentiated_by_jax():
-    """Within 1e-10: the whole Hessian of a small model, in one shard_map and out of it, against textbook operators."""
+    """Within 1e-10: the full Hessian of a small model, in one shard_map and out of it, against textbook operators."""
     rng = np.random.default_rng(0)
     x, w, scale, offset = rng.normal(size=(8, 3)), rng.normal(size=(3, 2)), rng.normal(size=2), rng.normal(size=2)
 
@@ -521,9 +521,9 @@ def test_axes_that_are_not_bound():
 
 def test_mesh_axes_beside_a_vmap_axis():
     def run(f, x):
-        return on_mesh(lambda x: jax.vmap(f, axis_name="lane")(x[None]), x)
+        return on_mesh(lambda x: jax.vmap(f, axis_name="other")(x[None]), x)
 
-    refused(ValueError, "`axis_name` must name axes of a mesh, or axes of vmap, not both", Axes((AXIS, "lane")), run)
+    refused(ValueError, "`axis_name` must name axes of a mesh, or axes of vmap, not both", Axes((AXIS, "other")), run)
 
 
 @pytest.mark.parametrize("groups", [((0, 1), (2,)), ((0, 1), (1, 2, 3)), ((0, 1, 2, 3), ()), ((0, 1, 2, 4),)], ids=str)

@@ -61,6 +61,7 @@ MUTANTS = [
     Mutant("adjustment dropped", LAYER, "a, b = flat", "a, b = 1, 0", ALONE_TESTS, "adjustment_by_formula or adjustment_in"),
     Mutant("r and d after the statistics moved", LAYER, "            if self.renorm:\n                found =",
            "            self._move(moments)\n            if self.renorm:\n                found =", ALONE_TESTS, "renorm_by_formula"),
+    Mutant("renorm is recomputed", "validation.py", "    if recomputed:", "    if False:", "keras/test_layer_keras.py", "remat"),
     Mutant("variable bounds become weights", LAYER, "self._clipping = _Untracked(validation.check_renorm_clipping(renorm_clipping))",
            "self._clipping = _Untracked(validation.check_renorm_clipping(renorm_clipping)); self._bounds = validation.check_renorm_clipping(renorm_clipping)",
            ALONE_TESTS, "clipping_takes"),

@@ -16,7 +16,7 @@ except ImportError:
 
 
 def varying_axes(v: Any) -> frozenset[str]:
-    """The axes along which a typed value differs between replicas. The attribute that says it has had two names."""
+    """The axes along which a typed value differs between replicas. The attribute has had two names."""
     kind = jax.typeof(v)
     with contextlib.suppress(AttributeError):
         return kind.manual_axis_type.varying

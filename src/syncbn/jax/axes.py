@@ -147,7 +147,7 @@ def manual_axes() -> tuple[str, ...]:
 
 
 def is_local(x: jax.Array) -> bool:
-    """Whether one device holds all of x: mapped along a whole mesh, or in a program of one device."""
+    """Whether one device holds all of x: mapped along all axes of a mesh, or in a program of one device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.axis_names:
         return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)

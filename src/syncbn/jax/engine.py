@@ -1,8 +1,8 @@
 """The JAX engine: the contract's verbs for named axes, for arrays that a mesh shards, and for one replica.
 
 `group` says which. `Axes`: the replicas along named axes. `Sharded`: those of a mesh; a `shard_map` over its batch axis is opened
-here, because XLA's partitioner by itself sends three or four messages. Anything else: the whole of JAX's global arrays; XLA
-inserts the messages of their sums.
+here, because XLA's partitioner by itself sends three or four messages. Anything else: JAX's global arrays; XLA inserts the
+messages of their sums.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ def _replicas(x: jax.Array, group: Group) -> Replicas:
         group = group.size
     if isinstance(group, int) and not on_one_device(x):
         raise ValueError(
-            "`group_size` must come with a way to tell the replicas that train: `axis_name`, or a keras.distribution with a "
-            f"batch axis that is not a channel axis. Received: group_size={group} without. Give `axis_name`, set a distribution, "
-            "or leave `group_size` None."
+            "`group_size` must come with a way to tell the replicas that train. That is `axis_name`, or a keras.distribution "
+            f"whose batch axis is not a channel axis. Received: group_size={group} without. Give `axis_name`, set a "
+            "distribution, or leave `group_size` None."
         )
     return replicas_of(group)

@@ -34,7 +34,7 @@ def _behind_a_call(v: jax.Array) -> Any:
 
 
 def summed(*sums: jax.Array) -> Any:
-    """Sums of the same arrays, kept apart from the operators that read them.
+    """Sums of the same arrays, separated from the operators that read them.
 
     XLA on GPUs otherwise fuses one of them into its reader, where a single thread adds all values of a channel. The others
     become a pass of their own. On the CPU the barrier is removed before XLA fuses.

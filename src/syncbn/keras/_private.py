@@ -47,14 +47,14 @@ def _member(owner: Any, name: str) -> Any:
         raise vanished(f"{type(owner).__name__}.{name}") from error
 
 
-# Says whether Keras only infers shapes: no replica runs then, so none may be waited for. Keras does not say it otherwise.
+# Whether Keras only infers shapes. Then no replica runs, and a message would wait for ever. Keras has no public name for it.
 in_symbolic_scope = _find("keras.src.backend.common.symbolic_scope", "in_symbolic_scope")
 # Keras 3's reader of Keras 2's `.h5`. The public load_model drops a list of axes.
 legacy_h5_format = _find("keras.src.legacy.saving", "legacy_h5_format")
 saving_options = _find("keras.src.legacy.saving", "saving_options")
 saving_utils = _find("keras.src.legacy.saving", "saving_utils")
 safe_get_h5_group = _find("keras.src.saving.saving_lib", "safe_get_h5_group")
-# Refuses code from a file. The public switch holds for the whole process.
+# Refuses code from a file. The public switch is global to the process.
 SafeModeScope = _find("keras.src.saving.serialization_lib", "SafeModeScope")
 
 
@@ -83,7 +83,7 @@ def producer(tensor: Any) -> Any:
 
 
 def remat_mode(layer: Any) -> Any:
-    """The keras.RematScope in which a layer was made, or None. The public scope does not say it of a layer."""
+    """The keras.RematScope in which a layer was made, or None. No public name tells it."""
     return _member(layer, "_remat_mode")
 
 
