@@ -154,10 +154,11 @@ def check_axis_name(value: Any) -> str | tuple[str, ...] | None:
     return names
 
 
-def check_no_axis_name(group: Any, framework: str, replicas: int) -> None:
-    """Raises where a group of JAX's reaches several replicas of another framework."""
+def check_no_axis_name(group: Any, framework: str, replicas: int) -> int | None:
+    """The group size, or None for all replicas. Raises for a group of JAX's on several replicas of another framework."""
     if isinstance(group, Axes | Sharded) and replicas > 1:
         raise ValueError(
             f"`axis_name` is for JAX: on {framework} replicas are found without it. Received: {group} on {replicas} replicas "
             "that train. Leave `axis_name` out there. Inference runs with it."
         )
+    return group if isinstance(group, int) else None
