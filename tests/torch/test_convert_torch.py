@@ -484,7 +484,7 @@ def test_nothing_to_do_is_a_warning():
         UserWarning, match="syncbn.convert expects a model that holds batch norms. Received: a model with none at all"
     ):
         assert syncbn.convert(model) is model
-    with pytest.warns(UserWarning, match="syncbn.revert expects a model that holds batch norms of ours"):
+    with pytest.warns(UserWarning, match="syncbn.revert expects a model that holds synchronised batch norms"):
         assert syncbn.revert(net())[0] is not None
     with pytest.warns(UserWarning, match="with none that `filter` takes"):
         syncbn.convert(net(), filter=lambda name, m: False)
