@@ -90,7 +90,7 @@ class Operators(NamedTuple):
     cast: Callable[..., Any]
 
 
-def are_usable(moments: Moments, may_update: Any, operators: Operators) -> Any:
+def are_usable(moments: Any, may_update: Any, operators: Operators) -> Any:
     """Whether a step with these moments updates the moving statistics: False, or a bool array.
 
     Not at count 0, nor, on several replicas, if the moments are not finite. may_update: of `should_update_statistics`.
@@ -107,7 +107,7 @@ def are_usable(moments: Moments, may_update: Any, operators: Operators) -> Any:
     return usable if may_update is True else usable & may_update
 
 
-def updated(statistics: Statistics, moments: Moments, usable: Any, operators: Operators) -> Statistics:
+def updated(statistics: Statistics, moments: Any, usable: Any, operators: Operators) -> Statistics:
     """The statistics after a step with these moments. usable: of `are_usable`."""
     if usable is False:
         return statistics._replace(assigned=True)
@@ -128,7 +128,7 @@ def updated(statistics: Statistics, moments: Moments, usable: Any, operators: Op
 
 
 def default_train_step(
-    moments: Callable[..., Moments], normalize: Callable[..., Any], may_update: Callable[..., Any], operators: Operators
+    moments: Callable[..., Any], normalize: Callable[..., Any], may_update: Callable[..., Any], operators: Operators
 ) -> Callable[..., tuple[Any, Statistics | None]]:
     """The verb `train_step` of an engine, made from its other verbs. may_update: its `should_update_statistics`."""
 

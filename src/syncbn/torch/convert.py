@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer
 
 from syncbn import policy, policy_torch
 from syncbn import policy_migration as texts
 from syncbn.class_swap import known_ancestor, qualified, why_unknown
+from syncbn.torch._private import _BatchNorm, _LazyNormBase
 from syncbn.torch.lazy import LazySyncBatchNorm
 from syncbn.torch.module import RENORM_BUFFERS, SyncBatchNorm
 
