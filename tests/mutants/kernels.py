@@ -48,4 +48,8 @@ MUTANTS = [
     Mutant("another call's message taken", EXCHANGE, "(its_tag == tag.to(tl.int64))", "(its_tag == its_tag)", PEERS, "another_call"),
     Mutant("absent replicas not noticed", EXCHANGE, "bad = tl.where(all_sound, 0.0, nothing)\n    return n + bad", "bad = 0.0\n    return n + bad",
            PEERS, "killed"),
+    Mutant("kernels that cannot be imported end the step", "torch/dispatch.py", "    except Exception as error:\n        # A", "    except ZeroDivisionError as error:\n        # A",
+           "torch/test_kernels_compile.py", "imported"),
+    Mutant("a bias without a weight past the kernels", "torch/engine.py", "given = scale_and_offset(x, weight, bias)", "pass", KERNELS, "bias_without"),
+    Mutant("an argument in another's place", "torch/triton/launch.py", "{**given, **nothing}", "{**dict(zip(given, reversed(given.values()))), **nothing}", KERNELS, "cumulative"),
 ]  # fmt: skip

@@ -70,6 +70,10 @@ MUTANTS = [
            ONE_PROCESS, "renorm_by_formula"),
     Mutant("padding that is not finite spreads", ENGINE, "return x if mask is None else torch.where(mask | x.isfinite(), x, 0)", "return x", ONE_PROCESS, "test_mask"),
     Mutant("the group saved with the layer", LAYER, '{**self.__dict__, "process_group": None}', "self.__dict__", RANKS, "left_out_of_files"),
+    Mutant("what a rank says raises", "torch/peer_memory.py", "    except Exception as error:\n        facts[", "    except ZeroDivisionError as error:\n        facts[",
+           "torch/test_private_torch.py", "raises_nothing"),
+    Mutant("a private name that vanishes unnoticed", "torch/_private.py", "        MISSING.append(", "        [].append(", "torch/test_private_torch.py", "vanished_is_listed"),
+    Mutant("native where dtypes are mixed", ENGINE, "(bias is None or bias.dtype is dtype)", "True", ONE_PROCESS, "half"),
 ]  # fmt: skip
 
 # Two processes tell as much as four.
