@@ -74,7 +74,7 @@ class Group:
 
 def test_process_groups_that_tell_nothing():
     assert _private.timeout_of(Group()) == torch.distributed.default_pg_timeout
-    with pytest.raises(Exception, match="(?i)group|initialized"):
+    with pytest.raises(Exception, match=r"(?i)group|initialized"):
         _private.backend_name(Group(), torch.device("cpu"))
 
 
