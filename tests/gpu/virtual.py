@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from syncbn.torch.triton import ops, tiling
-from syncbn.torch.triton.arguments import Exchange
 from syncbn.torch.triton.device import peer_exchange
+from syncbn.torch.triton.exchange import Exchange
 from syncbn.torch.triton.plan import Plan, PlanOptions
 
 EPSILON = 1e-5

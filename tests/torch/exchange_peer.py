@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from syncbn.torch.triton import ops, tiling
-from syncbn.torch.triton.arguments import Exchange
 from syncbn.torch.triton.device import peer_exchange
+from syncbn.torch.triton.exchange import Exchange
 from syncbn.torch.triton.plan import Plan, PlanOptions
 from syncbn.torch.triton.tiling import Tile
 

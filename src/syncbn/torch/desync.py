@@ -55,7 +55,7 @@ def backward() -> str:
 def announce(communicator: Communicator | None, direction: str, layer: str | None, channels: int) -> None:
     """Tells the group what comes, reads what the others say, and raises where they differ.
 
-    Through the group's store: a collective would meet whatever collective the other rank is in.
+    Through the group's store: a collective would be paired with whatever collective the other rank is in.
     """
     if communicator is None or not _enabled:
         return
@@ -81,7 +81,7 @@ def announce(communicator: Communicator | None, direction: str, layer: str | Non
         each = "; ".join(f"rank {dist.get_global_rank(group, i)}: {_described(other)}" for i, other in enumerate(read))
         raise RuntimeError(
             f"All ranks must run the same synchronised layers in the same order. Received: {each}. Let every rank take the same "
-            "path (an empty batch is fine), or run what one rank does alone in syncbn.local_statistics()."
+            "path (an empty batch is fine), or run what only one rank does in syncbn.local_statistics()."
         )
     if number:
         # Every rank has read the last one: all of them have come here.

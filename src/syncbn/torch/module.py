@@ -44,7 +44,7 @@ class SyncBatchNorm(_BatchNorm):
         momentum: weight of the new value in the running averages; None for a cumulative average.
         affine: whether there are a weight and a bias.
         track_running_stats: whether there are running statistics; without them eval uses this replica's own batch.
-        process_group: the replicas that meet; None for all of them, over a group of the library's own.
+        process_group: the replicas that communicate; None for all of them, over a group of the library's own.
         device, dtype: of parameters and buffers.
         bias: False for a weight alone.
         renorm: batch renormalization: x_hat·r + d takes the place of x_hat, r = stddev / renorm_stddev and
@@ -58,7 +58,7 @@ class SyncBatchNorm(_BatchNorm):
 
     Raises:
         TypeError: an input that is not of a float dtype.
-        ValueError: any argument, or shape, that does not fit; one value per channel in training of one process alone.
+        ValueError: any argument, or shape, that does not fit; one value per channel in training of a single process.
 
     Source: `torch.nn.SyncBatchNorm`; Ioffe and Szegedy 2015 (arXiv:1502.03167); Ioffe 2017 (arXiv:1702.03275) for renorm.
 
@@ -329,7 +329,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def check_input(x: Tensor, channels: int, needs_variance: bool) -> None:
-    """Raises where an input is not [N, channels, …]; or, `needs_variance`, has one value a channel on one process alone."""
+    """Raises where an input is not [N, channels, …]; or, `needs_variance`, has one value a channel in a single process."""
     # Where torch's own layer has words for it, in those, which programs may look for.
     shape = x.shape
     if len(shape) < 2:

@@ -21,7 +21,7 @@ from torch import Tensor
 from syncbn.torch import dispatch
 from syncbn.torch._private import backend_name, symmetric_empty, symmetric_rendezvous, timeout_of
 from syncbn.torch.groups import Communicator
-from syncbn.torch.triton.arguments import Exchange
+from syncbn.torch.triton.exchange import Exchange
 
 MAILBOXES = 8
 MOST_CHANNELS = 8192
@@ -97,7 +97,7 @@ def mailbox_of(communicator: Communicator | None, device: torch.device) -> Mailb
     if reference is not communicator.reference:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "The first synchronised call of a group must not be captured: it sets up the memory in which the replicas meet. "
+                "The first synchronised call of a group must not be captured: it sets up the memory for the exchange. "
                 "Received: a call while a CUDA graph is captured. Run one step before the capture, on every rank."
             )
         with torch.cuda.device(device):

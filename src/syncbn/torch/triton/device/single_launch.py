@@ -1,6 +1,6 @@
 """A batch whose channels fit into registers: one launch each way, x read once in each.
 
-One replica alone, and few values a channel: every program has all of its channels, so nobody waits for anybody between the
+One replica, and few values a channel: every program has all of its channels, so nobody waits for anybody between the
 moments and the output, nor between the gradient's sums and the gradient. Where replicas exchange, most of these programs
 would wait at once and mask_ptr what they wait for from running: there it is two launches (moments.py, gradient_sums.py).
 """

@@ -1,4 +1,4 @@
-"""What a launch takes besides tensors and numbers. Imports no Triton: engine code makes these too."""
+"""What a launch takes to exchange a message with other replicas. Imports no Triton: peer_memory.py makes it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,3 @@ class Exchange(NamedTuple):
     rank: int
     limit: int
     tag: int
-
-
-class Moving(NamedTuple):
-    """Moving statistics that a launch updates: buffers, and the weight of the new value (below 0: 1/batches)."""
-
-    mean: Any
-    variance: Any
-    batches: Any
-    weight: float
