@@ -29,8 +29,8 @@ def check_one_group(process_group: Any, group_size: int | None) -> None:
     """Raises where two arguments say which replicas communicate."""
     if process_group is not None and group_size is not None:
         raise ValueError(
-            f"Only one of `process_group` and `group_size` may be given: each says which replicas communicate. Received: both, with "
-            f"group_size={group_size}. Drop one of them."
+            f"Only one of `process_group` and `group_size` may be given: each says which replicas communicate. Received: both, "
+            f"with group_size={group_size}. Drop one of them."
         )
 
 

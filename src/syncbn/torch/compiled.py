@@ -111,7 +111,7 @@ def moments(x: Tensor, mask: Tensor | None, size: int, group: str) -> GroupMomen
 def _narrowed(x: Tensor, norm: Normalization) -> Normalization:
     """On a GPU the moments in float32, the mean as a pair, in memory.
 
-    The compiler computes vectors anew for each element that they are applied to; in float64 that would cost more than all the rest.
+    The compiler computes vectors anew for each element they apply to; in float64 that would cost more than all the rest.
     """
     if not x.is_cuda or x.dtype == torch.float64 or norm.variance.dtype != torch.float64:
         return norm
