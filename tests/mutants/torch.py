@@ -73,7 +73,7 @@ MUTANTS = [
     Mutant("what a rank says raises", "torch/peer_memory.py", "    except Exception as error:\n        facts[", "    except ZeroDivisionError as error:\n        facts[",
            "torch/test_private_torch.py", "raises_nothing"),
     Mutant("a private name that vanishes unnoticed", "torch/_private.py", "        MISSING.append(", "        [].append(", "torch/test_private_torch.py", "vanished_is_listed"),
-    Mutant("native where dtypes are mixed", ENGINE, "(bias is None or bias.dtype is dtype)", "True", ONE_PROCESS, "half"),
+    Mutant("native where dtypes are mixed", ENGINE, "    dtype = x.dtype\n    return (", "    dtype = x.dtype\n    return True or (", ONE_PROCESS, "combination_of_dtypes"),
 ]  # fmt: skip
 
 # Two processes tell as much as four.
