@@ -13,7 +13,7 @@ from cases import CASES, LARGE_MEAN, RAGGED, Case
 from checks import EPSILON, arguments, close, equals_oracle
 
 from syncbn import policy, policy_torch
-from syncbn.contract import Moments
+from syncbn.contract import Moments, Statistics
 from syncbn.torch import cpu, dispatch, engine, groups, peer_memory, reference, transport
 from syncbn.torch.channel_view import ChannelView
 
@@ -84,6 +84,16 @@ def step_counting(*arguments):
     with counting() as sent:
         step(*arguments)
     return sent
+
+
+def statistics_after(case, weight, unbiased, x, scale, offset, mask):
+    """(y, mean, variance, batches) after a training step with new statistics that the engine does not assign."""
+    channels = case.channels()
+    old = Statistics(torch.full((channels,), 3.0), torch.full((channels,), 5.0), weight, unbiased, torch.tensor(3))
+    common = {"axes": case.channel_axes(), "epsilon": EPSILON, "mask": tensor(mask)}
+    y, new = engine.train_step(tensor(x), tensor(scale), tensor(offset), old, **common)
+    assert not new.assigned
+    return numbers((y, new.mean, new.variance, new.batches))
 
 
 def second_order(mask_as, x, dy, scale, offset, mask, direction):
@@ -186,6 +196,22 @@ def test_nan_stays_in_its_group(torch_world):
     got = torch_world.run(moments_of, xs, common=(size, 3))
     assert np.isnan(got[0][1]).all()
     np.testing.assert_allclose(got[-1][1], oracle.BatchNorm(xs[size:]).moments[0][1], atol=2e-6)
+
+
+@pytest.mark.parametrize(("weight", "unbiased"), [(0.3, False), (0.3, True), (None, False)])
+def test_a_training_step_by_the_other_verbs(torch_world, weight, unbiased):
+    case = Case("a training step", RAGGED, (4, 3), mask="rows", scales_differ=True)
+    xs, _, scale, offset, masks = arguments(case, torch_world.replicas)
+    got = torch_world.run(statistics_after, xs, scale, offset, masks, common=(case, weight, unbiased))
+    truth = oracle.BatchNorm(xs, axes=case.axes, masks=masks, epsilon=EPSILON)
+    n, mean, variance = truth.moments[0]
+    variance = variance * n / (n - 1) if unbiased else variance
+    weight = weight or 1 / 4
+    close([y for y, _, _, _ in got], truth.forward(scale, offset), case, "output")
+    for _, new_mean, new_variance, batches in got:
+        np.testing.assert_allclose(new_mean, 3 * (1 - weight) + mean * weight, rtol=1e-5)
+        np.testing.assert_allclose(new_variance, 5 * (1 - weight) + variance * weight, rtol=1e-5)
+        assert batches == 4
 
 
 @pytest.mark.parametrize("function", [step, step_without_float64])
