@@ -63,7 +63,7 @@ MUTANTS = [
     Mutant("the backward pass of local statistics is not", ENGINE, "config = NormConfig(epsilon, activation, moments.communicator,", "config = NormConfig(epsilon, activation, communicator_of(group),", RANKS, "local_in_both"),
     Mutant("statistics move in the recomputation", CHECKPOINT, "return current_graph_task_id() == -1", "return True", TRAINING, "one_process_moves"),
     Mutant("a recomputation that sends again", CHECKPOINT, "found = replayed[0] if replayed else find()", "found = find()", TRAINING, "test_checkpointing and one-recorded]"),
-    Mutant("renorm recomputed", ENGINE, "if renorm and not first and not is_replaying():", "if False:", TRAINING, "without_a_record and one"),
+    Mutant("renorm recomputed", CHECKPOINT, "if renorm and not first and not is_replaying():", "if False:", TRAINING, "without_a_record and one"),
     Mutant("r and d after the statistics moved", LAYER,
            "        r, d = engine.materialize(*engine.record_or_replay(",
            "        self._update_renorm_statistics(moments)\n        r, d = engine.materialize(*engine.record_or_replay(",

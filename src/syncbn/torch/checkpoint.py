@@ -1,4 +1,7 @@
-"""Activation checkpointing, which runs a forward pass twice: what the first pass recorded is replayed in the second."""
+"""Activation checkpointing, which runs a forward pass twice: what the first pass recorded is replayed in the second.
+
+Here too: when moving statistics are updated, which depends on it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from syncbn import policy
 from syncbn.torch._private import current_graph_task_id
+from syncbn.torch.local import is_local
 
 
 class _Recording:
@@ -122,3 +126,18 @@ torch.library.register_fake(
 def first_pass_when_compiled(like: Tensor, required: bool) -> Tensor:
     """bool []: whether this is the first pass, asked as the compiled code runs; raises in a recomputation if it must be."""
     return torch.ops.syncbn.first_pass(like, required)
+
+
+def should_update_statistics(like: Tensor, renorm: bool) -> Any:
+    """Whether moving statistics may be updated in this pass; compiled, a bool tensor.
+
+    Not in `local_statistics`, nor in the recomputation of a checkpointed block, where renorm needs the record of the first pass.
+    """
+    if is_local():
+        return False
+    if torch.compiler.is_compiling():
+        return first_pass_when_compiled(like, renorm)
+    first = is_first_pass()
+    if renorm and not first and not is_replaying():
+        raise policy.recomputed_renorm("a layer in a checkpoint that keeps no record", policy.RECORD_MOMENTS)
+    return first

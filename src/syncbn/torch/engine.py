@@ -12,7 +12,7 @@ from syncbn.contract import Operators, Statistics
 from syncbn.torch import compiled, desync, dispatch, fused, reference
 from syncbn.torch.autograd import Normalized, NormConfig
 from syncbn.torch.channel_view import ChannelView
-from syncbn.torch.checkpoint import first_pass_when_compiled, is_first_pass, is_replaying, record_or_replay
+from syncbn.torch.checkpoint import record_or_replay, should_update_statistics
 from syncbn.torch.groups import Communicator, GroupMoments, communicator_of, is_single_process
 from syncbn.torch.local import is_local
 from syncbn.torch.reference import arithmetic_dtype
@@ -45,21 +45,6 @@ def supports_jit() -> bool:
 def materialize(*vectors: Tensor) -> Any:
     """The same vectors; compiled code has them in memory, and does not work them out anew in the backward pass."""
     return compiled.materialize(*vectors) if torch.compiler.is_compiling() else vectors
-
-
-def should_update_statistics(like: Tensor, renorm: bool) -> Any:
-    """Whether moving statistics may be updated in this pass; compiled, a bool tensor.
-
-    Not in `local_statistics`, nor in the recomputation of a checkpointed block, where renorm needs the record of the first pass.
-    """
-    if is_local():
-        return False
-    if torch.compiler.is_compiling():
-        return first_pass_when_compiled(like, renorm)
-    first = is_first_pass()
-    if renorm and not first and not is_replaying():
-        raise policy.recomputed_renorm("a layer in a checkpoint that keeps no record", policy.RECORD_MOMENTS)
-    return first
 
 
 def readable(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -190,7 +175,7 @@ def _native_train_step(
     if statistics is None:
         return torch.nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, epsilon), None
     mean, variance, momentum, _, batches, _ = statistics
-    if not is_first_pass():
+    if not should_update_statistics(mean, False):
         # A recomputation must save as many tensors as the first pass.
         mean, variance, momentum = mean.clone(), variance.clone(), momentum or 0.0
     elif batches is not None:

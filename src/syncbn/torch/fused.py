@@ -17,7 +17,7 @@ from syncbn.policy import Activation
 from syncbn.torch import desync, dispatch
 from syncbn.torch._private import are_functorch_transforms_active, is_dead_tensor_wrapper, is_legacy_batchedtensor
 from syncbn.torch.autograd import NormConfig, differentiable
-from syncbn.torch.checkpoint import is_first_pass, is_recording_or_replaying
+from syncbn.torch.checkpoint import is_recording_or_replaying, should_update_statistics
 from syncbn.torch.groups import Communicator
 from syncbn.torch.peer_memory import Mailbox, mailbox_for
 from syncbn.torch.transport import sum_in_place
@@ -90,7 +90,7 @@ def train_step(
     mailbox = None if communicator is None else mailbox_for(communicator, x.device, x.shape[1])
     # 1/batches cannot be read by some programs while another counts. Also not in a recomputation, which must save what was saved.
     single_launch = communicator is None and (statistics is None or statistics.weight is not None)
-    updated = statistics if statistics is None or is_first_pass() else None
+    updated = statistics if statistics is not None and should_update_statistics(statistics.mean, False) else None
     call = FusedCall(epsilon, activation, communicator, kernels, layer, mailbox, updated, single_launch)
     y = _apply(x, weight, bias, residual, mask, call)
     if statistics is not None:

@@ -15,7 +15,6 @@ from syncbn.contract import Moments, Statistics
 from syncbn.torch import engine
 from syncbn.torch._private import _BatchNorm
 from syncbn.torch.groups import GroupMoments
-from syncbn.torch.local import is_local
 
 RENORM_BUFFERS = ("moving_stddev", "renorm_mean", "renorm_stddev")
 
@@ -202,7 +201,7 @@ class SyncBatchNorm(_BatchNorm):
         # Past nn.Module's __getattr__, which costs as much as a launch. A parametrized weight is not there.
         parameters, buffers = self._parameters, self._buffers
         statistics, mean = None, buffers["running_mean"]
-        if mean is not None and self.training and self.track_running_stats and not is_local():
+        if mean is not None and self.training and self.track_running_stats:
             statistics = Statistics(mean, buffers["running_var"], self.momentum, True, buffers["num_batches_tracked"])
         y, new = engine.train_step(
             x,
