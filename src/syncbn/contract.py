@@ -69,7 +69,8 @@ class Statistics(NamedTuple):
     weight: of the new value, in [0, 1]: moving = moving·(1 − weight) + batch·weight. None for 1/batches, a cumulative average.
     unbiased: whether the batch's variance is multiplied by n/(n − 1) first.
     batches: an integer scalar that counts the updates, or None. Without it a weight of None is 0.
-    assigned: of a result: the variables hold these values already, because a launch wrote them or nothing was to change.
+    assigned: of a result: the variables hold the new values already, because a launch wrote them or nothing was to change. Then
+        the other fields may be None (`ASSIGNED`).
     """
 
     mean: Any
@@ -78,6 +79,9 @@ class Statistics(NamedTuple):
     unbiased: bool = False
     batches: Any = None
     assigned: bool = False
+
+
+ASSIGNED = Statistics(None, None, None, assigned=True)
 
 
 class Operators(NamedTuple):
@@ -110,7 +114,7 @@ def are_usable(moments: Any, may_update: Any, operators: Operators) -> Any:
 def updated(statistics: Statistics, moments: Any, usable: Any, operators: Operators) -> Statistics:
     """The statistics after a step with these moments. usable: of `are_usable`."""
     if usable is False:
-        return statistics._replace(assigned=True)
+        return ASSIGNED
     count, mean, variance = moments.average or (moments.count, moments.mean_hi, moments.variance)
     wide, weight, batches = variance.dtype, statistics.weight, statistics.batches
     if batches is not None:

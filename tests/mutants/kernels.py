@@ -31,7 +31,7 @@ MUTANTS = [
     Mutant("one launch for 1/batches too", "torch/fused.py", "communicator is None and (statistics is None or statistics.weight is not None)", "communicator is None", KERNELS,
            "statistics_are_torchs"),
     Mutant("a recomputation in one launch, the first pass in two", "torch/fused.py", "    updated = statistics if",
-           "    single_launch = single_launch or not should_update_statistics(x, False)\n    updated = statistics if", KERNELS, "recomputation"),
+           "    single_launch = single_launch or not should_update_now(False)\n    updated = statistics if", KERNELS, "recomputation"),
     Mutant("loads under way past the shared memory", "torch/triton/tiling.py", "min(stages, 1 + room //", "min(stages, 5 + room //", "torch/test_kernels_compile.py", "fits"),
     Mutant("float32 into float64 parameters' gradients", "torch/triton/device/tiles.py", "return value.to(tl.float64)", "return value", "torch/test_kernels_compile.py", "fits"),
     Mutant("an infinite mean as NaN", RESIDENT, "mean, pivot.to(tl.float64))", "mean, mean)", KERNELS, "registers_what"),

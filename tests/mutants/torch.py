@@ -61,7 +61,7 @@ MUTANTS = [
     Mutant("groups kept past their end", "torch/groups.py", "group.size(), process_group.group_name, weakref.ref(process_group))",
            "group.size(), process_group.group_name, lambda: process_group)", RANKS, "go_and_come"),
     Mutant("the backward pass of local statistics is not", ENGINE, "config = NormConfig(epsilon, activation, moments.communicator,", "config = NormConfig(epsilon, activation, communicator_of(group),", RANKS, "local_in_both"),
-    Mutant("statistics move in the recomputation", CHECKPOINT, "return current_graph_task_id() == -1", "return True", TRAINING, "one_process_moves"),
+    Mutant("statistics move in the recomputation", CHECKPOINT, "    first = current_graph_task_id() == -1\n    if renorm", "    first = True\n    if renorm", TRAINING, "one_process_moves"),
     Mutant("a recomputation that sends again", CHECKPOINT, "found = replayed[0] if replayed else find()", "found = find()", TRAINING, "test_checkpointing and one-recorded]"),
     Mutant("renorm recomputed", CHECKPOINT, "if renorm and not first and not is_replaying():", "if False:", TRAINING, "without_a_record and one"),
     Mutant("r and d after the statistics moved", LAYER,

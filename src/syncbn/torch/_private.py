@@ -50,6 +50,9 @@ def _find_or_raise(path: str, need: str) -> Any:
 # Only a recomputation of activation checkpointing runs a forward pass inside a backward pass: -1 where there is none.
 current_graph_task_id = _find_or_raise("torch:_C._current_graph_task_id", "tells a recomputed block from its first pass")
 
+# None outside of torch.jit.trace; the public question costs three calls.
+tracing_state = _find("torch:_C._get_tracing_state", lambda: torch.jit.is_tracing() or None)
+
 # Tensors of torch.func and of batched gradients have no memory that a kernel could read. If torch no longer tells, the kernels
 # are left out: slower, and right.
 are_functorch_transforms_active = _find("torch:_C._are_functorch_transforms_active", lambda: True)

@@ -78,9 +78,9 @@ def differentiable(
     mask: Tensor | None,
     saved: Tensor | None,
     count: Tensor,
-    config: NormConfig,
+    config: Any,
 ) -> list[Tensor | None]:
-    """(dx, dscale, doffset, dresidual) that can be differentiated again and again.
+    """(dx, dscale, doffset, dresidual) that can be differentiated again and again. config: a NormConfig, or what has its names.
 
     The moments, which came in as constants, are formed from x once more by differentiable sums, and y from them. What does not
     require a gradient on this replica (an empty input without a history) is made to, so that all replicas send the same messages.
@@ -102,9 +102,7 @@ def _without_history(v: Tensor) -> Tensor:
     return v.view_as(v) if v.requires_grad else v.detach().requires_grad_()
 
 
-def _from_the_beginning(
-    inputs: list[Tensor], mask: Tensor | None, positive: Tensor | None, count: Tensor, config: NormConfig
-) -> Tensor:
+def _from_the_beginning(inputs: list[Tensor], mask: Tensor | None, positive: Tensor | None, count: Tensor, config: Any) -> Tensor:
     x, scale, offset, *residual = (v.to(reference.wide_dtype(inputs[0])) for v in inputs)
     dims, column = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
     at_least_one = count.clamp_min(1)

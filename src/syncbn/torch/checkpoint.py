@@ -99,18 +99,13 @@ def is_replaying() -> bool:
     return any(isinstance(context, _Replay) for context in _contexts.stack)
 
 
-def is_first_pass() -> bool:
-    """False in the recomputation of a checkpointed block: only that runs a forward pass inside a backward pass."""
-    return current_graph_task_id() == -1
-
-
 # In compiled code the question must be asked when the code runs, not when it is traced: a checkpoint may surround it.
 _library = torch.library.Library("syncbn", "FRAGMENT")
 _library.define("first_pass(Tensor like, bool required) -> Tensor")
 
 
 def _first_pass(like: Tensor, required: bool) -> Tensor:
-    first = is_first_pass()
+    first = current_graph_task_id() == -1
     if required and not first:
         raise policy.recomputed_renorm("a compiled layer in a checkpoint", policy.RECORD_MOMENTS)
     # On the CPU: a launch less, and compiled code takes it as a number.
@@ -133,11 +128,16 @@ def should_update_statistics(like: Tensor, renorm: bool) -> Any:
 
     Not in `local_statistics`, nor in the recomputation of a checkpointed block, where renorm needs the record of the first pass.
     """
+    if torch.compiler.is_compiling():
+        return False if is_local() else first_pass_when_compiled(like, renorm)
+    return should_update_now(renorm)
+
+
+def should_update_now(renorm: bool) -> bool:
+    """The same, of code that is not compiled."""
     if is_local():
         return False
-    if torch.compiler.is_compiling():
-        return first_pass_when_compiled(like, renorm)
-    first = is_first_pass()
+    first = current_graph_task_id() == -1
     if renorm and not first and not is_replaying():
         raise policy.recomputed_renorm("a layer in a checkpoint that keeps no record", policy.RECORD_MOMENTS)
     return first

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from syncbn import contract, maths, policy
-from syncbn.contract import Operators, Statistics
+from syncbn.contract import ASSIGNED, Operators, Statistics
 from syncbn.torch import compiled, desync, dispatch, fused, reference
 from syncbn.torch.autograd import Normalized, NormConfig
 from syncbn.torch.channel_view import ChannelView
-from syncbn.torch.checkpoint import record_or_replay, should_update_statistics
+from syncbn.torch.checkpoint import record_or_replay, should_update_now, should_update_statistics
 from syncbn.torch.groups import Communicator, GroupMoments, communicator_of, is_single_process
 from syncbn.torch.local import is_local
 from syncbn.torch.reference import arithmetic_dtype
@@ -146,8 +146,7 @@ def train_step(
             given = scale_and_offset(x, weight, bias)
         kernels = fused.kernels_for(x, *given, statistics, mask, communicator)
         if kernels is not None:
-            config = NormConfig(epsilon, activation, communicator, kernels, layer)
-            return fused.train_step(x, *given, statistics, mask, residual, config)
+            return fused.train_step(kernels, x, given, statistics, mask, residual, epsilon, activation, communicator, layer)
         plain = communicator is None and mask is None and residual is None and activation is None
         if plain and can_use_native(x, weight, bias, statistics):
             return _native_train_step(x, weight, bias, statistics, epsilon)
@@ -175,7 +174,7 @@ def _native_train_step(
     if statistics is None:
         return torch.nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, epsilon), None
     mean, variance, momentum, _, batches, _ = statistics
-    if not should_update_statistics(mean, False):
+    if not should_update_now(False):
         # A recomputation must save as many tensors as the first pass.
         mean, variance, momentum = mean.clone(), variance.clone(), momentum or 0.0
     elif batches is not None:
@@ -184,7 +183,7 @@ def _native_train_step(
         # As torch does, nothing is updated where nobody counts.
         momentum = 0.0 if batches is None else 1.0 / float(batches)
     y = torch.nn.functional.batch_norm(x, mean, variance, weight, bias, True, momentum, epsilon)
-    return y, Statistics(*statistics[:5], True)
+    return y, ASSIGNED
 
 
 def _with_constants(

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from syncbn.contract import Statistics
+from syncbn.contract import ASSIGNED, Statistics
 from syncbn.policy import Activation
 from syncbn.torch import desync, dispatch
 from syncbn.torch._private import are_functorch_transforms_active, is_dead_tensor_wrapper, is_legacy_batchedtensor
-from syncbn.torch.autograd import NormConfig, differentiable
-from syncbn.torch.checkpoint import is_recording_or_replaying, should_update_statistics
+from syncbn.torch.autograd import differentiable
+from syncbn.torch.checkpoint import is_recording_or_replaying, should_update_now
 from syncbn.torch.groups import Communicator
 from syncbn.torch.peer_memory import Mailbox, mailbox_for
 from syncbn.torch.transport import sum_in_place
@@ -75,28 +75,27 @@ def _alike(x: Tensor, a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def train_step(
+    kernels: Any,
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    parameters: tuple[Tensor | None, Tensor | None],
     statistics: Statistics | None,
     mask: Tensor | None,
     residual: Tensor | None,
-    config: NormConfig,
+    epsilon: float,
+    activation: Activation | None,
+    communicator: Communicator | None,
+    layer: str | None,
 ) -> tuple[Tensor, Statistics | None]:
-    """(y, statistics), by the kernels of `kernels_for`; the statistics are assigned already."""
-    epsilon, activation, communicator, kernels, layer = config
+    """(y, what there is to assign: nothing), by the kernels of `kernels_for`. parameters: weight and bias."""
     # Before mailboxes are set up, where all ranks wait for each other: a rank that is absent is named.
     desync.announce(communicator, "forward", layer, x.shape[1])
     mailbox = None if communicator is None else mailbox_for(communicator, x.device, x.shape[1])
     # 1/batches cannot be read by some programs while another counts. Also not in a recomputation, which must save what was saved.
     single_launch = communicator is None and (statistics is None or statistics.weight is not None)
-    updated = statistics if statistics is not None and should_update_statistics(statistics.mean, False) else None
+    updated = statistics if statistics is not None and should_update_now(False) else None
     call = FusedCall(epsilon, activation, communicator, kernels, layer, mailbox, updated, single_launch)
-    y = _apply(x, weight, bias, residual, mask, call)
-    if statistics is not None:
-        mean, variance, weight_of_new, unbiased, batches, _ = statistics
-        statistics = Statistics(mean, variance, weight_of_new, unbiased, batches, True)
-    return y, statistics
+    y = _apply(x, *parameters, residual, mask, call)
+    return y, None if statistics is None else ASSIGNED
 
 
 class FusedBatchNorm(Function):
@@ -125,7 +124,7 @@ class FusedBatchNorm(Function):
             mask=None if mask is None else kernels.mask_of(mask, x),
             residual=None if residual is None else kernels.ops.in_layout_of(dense, residual),
             statistics=call.statistics,
-            transport=_transport(call, x.shape[1], False),
+            transport=None if call.communicator is None else _transport(call, x.shape[1], False),
         )
         ctx.call, ctx.plan, ctx.residual_dtype = call, plan, None if residual is None else residual.dtype
         ctx.strides = dense.stride()
@@ -159,7 +158,7 @@ class FusedBatchNorm(Function):
             bias,
             mask=None if mask is None else kernels.mask_of(mask, x),
             saved=None if saved is None else kernels.ops.in_layout_of(dense, saved),
-            transport=_transport(call, x.shape[1], True),
+            transport=None if call.communicator is None else _transport(call, x.shape[1], True),
             needs_dx=needs_x or saved is not None,
         )
         if needs_residual and saved is None:
@@ -173,11 +172,10 @@ _apply = super(Function, FusedBatchNorm).apply
 
 
 def _transport(call: FusedCall, channels: int, backward: bool) -> Any:
-    """What `ops` takes as its transport."""
-    communicator, mailbox = call.communicator, call.mailbox
-    if mailbox is not None:
-        return mailbox.exchange(channels, backward)
-    return None if communicator is None else lambda message: sum_in_place(message, communicator)
+    """What `ops` takes as its transport, where there are replicas."""
+    if call.mailbox is not None:
+        return call.mailbox.exchange(channels, backward)
+    return lambda message: sum_in_place(message, call.communicator)
 
 
 def _differentiable(ctx: Any, dy: Tensor) -> Any:

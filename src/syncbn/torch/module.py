@@ -13,7 +13,7 @@ from torch import Tensor
 from syncbn import contract, maths, policy, policy_torch
 from syncbn.contract import Moments, Statistics
 from syncbn.torch import engine
-from syncbn.torch._private import _BatchNorm
+from syncbn.torch._private import _BatchNorm, tracing_state
 from syncbn.torch.groups import GroupMoments
 
 RENORM_BUFFERS = ("moving_stddev", "renorm_mean", "renorm_stddev")
@@ -160,7 +160,7 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalises; see the class."""
         activation, uses_batch = self.activation, self.training or self.running_mean is None
-        fused = policy_torch.check_activation(activation)
+        fused = None if activation is None else policy_torch.check_activation(activation)
         mask = self._checked(input, mask, residual, uses_batch)
         if not uses_batch:
             y = self._evaluate(input, mask, fused, residual)
@@ -172,18 +172,20 @@ class SyncBatchNorm(_BatchNorm):
 
     def _checked(self, x: Tensor, mask: Tensor | None, residual: Tensor | None, uses_batch: bool) -> Tensor | None:
         """The mask, of the input's rank; raises where an argument does not fit."""
-        if not torch.jit.is_tracing():
-            check_input(x, self.num_features, uses_batch and mask is None)
+        shape, channels = x.shape, self.num_features
+        # While tracing, sizes are not numbers to compare.
+        if tracing_state() is None and (len(shape) < 2 or shape[1] != channels or x.numel() <= channels):
+            check_input(x, channels, uses_batch and mask is None)
         if not x.is_floating_point():
             policy.floating(str(x.dtype), False)
-        if residual is not None and residual.shape != x.shape:
+        if residual is not None and residual.shape != shape:
             raise ValueError(
                 f"`residual` must have the input's shape. Received: residual of shape {tuple(residual.shape)} for an input of "
-                f"shape {tuple(x.shape)}. Expand or reshape it."
+                f"shape {tuple(shape)}. Expand or reshape it."
             )
         if mask is None:
             return None
-        if policy.mask_omits_channels(mask.shape, x.shape, (1,)):
+        if policy.mask_omits_channels(mask.shape, shape, (1,)):
             mask = mask.unsqueeze(1)
         return mask.to(torch.bool)
 
