@@ -69,7 +69,8 @@ class Statistics(NamedTuple):
     weight: of the new value, in [0, 1]: moving = moving·(1 − weight) + batch·weight. None for 1/batches, a cumulative average.
     unbiased: whether the batch's variance is multiplied by n/(n − 1) first.
     batches: an integer scalar that counts the updates, or None. Without it a weight of None is 0.
-    assigned: of a result: the variables hold these values already, because a launch wrote them or nothing was to change.
+    assigned: of a result: the variables hold the new values already, because a launch wrote them or nothing was to change. Then
+        the other fields may be None (`ASSIGNED`).
     """
 
     mean: Any
@@ -78,6 +79,9 @@ class Statistics(NamedTuple):
     unbiased: bool = False
     batches: Any = None
     assigned: bool = False
+
+
+ASSIGNED = Statistics(None, None, None, assigned=True)
 
 
 class Operators(NamedTuple):
@@ -90,7 +94,7 @@ class Operators(NamedTuple):
     cast: Callable[..., Any]
 
 
-def are_usable(moments: Moments, may_update: Any, operators: Operators) -> Any:
+def are_usable(moments: Any, may_update: Any, operators: Operators) -> Any:
     """Whether a step with these moments updates the moving statistics: False, or a bool array.
 
     Not at count 0, nor, on several replicas, if the moments are not finite. may_update: of `should_update_statistics`.
@@ -107,10 +111,10 @@ def are_usable(moments: Moments, may_update: Any, operators: Operators) -> Any:
     return usable if may_update is True else usable & may_update
 
 
-def updated(statistics: Statistics, moments: Moments, usable: Any, operators: Operators) -> Statistics:
+def updated(statistics: Statistics, moments: Any, usable: Any, operators: Operators) -> Statistics:
     """The statistics after a step with these moments. usable: of `are_usable`."""
     if usable is False:
-        return statistics._replace(assigned=True)
+        return ASSIGNED
     count, mean, variance = moments.average or (moments.count, moments.mean_hi, moments.variance)
     wide, weight, batches = variance.dtype, statistics.weight, statistics.batches
     if batches is not None:
@@ -128,7 +132,7 @@ def updated(statistics: Statistics, moments: Moments, usable: Any, operators: Op
 
 
 def default_train_step(
-    moments: Callable[..., Moments], normalize: Callable[..., Any], may_update: Callable[..., Any], operators: Operators
+    moments: Callable[..., Any], normalize: Callable[..., Any], may_update: Callable[..., Any], operators: Operators
 ) -> Callable[..., tuple[Any, Statistics | None]]:
     """The verb `train_step` of an engine, made from its other verbs. may_update: its `should_update_statistics`."""
 

@@ -26,7 +26,7 @@ MUTANTS = [
     Mutant("timm's activation is lost", TORCH, "y = getattr(self, name)(y)", "pass", TORCH_TESTS, "timm_keeps"),
     Mutant("wrapped models pass", TORCH, '"DistributedDataParallel": ("torch.nn.parallel", "wrapped"),', "", TORCH_TESTS, "wrapped_and_sharded"),
     Mutant("compiled modules pass", TORCH, '"compiled" if module._compiled_call_impl is not None else states[cls]', "states[cls]", TORCH_TESTS, "wrong_state"),
-    Mutant("switched-off statistics are updated", "torch/module.py", "self.running_mean is not None and self.track_running_stats and", "self.running_mean is not None and",
+    Mutant("switched-off statistics are updated", "torch/module.py", "mean is not None and self.training and self.track_running_stats:", "mean is not None and self.training:",
            TORCH_TESTS, "switched_off"),
     Mutant("ranks of the example are not asked", TORCH, "implied = classes.pop() if len(classes) == 1 else None", "implied = nn.BatchNorm2d", TORCH_TESTS, "made_as_ours"),
     Mutant("build stays Keras's", "keras/_private.py", "cell.cell_contents = MethodType(cls.build, layer)", "pass", KERAS_TESTS, "every_kind and deferred"),

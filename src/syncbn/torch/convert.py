@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer
 
 from syncbn import policy_torch
@@ -21,6 +20,7 @@ from syncbn.class_swap import (
     warn_if_none,
     why_unknown,
 )
+from syncbn.torch._private import _BatchNorm, _LazyNormBase
 from syncbn.torch.lazy import LazySyncBatchNorm
 from syncbn.torch.module import RENORM_BUFFERS, SyncBatchNorm
 from syncbn.validation import check_group_size

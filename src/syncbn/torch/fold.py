@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import policy_torch
 from syncbn.class_swap import known_ancestor
+from syncbn.torch._private import _BatchNorm
 from syncbn.torch.convert import SyncBatchNormAct, _known
 from syncbn.torch.module import SyncBatchNorm
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from syncbn.torch.triton._private import is_current_stream_capturing
 from syncbn.torch.triton.launch import INTERPRETED, address
 
 # Counters per stream: one a block of channels.
@@ -55,7 +56,7 @@ def scratch_for(device: torch.device, stream: int, parts: int, blocks: int) -> t
     if not blocks:
         # No program waits for another to arrive.
         return address(None), address(None)
-    if not INTERPRETED and torch._C._cuda_isCurrentStreamCapturing():
+    if not INTERPRETED and is_current_stream_capturing():
         # In the graph's own memory, as any other temporary of a captured launch.
         own, arrivals = torch.empty(parts, dtype=torch.float32, device=device), counters(device, blocks)
         return address(own), address(arrivals)
