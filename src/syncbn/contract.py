@@ -16,7 +16,7 @@ x         any rank ≥ 2, any float dtype; `axes` are its channel axes, sorted, 
 mask      bool, of x's rank, 1 on the channel axes, each other axis full or 1; True marks what counts
 scale     [C], of `arithmetic_dtype(x)`, and so is offset; both may differ between replicas
 weight    as scale, and bias as offset; torch's also may be None (1 and 0) or of another float dtype
-group     which replicas communicate: see `syncbn.policy.Group`
+group     which replicas communicate: see `groups.Group`
 y         x's shape and dtype
 
 A layer may also ask `supports_jit()`: whether what is made now can be compiled as a whole; and `should_update_statistics`,

@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from syncbn.policy import Activation
+from syncbn.groups import Activation
 from syncbn.torch.triton import ops, plan
 from syncbn.torch.triton.plan import Plan, PlanOptions
 from syncbn.torch.triton.tiling import ChannelView

@@ -10,7 +10,7 @@ import torch
 from cases import TOLERANCE
 
 from syncbn.contract import Statistics
-from syncbn.policy import Activation
+from syncbn.groups import Activation
 from syncbn.torch.triton import ops, tiling
 from syncbn.torch.triton.plan import Plan, PlanOptions
 

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from cases import CASES, LARGE_MEAN, RAGGED, Case
 from checks import EPSILON, arguments, close, equals_oracle
 
-from syncbn import policy, policy_torch
 from syncbn.contract import Moments, Statistics
+from syncbn.groups import Activation
 from syncbn.torch import cpu, dispatch, engine, groups, peer_memory, reference, transport
 from syncbn.torch.channel_view import ChannelView
+from syncbn.torch.module import ACTIVATIONS
 
 # ------------------------------------------------------------------------------------------------- what a process runs
 
@@ -236,7 +237,7 @@ def test_all_masked_normalises_with_0_and_1(torch_world):
 
 @pytest.mark.parametrize("function", [step, step_by_eager])
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("activation", [*policy_torch.ACTIVATIONS.values(), policy.Activation("leaky_relu", 0.2)], ids=str)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS.values(), Activation("leaky_relu", 0.2)], ids=str)
 def test_activation_and_residual(torch_world, activation, residual, function):
     case = Case("fused", RAGGED, (4, 5), dtype="float64")
     xs, dys, scale, offset, _ = arguments(case, torch_world.replicas)
@@ -278,7 +279,7 @@ def test_gradgradcheck(activation, masked):
     x, residual = torch.randn(4, 3, 2, dtype=torch.float64), torch.randn(4, 3, 2, dtype=torch.float64)
     scale, offset = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     mask = torch.rand(4, 1, 2) < 0.7 if masked else None
-    chosen = activation and policy_torch.ACTIVATIONS[activation]
+    chosen = activation and ACTIVATIONS[activation]
 
     def normalized(x, scale, offset, residual):
         moments = engine.moments(x, mask=mask)

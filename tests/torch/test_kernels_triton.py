@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 from syncbn import SyncBatchNorm, maths
 from syncbn.contract import Statistics
-from syncbn.policy import Activation
+from syncbn.groups import Activation
 from syncbn.torch import dispatch, fused, reference
 from syncbn.torch.reference import Normalization
 from syncbn.torch.triton import backend, ops, plan, tiling

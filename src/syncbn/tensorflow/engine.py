@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from syncbn import maths, policy
+from syncbn import maths
 from syncbn.contract import (
     Moments,
     Operators,
@@ -19,6 +19,7 @@ from syncbn.contract import (
     should_update_statistics,
     speak_as,
 )
+from syncbn.groups import Activation, Group
 from syncbn.tensorflow import passes_cpu, passes_gpu
 from syncbn.tensorflow._private import compiled_by_xla, has_tangents
 from syncbn.tensorflow.passes_cpu import Fold, along_channels
@@ -83,7 +84,7 @@ def check_variables(name: str, *variables: Any) -> None:
 
 
 @tf.autograph.experimental.do_not_convert
-def moments(x: tf.Tensor, *, axes: tuple[int, ...], mask: tf.Tensor | None = None, group: policy.Group = None) -> Moments:
+def moments(x: tf.Tensor, *, axes: tuple[int, ...], mask: tf.Tensor | None = None, group: Group = None) -> Moments:
     """Measures the global batch: one all-reduce of (n, Σx, Σx²) in float64; on TPUs one gather of (n, k, s/n, m2)."""
     world, x = replicas_of(group), tf.stop_gradient(x)
     if not world.has_float64:
@@ -108,8 +109,8 @@ def normalize(
     axes: tuple[int, ...],
     epsilon: float,
     mask: tf.Tensor | None = None,
-    group: policy.Group = None,
-    activation: policy.Activation | None = None,
+    group: Group = None,
+    activation: Activation | None = None,
     residual: tf.Tensor | None = None,
 ) -> tf.Tensor:
     """activation(scale·(x − mean)/√(variance + epsilon) + offset + residual); one all-reduce, in the backward pass."""
@@ -132,8 +133,8 @@ def train_step(
     axes: tuple[int, ...],
     epsilon: float,
     mask: tf.Tensor | None = None,
-    group: policy.Group = None,
-    activation: policy.Activation | None = None,
+    group: Group = None,
+    activation: Activation | None = None,
     residual: tf.Tensor | None = None,
 ) -> tuple[tf.Tensor, Statistics | None]:
     """(y, the statistics after this step). On a GPU: two clusters forward and two backward; with one replica one each way."""
@@ -173,7 +174,7 @@ _train_step_by_verbs = default_train_step(
 )
 
 
-def _dtype_before(x: tf.Tensor, activation: policy.Activation | None, residual: tf.Tensor | None) -> tf.DType:
+def _dtype_before(x: tf.Tensor, activation: Activation | None, residual: tf.Tensor | None) -> tf.DType:
     """What a normalization returns: rounded once, after the residual and the activation."""
     return x.dtype if activation is None and residual is None else arithmetic_dtype(x)
 
@@ -187,7 +188,7 @@ def refuse_forward_mode(given: tuple[tf.Tensor, ...]) -> None:
         )
 
 
-def _finished(y: tf.Tensor, dtype: tf.DType, activation: policy.Activation | None, residual: tf.Tensor | None) -> tf.Tensor:
+def _finished(y: tf.Tensor, dtype: tf.DType, activation: Activation | None, residual: tf.Tensor | None) -> tf.Tensor:
     if residual is not None:
         y = y + tf.cast(residual, y.dtype)
     if activation is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from syncbn.policy import Activation
+from syncbn.groups import Activation
 from syncbn.torch import desync, reference
 from syncbn.torch.groups import Communicator
 from syncbn.torch.reference import Normalization, saved_for_backward

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn import policy
 from syncbn.torch._private import current_graph_task_id
 from syncbn.torch.local import is_local
+from syncbn.validation import check_renorm_not_recomputed
 
 
 class _Recording:
@@ -106,8 +106,7 @@ _library.define("first_pass(Tensor like, bool required) -> Tensor")
 
 def _first_pass(like: Tensor, required: bool) -> Tensor:
     first = current_graph_task_id() == -1
-    if required and not first:
-        raise policy.recomputed_renorm("a compiled layer in a checkpoint", policy.RECORD_MOMENTS)
+    check_renorm_not_recomputed(required and not first, "a compiled layer in a checkpoint")
     # On the CPU: a launch less, and compiled code takes it as a number.
     return torch.tensor(first, device="cpu")
 
@@ -138,6 +137,5 @@ def should_update_now(renorm: bool) -> bool:
     if is_local():
         return False
     first = current_graph_task_id() == -1
-    if renorm and not first and not is_replaying():
-        raise policy.recomputed_renorm("a layer in a checkpoint that keeps no record", policy.RECORD_MOMENTS)
+    check_renorm_not_recomputed(renorm and not first and not is_replaying(), "a layer in a checkpoint that keeps no record")
     return first

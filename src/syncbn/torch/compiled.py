@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from syncbn import policy
-from syncbn.policy import Activation
+from syncbn.groups import Activation, Local
 from syncbn.torch import reference
 from syncbn.torch._private import preserve_version_counter, resolve_process_group
 from syncbn.torch.groups import Communicator, GroupMoments, communicator_of, communicator_over
@@ -35,7 +34,7 @@ def communicator_at_trace_time(group: Any) -> tuple[int, str]:
 
 def communicator_when_compiled(group: Any) -> tuple[int, str]:
     """The same, where the group may also be that of a single process."""
-    return (1, "") if isinstance(group, policy.Alone) else communicator_at_trace_time(group)
+    return (1, "") if isinstance(group, Local) else communicator_at_trace_time(group)
 
 
 # A second library of the same name as in checkpoint.py: fragments of one.

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
-from syncbn import policy_torch
 from syncbn.class_swap import (
     check_all_known,
     check_revertible,
@@ -21,6 +20,7 @@ from syncbn.class_swap import (
     why_unknown,
 )
 from syncbn.torch._private import _BatchNorm, _LazyNormBase
+from syncbn.torch.groups import check_one_group
 from syncbn.torch.lazy import LazySyncBatchNorm
 from syncbn.torch.module import RENORM_BUFFERS, SyncBatchNorm
 from syncbn.validation import check_group_size
@@ -80,7 +80,7 @@ OWN_ATTRIBUTES = ("renorm", "renorm_clipping", "renorm_momentum", "_activation",
 def convert(model: nn.Module, arguments: dict[str, Any], filter: Filter, on_unknown: str) -> nn.Module:
     """See `syncbn.convert`."""
     arguments = {**arguments, "group_size": check_group_size(arguments["group_size"])}
-    policy_torch.one_way_to_group(arguments["process_group"], arguments["group_size"])
+    check_one_group(arguments["process_group"], arguments["group_size"])
     _check_state("syncbn.convert", model)
     known = _known()
     found = list(_batch_norms(model, filter))

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn import contract, maths, policy
+from syncbn import contract, maths
 from syncbn.contract import ASSIGNED, Operators, Statistics
+from syncbn.groups import Activation
 from syncbn.torch import compiled, desync, dispatch, fused, reference
 from syncbn.torch.autograd import Normalized, NormConfig
 from syncbn.torch.channel_view import ChannelView
@@ -65,7 +66,7 @@ def moments(
 ) -> GroupMoments:
     """Measures the global batch: one all-reduce of (n, Σx, Σx²) in float64; without float64 one gather of (n, k, s/n, m2).
 
-    group: besides a `policy.Group`, a torch.distributed process group (or, compiled, its name). The channels are on `axes`.
+    group: besides a `groups.Group`, a torch.distributed process group (or, compiled, its name). The channels are on `axes`.
     layer: its name in the model, for messages.
     """
     view = ChannelView(axes, x.shape)
@@ -96,7 +97,7 @@ def normalize(
     epsilon: float,
     mask: Tensor | None = None,
     group: Any = None,
-    activation: policy.Activation | None = None,
+    activation: Activation | None = None,
     residual: Tensor | None = None,
     layer: str | None = None,
 ) -> Tensor:
@@ -130,7 +131,7 @@ def train_step(
     epsilon: float,
     mask: Tensor | None = None,
     group: Any = None,
-    activation: policy.Activation | None = None,
+    activation: Activation | None = None,
     residual: Tensor | None = None,
     layer: str | None = None,
 ) -> tuple[Tensor, Statistics | None]:
@@ -192,7 +193,7 @@ def _with_constants(
     scale: Tensor,
     offset: Tensor,
     epsilon: float,
-    activation: policy.Activation | None,
+    activation: Activation | None,
     residual: Tensor | None,
 ) -> Tensor:
     """Operators that tracing, export, vmap and jacrev know; their own gradients are right."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from syncbn import policy_torch
 from syncbn.class_swap import known_ancestor
 from syncbn.torch._private import _BatchNorm
 from syncbn.torch.convert import SyncBatchNormAct, _known
@@ -142,7 +141,7 @@ def _what_follows(norm: Any, rank: int) -> nn.Module:
     after: list[nn.Module] = [norm._modules[name] for name in ("drop", "act") if name in norm._modules]
     activation = getattr(norm, "activation", None)
     if isinstance(activation, str):
-        after.append(ACTIVATIONS[policy_torch.activation(activation).name]())  # type: ignore[union-attr]
+        after.append(ACTIVATIONS[activation]())
     elif activation is not None:
         after.insert(0, activation if isinstance(activation, nn.Module) else _Applied(activation))
     return nn.Sequential(Folded(rank), *after) if after else Folded(rank)

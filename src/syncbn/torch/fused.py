@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from syncbn.contract import ASSIGNED, Statistics
-from syncbn.policy import Activation
+from syncbn.groups import Activation
 from syncbn.torch import desync, dispatch
 from syncbn.torch._private import are_functorch_transforms_active, is_dead_tensor_wrapper, is_legacy_batchedtensor
 from syncbn.torch.autograd import differentiable

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from syncbn import policy
+from syncbn.groups import Axes, Local, Sharded
 from syncbn.torch._private import timeout_of
+from syncbn.validation import check_no_axis_name, number_of_groups
 
 
 class Communicator(NamedTuple):
@@ -62,10 +63,10 @@ AVAILABLE = dist.is_available()
 
 
 def communicator_of(group: Any) -> Communicator | None:
-    """The communicator of a `policy.Group` or of a process group; None for one replica."""
+    """The communicator of a `groups.Group` or of a process group; None for one replica."""
     # Asked for once: `dist.is_initialized()` is the same question. This runs at every call of every layer.
     world = dist.group.WORLD if AVAILABLE else None
-    if world is None or isinstance(group, policy.Alone):
+    if world is None or isinstance(group, Local):
         return None
     global _made_in
     if _made_in() is not world:
@@ -85,11 +86,10 @@ def is_single_process() -> bool:
 def _make(group: Any) -> Communicator | None:
     if group is None or (isinstance(group, int) and group > 0):
         world = dist.get_world_size()
-        size = world // policy.groups(world, group)
+        size = world // number_of_groups(world, group)
         return None if size == 1 else communicator_over(_own_group(size, world))
-    if isinstance(group, policy.Axes | policy.Sharded):
-        if dist.get_world_size() > 1:
-            raise policy.axis_name_elsewhere(group, "PyTorch", dist.get_world_size())
+    if isinstance(group, Axes | Sharded):
+        check_no_axis_name(group, "PyTorch", dist.get_world_size())
         return None
     # What new_group returns on a rank that is not in the group is a negative number.
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
@@ -116,3 +116,12 @@ def _own_group(size: int, world: int) -> Any:
 def communicator_over(process_group: Any) -> Communicator:
     """The communicator of a process group that this rank is in."""
     return Communicator(process_group.size(), process_group.group_name, weakref.ref(process_group))
+
+
+def check_one_group(process_group: Any, group_size: int | None) -> None:
+    """Raises where two arguments say which replicas communicate."""
+    if process_group is not None and group_size is not None:
+        raise ValueError(
+            f"Only one of `process_group` and `group_size` may be given: each says which replicas communicate. Received: both, "
+            f"with group_size={group_size}. Drop one of them."
+        )

@@ -10,13 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn import contract, maths, policy, policy_torch
+from syncbn import contract, maths
 from syncbn.contract import Moments, Statistics
+from syncbn.groups import LOCAL, Activation
 from syncbn.torch import engine
 from syncbn.torch._private import _BatchNorm, tracing_state
-from syncbn.torch.groups import GroupMoments
+from syncbn.torch.groups import GroupMoments, check_one_group
+from syncbn.validation import check_float_dtype, check_group_size, check_renorm_clipping, mask_omits_channels
 
 RENORM_BUFFERS = ("moving_stddev", "renorm_mean", "renorm_stddev")
+# Those that the engine applies itself, with torch's slope.
+ACTIVATIONS = {
+    "relu": Activation("relu"),
+    "silu": Activation("silu"),
+    "leaky_relu": Activation("leaky_relu", 0.01),
+}
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -108,9 +116,9 @@ class SyncBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if affine and not bias:
             self.bias = None
-        policy_torch.check_one_group(process_group, policy.group_size(group_size))
-        self.process_group, self.group_size = process_group, policy.group_size(group_size)
-        self.renorm, self.renorm_clipping = bool(renorm), policy.clipping(renorm_clipping)
+        self.process_group, self.group_size = process_group, check_group_size(group_size)
+        check_one_group(process_group, self.group_size)
+        self.renorm, self.renorm_clipping = bool(renorm), check_renorm_clipping(renorm_clipping)
         self.renorm_momentum = _weight_of_new("renorm_momentum", renorm_momentum)
         self.activation = activation
         if self.renorm:
@@ -136,7 +144,7 @@ class SyncBatchNorm(_BatchNorm):
     def __setattr__(self, name: str, value: Any) -> None:
         """As torch does, which takes a module past the property; of a module before nothing stays."""
         if name == "activation":
-            policy_torch.check_activation(value)
+            check_activation(value)
             self._modules.pop(name, None)
         super().__setattr__(name, value)
 
@@ -160,7 +168,7 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalises; see the class."""
         activation, uses_batch = self.activation, self.training or self.running_mean is None
-        fused = None if activation is None else policy_torch.check_activation(activation)
+        fused = None if activation is None else check_activation(activation)
         mask = self._checked(input, mask, residual, uses_batch)
         if not uses_batch:
             y = self._evaluate(input, mask, fused, residual)
@@ -177,7 +185,7 @@ class SyncBatchNorm(_BatchNorm):
         if tracing_state() is None and (len(shape) < 2 or shape[1] != channels or x.numel() <= channels):
             check_input(x, channels, uses_batch and mask is None)
         if not x.is_floating_point():
-            policy.floating(str(x.dtype), False)
+            check_float_dtype(str(x.dtype), False)
         if residual is not None and residual.shape != shape:
             raise ValueError(
                 f"`residual` must have the input's shape. Received: residual of shape {tuple(residual.shape)} for an input of "
@@ -185,20 +193,18 @@ class SyncBatchNorm(_BatchNorm):
             )
         if mask is None:
             return None
-        if policy.mask_omits_channels(mask.shape, shape, (1,)):
+        if mask_omits_channels(mask.shape, shape, (1,)):
             mask = mask.unsqueeze(1)
         return mask.to(torch.bool)
 
-    def _evaluate(self, x: Tensor, mask: Tensor | None, activation: policy.Activation | None, residual: Tensor | None) -> Tensor:
+    def _evaluate(self, x: Tensor, mask: Tensor | None, activation: Activation | None, residual: Tensor | None) -> Tensor:
         """With the running statistics."""
         scale, offset = engine.scale_and_offset(x, self.weight, self.bias)
         constants = Moments(None, self.running_mean, self.running_var)
         given: dict[str, Any] = {"epsilon": self.eps, "activation": activation, "residual": residual}
         return engine.normalize(engine.readable(x, mask), constants, scale, offset, mask=mask, **given)
 
-    def _train_step(
-        self, x: Tensor, mask: Tensor | None, activation: policy.Activation | None, residual: Tensor | None
-    ) -> Tensor:
+    def _train_step(self, x: Tensor, mask: Tensor | None, activation: Activation | None, residual: Tensor | None) -> Tensor:
         """With this batch's statistics; in eval, for want of running ones, of this replica's own batch."""
         # Past nn.Module's __getattr__, which costs as much as a launch. A parametrized weight is not there.
         parameters, buffers = self._parameters, self._buffers
@@ -212,7 +218,7 @@ class SyncBatchNorm(_BatchNorm):
             statistics,
             epsilon=self.eps,
             mask=mask,
-            group=self._group() if self.training else policy.ALONE,
+            group=self._group() if self.training else LOCAL,
             activation=activation,
             residual=residual,
             layer=self._name_in_model,
@@ -221,9 +227,7 @@ class SyncBatchNorm(_BatchNorm):
             self._assign(running_mean=new.mean, running_var=new.variance, num_batches_tracked=new.batches)
         return y
 
-    def _renorm_step(
-        self, x: Tensor, mask: Tensor | None, activation: policy.Activation | None, residual: Tensor | None
-    ) -> Tensor:
+    def _renorm_step(self, x: Tensor, mask: Tensor | None, activation: Activation | None, residual: Tensor | None) -> Tensor:
         """With r and d, from the statistics before this step updates them."""
         x, where = engine.readable(x, mask), {"mask": mask, "group": self._group(), "layer": self._name_in_model}
         moments = engine.moments(x, **where)
@@ -344,6 +348,18 @@ def check_input(x: Tensor, channels: int, needs_variance: bool) -> None:
         )
     if needs_variance and x.numel() == channels and engine.is_single_process():
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
+
+
+def check_activation(value: Any) -> Activation | None:
+    """What the engine applies itself; None for a callable, which runs after it. Raises for another name."""
+    if value is None or callable(value):
+        return None
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise ValueError(
+            f"`activation` must be None, a callable or one of {sorted(ACTIVATIONS)}. Received: activation={value!r}. Give "
+            "another activation as a callable, for example torch.nn.GELU()."
+        )
+    return ACTIVATIONS[value]
 
 
 def _weight_of_new(name: str, value: Any) -> float:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from syncbn import maths
-from syncbn.policy import Activation
+from syncbn.groups import Activation
 
 
 class Normalization(NamedTuple):

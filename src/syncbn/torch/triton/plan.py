@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from syncbn.policy import Activation
+from syncbn.groups import Activation
 from syncbn.torch.triton.device import gradient_sums, moments, peer_exchange, pointwise, single_launch
 from syncbn.torch.triton.launch import INTERPRETED, Launch, power_of_2
 from syncbn.torch.triton.tiling import (
