@@ -19,7 +19,7 @@ from syncbn.contract import Statistics
 from syncbn.groups import Activation
 from syncbn.torch import dispatch, fused, reference
 from syncbn.torch.reference import Normalization
-from syncbn.torch.triton import backend, ops, plan, tiling
+from syncbn.torch.triton import backend, ops, plan, scratch, tiling
 from syncbn.torch.triton.plan import Plan, PlanOptions
 from syncbn.torch.triton.tiling import ChannelView, Tile
 
@@ -354,3 +354,15 @@ def test_a_bias_without_a_weight(by_kernels):
     assert by_kernels
     torch.testing.assert_close(y, right, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dweight, (dy * right).sum((0, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_counters_that_were_given_stay_alive(monkeypatch):
+    """A captured graph holds their address alone."""
+    monkeypatch.setattr(scratch, "_slabs", {})
+    monkeypatch.setattr(scratch, "_replaced", [])
+    device = torch.device("cpu")
+    scratch.scratch_for(device, 0, 1, 1)
+    given = scratch.counters(device, scratch.SLAB // 2 + 1).untyped_storage().data_ptr()
+    scratch.scratch_for(device, 0, 1, 1)
+    assert scratch._slabs[device.index].untyped_storage().data_ptr() != given
+    assert [slab.untyped_storage().data_ptr() for slab in scratch._replaced] == [given]

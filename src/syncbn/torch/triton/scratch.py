@@ -36,6 +36,8 @@ class Scratch:
 
 _streams: dict[Any, Scratch] = {}
 _slabs: dict[Any, Tensor] = {}
+# Slabs that others have replaced. Captured graphs hold addresses in them, so their memory must not be given to other tensors.
+_replaced: list[Tensor] = []
 
 
 def counters(device: torch.device, blocks: int) -> Tensor:
@@ -66,6 +68,8 @@ def scratch_for(device: torch.device, stream: int, parts: int, blocks: int) -> t
         found = _streams[key] = Scratch(device)
     slab = _slabs.get(device.index)
     if slab is None or slab.numel() < SLAB // 2:
+        if slab is not None:
+            _replaced.append(slab)
         _slabs[device.index] = torch.zeros(SLAB, dtype=torch.int32, device=device)
     if parts > found.size:
         found.grow(2 * parts, device)
