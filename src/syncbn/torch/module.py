@@ -248,22 +248,14 @@ class SyncBatchNorm(_BatchNorm):
     def _renorm_correction(self, moments: GroupMoments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """r and d, clipped."""
         wide = moments.variance.dtype
-        r, d = maths.renorm_correction(
-            moments.mean,
-            torch.sqrt(moments.variance + self.eps),
-            self.renorm_mean.to(wide),
-            self.renorm_stddev.to(wide),
-            self.eps**0.5,
-            maximum=torch.clamp_min,
-        )
-        given = {key: v() if callable(v) else v for key, v in (self.renorm_clipping or {}).items()}
-        bounds = {key: torch.as_tensor(v, dtype=wide, device=r.device) for key, v in given.items() if v is not None}
-        if "rmin" in bounds:
-            r = torch.maximum(r, bounds["rmin"])
-        if "rmax" in bounds:
-            r = torch.minimum(r, bounds["rmax"])
-        if "dmax" in bounds:
-            d = torch.maximum(torch.minimum(d, bounds["dmax"]), -bounds["dmax"])
+        stddev = torch.sqrt(moments.variance + self.eps)
+        current = self.renorm_mean.to(wide), self.renorm_stddev.to(wide)
+        given = {
+            "as_array": lambda v: torch.as_tensor(v, dtype=wide, device=stddev.device),
+            "maximum": torch.maximum,
+            "minimum": torch.minimum,
+        }
+        r, d = maths.renorm_correction(moments.mean, stddev, *current, self.eps**0.5, self.renorm_clipping, **given)
         return r.to(dtype), d.to(dtype)
 
     @torch.no_grad()
