@@ -1,8 +1,8 @@
 """The contract of the engines, one per framework: what replicas send each other, and how gradients flow.
 
-    moments(x, *, axes, mask=None, group=None) -> Moments
-    normalize(x, moments, scale, offset, *, axes, epsilon, mask=None, group=None, activation=None, residual=None) -> y
-    train_step(x, weight, bias, statistics, *, axes, epsilon, mask=None, group=None, activation=None, residual=None)
+    moments(x, *, axes, mask=None, group=None, layer=None) -> Moments
+    normalize(x, moments, scale, offset, *, axes, epsilon, mask=None, group=None, activation=None, residual=None, layer=None) -> y
+    train_step(x, weight, bias, statistics, *, axes, epsilon, mask=None, group=None, activation=None, residual=None, layer=None)
         -> (y, new statistics)
 
 `moments` measures the global batch: one value per channel, the same bits on every replica, without gradient, by one collective.
@@ -17,6 +17,7 @@ mask      bool, of x's rank, 1 on the channel axes, each other axis full or 1; T
 scale     [C], of `arithmetic_dtype(x)`, and so is offset; both may differ between replicas
 weight    as scale, and bias as offset; torch's also may be None (1 and 0) or of another float dtype
 group     which replicas communicate: see `groups.Group`
+layer     the layer's name or None, for errors that name it; an engine may have none
 y         x's shape and dtype
 
 A layer may also ask `supports_jit()`: whether what is made now can be compiled as a whole; and `should_update_statistics`,
@@ -148,18 +149,18 @@ def default_train_step(
         group: Any = None,
         activation: Any = None,
         residual: Any = None,
-        **own: Any,
+        layer: str | None = None,
     ) -> tuple[Any, Statistics | None]:
-        """(y, the statistics after this step). own: what both verbs of this engine take besides."""
-        measured = moments(x, axes=axes, mask=mask, group=group, **own)
+        """(y, the statistics after this step)."""
+        where = {"axes": axes, "mask": mask, "group": group, "layer": layer}
+        measured = moments(x, **where)
         if statistics is not None:
             # Asked about a tensor that lies in memory: compiled code would write the count there first.
             lies_in_memory = statistics.mean if statistics.batches is None else statistics.batches
             usable = are_usable(measured, may_update(lies_in_memory, False), operators)
             statistics = updated(statistics, measured, usable, operators)
-        own |= {"activation": activation, "residual": residual}
-        y = normalize(x, measured, weight, bias, axes=axes, epsilon=epsilon, mask=mask, group=group, **own)
-        return y, statistics
+        given = {"epsilon": epsilon, "activation": activation, "residual": residual}
+        return normalize(x, measured, weight, bias, **given, **where), statistics
 
     return train_step
 
@@ -181,11 +182,3 @@ def materialize(*vectors: Any) -> Any:
 
 def check_variables(name: str, *variables: Any) -> None:
     """Raises where the variables of the layer of this name cannot hold what training replicas assign to them."""
-
-
-def speak_as(name: str) -> None:
-    """Says whose messages come next."""
-
-
-# What the engines and layers still call these.
-may_move, found_once, realized = should_update_statistics, record_or_replay, materialize

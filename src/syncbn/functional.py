@@ -100,7 +100,7 @@ def sync_batch_norm(
     where = {"axes": axes, "mask": mask, "group": group}
     moments = engine.moments(x, **where)
     y = engine.normalize(x, moments, scale, offset, epsilon=validation.check_epsilon(epsilon), **where)
-    mean = moments.mean[0] + moments.mean[1] if isinstance(moments.mean, tuple) else moments.mean
+    mean = moments.mean_hi if moments.mean_lo is None else moments.mean_hi + moments.mean_lo
     reshape = dialect.operators.reshape
     return y, reshape(mean, parameters), reshape(moments.variance, parameters), moments.count
 

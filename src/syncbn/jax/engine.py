@@ -24,7 +24,6 @@ from syncbn.contract import (
     materialize,
     record_or_replay,
     should_update_statistics,
-    speak_as,
 )
 from syncbn.groups import Activation, Axes, Group, Sharded
 from syncbn.jax import mapped
@@ -39,7 +38,6 @@ __all__ = [
     "normalize",
     "record_or_replay",
     "should_update_statistics",
-    "speak_as",
     "supports_jit",
     "train_step",
 ]
@@ -56,7 +54,9 @@ def supports_jit() -> bool:
     return True
 
 
-def moments(x: jax.Array, *, axes: tuple[int, ...], mask: jax.Array | None = None, group: Group = None) -> Moments:
+def moments(
+    x: jax.Array, *, axes: tuple[int, ...], mask: jax.Array | None = None, group: Group = None, layer: str | None = None
+) -> Moments:
     """Measures the global batch by one gather of integers that hold (n, k, r, m2); above 64 replicas by two sums."""
     x = jnp.asarray(x)
     sharded = _sharded(x, axes, group)
@@ -78,6 +78,7 @@ def normalize(
     group: Group = None,
     activation: Activation | None = None,
     residual: jax.Array | None = None,
+    layer: str | None = None,
 ) -> jax.Array:
     """activation(scale·(x − mean)/√(variance + epsilon) + offset + residual); one sum over replicas, in the backward pass."""
     x = jnp.asarray(x)

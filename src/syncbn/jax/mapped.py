@@ -181,8 +181,8 @@ def normalize(
 ) -> jax.Array:
     """scale·(x − mean)/√(variance + epsilon) + offset, rounded to `dtype`. The backward pass takes one sum over replicas."""
     wide, layout = arithmetic_dtype(x), Layout(axes, x.shape)
-    hi, lo = moments.mean if isinstance(moments.mean, tuple) else (moments.mean, jnp.zeros_like(moments.mean))
-    hi, lo, variance = (jnp.asarray(v, wide) for v in (hi, lo, moments.variance))
+    lo = 0.0 if moments.mean_lo is None else moments.mean_lo
+    hi, lo, variance = (jnp.asarray(v, wide) for v in (moments.mean_hi, lo, moments.variance))
     scale, offset = jnp.asarray(scale, wide), jnp.asarray(offset, wide)
     if moments.count is None:
         plan = Plan(layout, epsilon, replicas, dtype, False, False)

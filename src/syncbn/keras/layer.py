@@ -191,11 +191,10 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             # Else a NaN in the padding would spread: NaN · 0 is NaN.
             inputs = ops.where(ops.logical_or(mask, ops.isfinite(inputs)), inputs, ops.zeros([], inputs.dtype))
         gamma, beta = self._gamma_and_beta(_float32_or_wider(inputs.dtype))
-        where = {"axes": self._channel_axes, "mask": mask, "group": self._group()}
+        where = {"axes": self._channel_axes, "mask": mask, "group": self._group(), "layer": self.name}
         fused = {"epsilon": self.epsilon, "activation": FUSED_ACTIVATIONS.get(self.activation)}
         if training:
             self._engine.check_variables(self.name, self.moving_mean.value, self.moving_variance.value)
-            self._engine.speak_as(self.name)
         if not training:
             mean, variance = (self._vector(v, gamma.dtype) for v in (self.moving_mean, self.moving_variance))
             y = self._engine.normalize(inputs, Moments(None, mean, variance), gamma, beta, **fused, **where)
@@ -243,22 +242,10 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     def _renorm_correction(self, moments: Moments, result_dtype: Any) -> tuple[Any, Any]:
         """r and d, clipped, from the statistics before this step moves them."""
         dtype = moments.variance.dtype
-        r, d = maths.renorm_correction(
-            moments.mean_hi,
-            ops.sqrt(moments.variance + self.epsilon),
-            self._vector(self.renorm_mean, dtype),
-            self._vector(self.renorm_stddev, dtype),
-            self.epsilon**0.5,
-            maximum=ops.maximum,
-        )
-        given = {key: v() if callable(v) else v for key, v in (self.renorm_clipping or {}).items()}
-        bounds = {key: ops.convert_to_tensor(v, dtype) for key, v in given.items() if v is not None}
-        if "rmin" in bounds:
-            r = ops.maximum(r, bounds["rmin"])
-        if "rmax" in bounds:
-            r = ops.minimum(r, bounds["rmax"])
-        if "dmax" in bounds:
-            d = ops.maximum(ops.minimum(d, bounds["dmax"]), -bounds["dmax"])
+        stddev = ops.sqrt(moments.variance + self.epsilon)
+        current = self._vector(self.renorm_mean, dtype), self._vector(self.renorm_stddev, dtype)
+        given = {"as_array": lambda v: ops.convert_to_tensor(v, dtype), "maximum": ops.maximum, "minimum": ops.minimum}
+        r, d = maths.renorm_correction(moments.mean_hi, stddev, *current, self.epsilon**0.5, self.renorm_clipping, **given)
         return ops.cast(ops.stop_gradient(r), result_dtype), ops.cast(ops.stop_gradient(d), result_dtype)
 
     def _update_statistics(self, moments: Moments) -> None:

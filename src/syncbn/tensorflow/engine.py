@@ -17,7 +17,6 @@ from syncbn.contract import (
     materialize,
     record_or_replay,
     should_update_statistics,
-    speak_as,
 )
 from syncbn.groups import Activation, Group
 from syncbn.tensorflow import passes_cpu, passes_gpu
@@ -33,7 +32,6 @@ __all__ = [
     "normalize",
     "record_or_replay",
     "should_update_statistics",
-    "speak_as",
     "supports_jit",
     "train_step",
 ]
@@ -84,7 +82,9 @@ def check_variables(name: str, *variables: Any) -> None:
 
 
 @tf.autograph.experimental.do_not_convert
-def moments(x: tf.Tensor, *, axes: tuple[int, ...], mask: tf.Tensor | None = None, group: Group = None) -> Moments:
+def moments(
+    x: tf.Tensor, *, axes: tuple[int, ...], mask: tf.Tensor | None = None, group: Group = None, layer: str | None = None
+) -> Moments:
     """Measures the global batch: one all-reduce of (n, Σx, Σx²) in float64; on TPUs one gather of (n, k, s/n, m2)."""
     world, x = replicas_of(group), tf.stop_gradient(x)
     if not world.has_float64:
@@ -112,6 +112,7 @@ def normalize(
     group: Group = None,
     activation: Activation | None = None,
     residual: tf.Tensor | None = None,
+    layer: str | None = None,
 ) -> tf.Tensor:
     """activation(scale·(x − mean)/√(variance + epsilon) + offset + residual); one all-reduce, in the backward pass."""
     if moments.count is None:
@@ -136,6 +137,7 @@ def train_step(
     group: Group = None,
     activation: Activation | None = None,
     residual: tf.Tensor | None = None,
+    layer: str | None = None,
 ) -> tuple[tf.Tensor, Statistics | None]:
     """(y, the statistics after this step). On a GPU: two clusters forward and two backward; with one replica one each way."""
     world, passes = replicas_of(group), passes_for(x)

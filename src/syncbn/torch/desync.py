@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from syncbn import settings
 from syncbn.torch._private import default_store, timeout_of
 from syncbn.torch.groups import Communicator
 
-_enabled = os.environ.get("SYNCBN_DEBUG", "0") not in ("", "0")
+_enabled = settings.debug()
 # How many messages each group has announced.
 _announced: dict[str, int] = {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from functools import cache
 from typing import Any
@@ -10,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from syncbn import settings
 from syncbn.torch import cpu, reference
 
-CHOICES = ("auto", "eager", "triton")
+# The environment is read once: this is asked at every call.
+asked_for = cache(settings.kernels)
 
 
 def kernels_for(x: Tensor, mask: Tensor | None) -> Any:
@@ -32,18 +33,6 @@ def fused_kernels(x: Tensor, mask: Tensor | None) -> Any:
     """The Triton kernels where they take this input, else None."""
     kernels = cuda_kernels() if x.is_cuda else None
     return kernels if kernels is not None and kernels.serves(x, mask) else None
-
-
-@cache
-def asked_for() -> str:
-    """`SYNCBN_KERNELS`: auto, eager (the reference everywhere) or triton (an error where Triton is missing)."""
-    value = os.environ.get("SYNCBN_KERNELS", "auto")
-    if value not in CHOICES:
-        raise ValueError(
-            f"SYNCBN_KERNELS must be one of {list(CHOICES)}: it chooses which kernels run on CUDA, for debugging. Received: "
-            f"{value!r}. Unset it for the fastest that are there."
-        )
-    return value
 
 
 @cache

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from syncbn import contract, maths
-from syncbn.contract import ASSIGNED, Operators, Statistics
+from syncbn.contract import ASSIGNED, Operators, Statistics, check_variables
 from syncbn.groups import Activation
 from syncbn.torch import compiled, desync, dispatch, fused, reference
 from syncbn.torch.autograd import Normalized, NormConfig
@@ -22,6 +22,7 @@ from syncbn.torch.transport import gather, global_moments
 __all__ = [
     "OPERATORS",
     "arithmetic_dtype",
+    "check_variables",
     "is_single_process",
     "materialize",
     "moments",
@@ -76,7 +77,7 @@ def moments(
         if reference.has_float64(x.device):
             return compiled.moments(x, mask, size, name)
         return _moments_in_pairs(x, mask, Communicator(size, name, None) if name else None)._replace(communicator=name)
-    return record_or_replay(lambda: _measure(x, mask, None if is_local() else communicator_of(group), layer or _layer))
+    return record_or_replay(lambda: _measure(x, mask, None if is_local() else communicator_of(group), layer))
 
 
 def _measure(x: Tensor, mask: Tensor | None, communicator: Communicator | None, layer: str | None) -> GroupMoments:
@@ -112,7 +113,7 @@ def normalize(
     elif torch.compiler.is_compiling():
         y = compiled.normalize(x, moments, scale, offset, residual, mask, epsilon, activation)
     else:
-        config = NormConfig(epsilon, activation, moments.communicator, dispatch.kernels_for(x, mask), layer or _layer)
+        config = NormConfig(epsilon, activation, moments.communicator, dispatch.kernels_for(x, mask), layer)
         measured = (moments.count, moments.mean, moments.mean_lo, moments.variance)
         y = Normalized.apply(x, scale, offset, residual, mask, *measured, config)
     return view.restore(y)
@@ -230,14 +231,3 @@ def _moments_in_pairs(x: Tensor, mask: Tensor | None, communicator: Communicator
     )
     size = 1 if communicator is None else communicator.size
     return GroupMoments(counts.sum(), hi[0], variance[0], size, mean_lo=lo[0], communicator=communicator)
-
-
-# For keras/layer.py, until it uses the contract's names and gives its name as `layer`.
-found_once, may_move, realized = record_or_replay, should_update_statistics, materialize
-_layer: str | None = None
-
-
-def speak_as(name: str) -> None:
-    """Whose messages come next, where `layer` is not given."""
-    global _layer
-    _layer = name

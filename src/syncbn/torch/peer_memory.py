@@ -8,7 +8,6 @@ Where a group has no mailboxes, or they are spent, its own backend reduces the m
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 import warnings
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncbn import settings
 from syncbn.torch import dispatch
 from syncbn.torch._private import backend_name, symmetric_empty, symmetric_rendezvous, timeout_of
 from syncbn.torch.groups import Communicator
@@ -27,8 +27,7 @@ MAILBOXES = 8
 MOST_CHANNELS = 8192
 # Replicas of one host; a mailbox grows with them.
 MOST_REPLICAS = 16
-# SYNCBN_PEER_MEMORY=0 leaves all messages to the group's backend.
-ENABLED = os.environ.get("SYNCBN_PEER_MEMORY", "1") != "0"
+ENABLED = settings.peer_memory()
 
 
 class Mailbox:
@@ -58,8 +57,8 @@ def lost_replica(group: str, code: int, rank: int) -> RuntimeError:
     what = "did not come in time" if code == 1 else "sent the message of another call"
     return RuntimeError(
         f"All replicas of a group must make the same synchronised calls in the same order. Received: in group {group!r} rank "
-        f"{rank} {what}; what depended on it is NaN. Look for that rank's own error, or for a branch that only some ranks take; "
-        "raise the process group's timeout if it is merely slow; then start again: the group's buffers are not used any more."
+        f"{rank} {what}; what depended on it is NaN. Look for that rank's own error, or for a branch that only some ranks take. "
+        "If it is merely slow, raise the process group's timeout. Then start again: the group's buffers are not used any more."
     )
 
 

@@ -7,16 +7,16 @@ that order, the types and the call are all taken from the signature, by name.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import triton
 
+from syncbn import settings
 from syncbn.torch.triton._private import launcher_of
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = settings.triton_interpreter()
 
 NOTHING = torch.zeros(16, dtype=torch.uint8, device="cpu")
 
