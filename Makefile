@@ -25,14 +25,14 @@ test-demos:
 	$(PYTEST) tests/demo/test_demo_torch.py tests/demo/test_demo_jax.py
 
 test-tensorflow:
-	$(PYTEST) tests/keras/test_layer_keras.py tests/keras/test_private_keras.py tests/tensorflow/test_functional_tensorflow.py $(REPLICATED) --replicas 4
+	$(PYTEST) tests/keras/test_layer_keras.py tests/keras/test_private_keras.py tests/tensorflow/test_functional_tensorflow.py tests/tensorflow/test_passes_gpu.py $(REPLICATED) --replicas 4
 
 test-tensorflow-2:
 	$(PYTEST) $(REPLICATED) --replicas 2
 	$(PYTEST) tests/tensorflow/test_multi_worker.py
 
 test-torch:
-	$(PYTEST) tests/torch/test_layer_torch.py tests/torch/test_engine_torch.py tests/torch/test_layer_torch_ranks.py tests/torch/test_functional_torch.py --replicas 4
+	$(PYTEST) tests/torch/test_layer_torch.py tests/torch/test_engine_torch.py tests/torch/test_layer_torch_ranks.py tests/torch/test_functional_torch.py tests/torch/test_private_torch.py tests/torch/test_world_torch.py --replicas 4
 	$(PYTEST) tests/keras/test_layer_keras_torch.py --replicas 4
 
 test-torch-2:
@@ -46,7 +46,7 @@ test-jax:
 	$(PYTEST) tests/jax/test_multi_process_jax.py
 
 test-kernels:
-	$(PYTEST) tests/torch/test_kernels_triton.py tests/torch/test_exchange.py tests/torch/test_kernels_compile.py
+	$(PYTEST) tests/torch/test_kernels_triton.py tests/torch/test_exchange.py tests/torch/test_kernels_compile.py tests/torch/test_launch.py
 
 # What torch's layers and engine promise, through the kernels for CUDA under Triton's interpreter.
 test-torch-kernels:

@@ -47,7 +47,7 @@ MUTANTS = [
     Mutant("no shard_map over the distribution's mesh", DISTRIBUTION, "    if found is None or", "    if True or", LAYER_TESTS, "when_sharded and data"),
     Mutant("channels gathered under ModelParallel", DISTRIBUTION, "    return layout.axes[0]\n", "    return None\n", LAYER_TESTS, "when_sharded and channels"),
     Mutant("the distribution wins over axis_name", LAYER, "if self.axis_name is None and keras", "if keras", LAYER_TESTS, "wins_over"),
-    Mutant("statistics that are not finite move", LAYER, "sound = ops.logical_and(sound, finite if len(ops.shape(count)) else ops.all(finite))", "pass",
+    Mutant("statistics that are not finite move", "contract.py", "usable = usable & (finite if", "usable = usable | (finite if",
            LAYER_TESTS, "says_nothing and nan"),
     Mutant("padding that is not finite spreads", FUNCTIONAL, "x = dialect.operators.where(mask | dialect.isfinite(x), x, dialect.operators.zeros_like(x))", "pass",
            FUNCTIONAL_TESTS, "padding"),
