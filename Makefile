@@ -21,14 +21,14 @@ test: $(SETUP)
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(TESTS)
 
 test-architecture:
-	$(PYTEST) tests/test_architecture.py tests/test_benchmarks.py tests/test_maths.py tests/test_mutants.py -k "not is_caught"
+	$(PYTEST) tests/test_architecture.py tests/test_benchmarks.py tests/test_errors.py tests/test_settings.py tests/test_maths.py tests/test_mutants.py -k "not is_caught"
 
 test-demos:
 	$(PYTEST) tests/demo/test_demo.py
 	$(PYTEST) tests/demo/test_demo_torch.py tests/demo/test_demo_jax.py
 
 test-tensorflow: $(VENV)/.made-tensorflow
-	$(PYTEST) tests/keras/test_layer_keras.py tests/tensorflow/test_functional_tensorflow.py $(REPLICATED) --replicas 4
+	$(PYTEST) tests/keras/test_layer_keras.py tests/keras/test_private_keras.py tests/tensorflow/test_functional_tensorflow.py $(REPLICATED) --replicas 4
 
 test-tensorflow-2: $(VENV)/.made-tensorflow
 	$(PYTEST) $(REPLICATED) --replicas 2
@@ -37,29 +37,29 @@ test-tensorflow-2: $(VENV)/.made-tensorflow
 	$(PYTEST) tests/tensorflow/test_multi_worker.py
 
 test-torch: $(VENV)/.made-torch
-	$(PYTEST) tests/torch/test_layer_torch.py tests/torch/test_engine_torch.py tests/torch/test_layer_torch_ranks.py tests/torch/test_functional_torch.py --replicas 4
+	$(PYTEST) tests/torch/test_layer_torch.py tests/torch/test_engine_torch.py tests/torch/test_layer_torch_ranks.py tests/torch/test_functional_torch.py tests/torch/test_private_torch.py tests/torch/test_world_torch.py --replicas 4
 	$(PYTEST) tests/keras/test_layer_keras_torch.py --replicas 4
 
 test-torch-2: $(VENV)/.made-torch
 	$(PYTEST) tests/torch/test_engine_torch.py tests/torch/test_torch_training.py --replicas 2
 
 test-jax: $(VENV)/.made-jax
-	$(PYTEST) tests/jax/test_engine_jax.py tests/jax/test_layer_jax.py tests/jax/test_functional_jax.py
+	$(PYTEST) tests/jax/test_engine_jax.py tests/jax/test_layer_jax.py tests/jax/test_functional_jax.py tests/jax/test_private_jax.py
 	$(PYTEST) tests/jax/test_engine_jax.py -k "concatenated and (ragged or masked) or groups" --replicas 2
 	$(PYTEST) tests/jax/test_engine_jax.py -k "concatenated and (ragged or masked) or groups" --replicas 8
 	JAX_ENABLE_X64=1 $(PYTEST) tests/jax/test_engine_jax.py -k "float64 or large or second or groups"
 	$(PYTEST) tests/jax/test_multi_process_jax.py
 
 test-kernels: $(VENV)/.made-torch
-	$(PYTEST) tests/torch/test_kernels_triton.py tests/torch/test_exchange.py tests/torch/test_kernels_compile.py
+	$(PYTEST) tests/torch/test_kernels_triton.py tests/torch/test_exchange.py tests/torch/test_kernels_compile.py tests/torch/test_launch.py
 
 # What torch's layers and engine promise, through the kernels for CUDA under Triton's interpreter.
 test-torch-kernels: $(VENV)/.made-torch
 	SYNCBN_TEST_DEVICE=interpreter $(PYTEST) tests/torch/test_layer_torch.py tests/torch/test_layer_torch_ranks.py tests/torch/test_engine_torch.py tests/torch/test_torch_training.py --replicas 2
 
 test-conversion:
-	$(PYTEST) tests/torch/test_convert_torch.py tests/torch/test_export_torch.py
-	$(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py tests/keras/test_legacy.py
+	$(PYTEST) tests/torch/test_convert_torch.py tests/torch/test_export_torch.py tests/torch/test_files_before.py
+	$(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py tests/keras/test_legacy.py tests/keras/test_files_before_keras.py
 	$(PYTEST) $(FILES)
 	KERAS_BACKEND=torch $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"
 	KERAS_BACKEND=jax $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"

@@ -146,8 +146,8 @@ def measure(given: argparse.Namespace, record: Callable[..., Any]) -> None:
     if "RANK" in os.environ:
         from syncbn.torch import peer_memory
 
-        # Every case is captured anew, and a captured graph keeps its lane.
-        peer_memory.LANES = 4 * len(CASES)
+        # Every case is captured anew, and a captured graph keeps its mailbox.
+        peer_memory.MAILBOXES = 4 * len(CASES)
     elif "between" in parts:
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
         torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)

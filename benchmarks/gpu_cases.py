@@ -150,7 +150,7 @@ def transport(device: torch.device) -> str:
     """How our replicas' messages travel."""
     if world() == 1:
         return "none"
-    from syncbn.torch.groups import link_of
-    from syncbn.torch.peer_memory import lane_of
+    from syncbn.torch.groups import communicator_of
+    from syncbn.torch.peer_memory import mailbox_of
 
-    return "all-reduce" if lane_of(link_of(None), device) is None else "peer memory"
+    return "all-reduce" if mailbox_of(communicator_of(None), device) is None else "peer memory"

@@ -10,28 +10,36 @@ from pathlib import Path
 import torch
 from gpu_cases import Case, event_time, graph_time, tensors
 
-from syncbn.torch.triton import ops as fused
+from syncbn.contract import Statistics
+from syncbn.torch.triton import backend, launch, ops
 from syncbn.torch.triton import plan as plans
-from syncbn.torch.triton.launch import Launch, power_of_2
-from syncbn.torch.triton.tiling import Fold, Tile
+from syncbn.torch.triton._private import Launcher
+from syncbn.torch.triton.launch import power_of_2
+from syncbn.torch.triton.plan import Plan, PlanOptions
+from syncbn.torch.triton.tiling import ChannelView, Tile
 
-__all__ = ["Tile", "between_cost", "calls", "exchange_cost", "fold", "launches", "make", "one_launch", "power_of_2",
+__all__ = ["Tile", "between_cost", "calls", "channel_view", "exchange_cost", "launches", "make", "one_launch", "power_of_2",
            "programmatic_launch", "without_launches"]  # fmt: skip
 
 EPSILON = 1e-5
-SINGLE = {"keep": None, "slope": 0.0, "lane": None}
+ONE_REPLICA = {"mask": None, "transport": None}
 
 
-def fold(case: Case) -> Fold:
+def channel_view(case: Case) -> ChannelView:
     """A case's tensor as the kernels see it."""
     n, c, h, w = case.shape
-    return Fold(n * h * w, c, 1) if case.layout == "NHWC" else Fold(n, c, h * w)
+    return ChannelView(n * h * w, c, 1) if case.layout == "NHWC" else ChannelView(n, c, h * w)
 
 
-def make(case: Case, tiles, at_once=False):
+def make(case: Case, tiles, single_launch=False):
     """The plan of one replica's step, compiled."""
-    how = {"scale": torch.float32, "moving": torch.float32, "moves": 1, "tiles": tiles, "at_once": at_once}
-    return plans.Plan(fold(case), case.torch_dtype(), torch.device("cuda", 0), **how)
+    options = PlanOptions(EPSILON, scale=torch.float32, statistics=torch.float32, update=1, single_launch=single_launch)
+    return Plan(channel_view(case), case.torch_dtype(), torch.device("cuda", 0), options, tiles)
+
+
+def statistics(t):
+    """The moving statistics, as a launch updates them."""
+    return Statistics(t.running_mean, t.running_var, 0.1, True, t.tracked)
 
 
 def programmatic_launch(on: bool) -> None:
@@ -41,34 +49,31 @@ def programmatic_launch(on: bool) -> None:
 
 def calls(plan, t):
     """The four launches of a step, each with what it needs at hand."""
-    stats = fused.measure(plan, t.x, None)
-    moving = fused.Moving(t.running_mean, t.running_var, t.tracked, 0.1)
+    stats, moving = ops.measure(plan, t.x, None), statistics(t)
 
     def normalize():
-        return fused.normalize(plan, t.x, stats, t.weight, t.bias, EPSILON, moving=moving)
+        return ops.normalize(plan, t.x, stats, t.weight, t.bias, statistics=moving)
 
     def sums():
-        return fused.gradient_sums(plan, t.x, t.dy, stats, t.weight, t.bias, EPSILON)
+        return ops.gradient_sums(plan, t.x, t.dy, stats, t.weight, t.bias)
 
     message = sums()[2]
 
     def input_gradient():
-        return fused.input_gradient(plan, t.x, t.dy, message, stats, t.weight, t.bias, EPSILON)
+        return ops.input_gradient(plan, t.x, t.dy, message, stats, t.weight, t.bias)[0]
 
-    return lambda: fused.measure(plan, t.x, None), normalize, sums, input_gradient
+    return lambda: ops.measure(plan, t.x, None), normalize, sums, input_gradient
 
 
 def one_launch(plan, t):
-    """(forward, backward) of a plan that is resident."""
-    moving = fused.Moving(t.running_mean, t.running_var, t.tracked, 0.1)
+    """(forward, backward) of a plan of a single launch each way."""
+    moving = statistics(t)
 
     def forward():
-        return fused.forward(plan, t.x, t.weight, t.bias, EPSILON, moving=moving, residual=None, **SINGLE)
+        return ops.forward(plan, t.x, t.weight, t.bias, statistics=moving, residual=None, **ONE_REPLICA)
 
     stats = forward()[1]
-    return forward, lambda: fused.backward(
-        plan, t.x, t.dy, stats, t.weight, t.bias, EPSILON, saved=None, dresidual=None, **SINGLE
-    )
+    return forward, lambda: ops.backward(plan, t.x, t.dy, stats, t.weight, t.bias, saved=None, **ONE_REPLICA)
 
 
 def launches(case: Case) -> dict[str, float]:
@@ -78,24 +83,22 @@ def launches(case: Case) -> dict[str, float]:
     both, back = graph_time(lambda: (moments(), normalize())), graph_time(lambda: (sums(), input_gradient()))
     first, third = graph_time(moments), graph_time(sums)
     found = {"moments": first, "normalize": both - first, "sums": third, "input_gradient": back - third}
-    held = make(case, {}, at_once=True)
-    if held.resident:
-        found |= dict(zip(("forward", "backward"), map(graph_time, one_launch(held, t)), strict=True))
+    single = make(case, {}, single_launch=True)
+    if single.single_launch:
+        found |= dict(zip(("forward", "backward"), map(graph_time, one_launch(single, t)), strict=True))
     return found
 
 
 def between_cost(case: Case) -> float:
     """µs of our step with an NCCL all-reduce of one process between the kernels, as where replicas are on several hosts."""
     t = tensors(case)
-    plan = plans.Plan(fold(case), case.torch_dtype(), t.x.device, scale=torch.float32, sent=True, raw=True)
+    options = PlanOptions(EPSILON, scale=torch.float32, partial_sums=True, reduced_sums=True)
+    plan = Plan(channel_view(case), case.torch_dtype(), t.x.device, options)
+    given = {"mask": None, "transport": torch.distributed.all_reduce}
 
     def step() -> None:
-        _, message = fused.forward(
-            plan, t.x, t.weight, t.bias, EPSILON, **SINGLE, residual=None, moving=None, between=torch.distributed.all_reduce
-        )
-        _, _, sums = fused.gradient_sums(plan, t.x, t.dy, message, t.weight, t.bias, EPSILON)
-        torch.distributed.all_reduce(sums)
-        fused.input_gradient(plan, t.x, t.dy, sums, message, t.weight, t.bias, EPSILON)
+        _, message = ops.forward(plan, t.x, t.weight, t.bias, residual=None, statistics=None, **given)
+        ops.backward(plan, t.x, t.dy, message, t.weight, t.bias, saved=None, **given)
 
     return graph_time(step)
 
@@ -122,13 +125,14 @@ def exchange_cost(case: Case, size: int = 2) -> tuple[float, float]:
 
     def alone(plan, rank: int) -> None:
         own = t[rank]
-        stats = fused.measure(plan, own.x, None)
-        fused.normalize(plan, own.x, stats, own.weight, own.bias, EPSILON)
-        sums = fused.gradient_sums(plan, own.x, own.dy, stats, own.weight, own.bias, EPSILON)
-        fused.input_gradient(plan, own.x, own.dy, sums[2], stats, own.weight, own.bias, EPSILON)
+        stats = ops.measure(plan, own.x, None)
+        ops.normalize(plan, own.x, stats, own.weight, own.bias)
+        _, _, message = ops.gradient_sums(plan, own.x, own.dy, stats, own.weight, own.bias)
+        ops.input_gradient(plan, own.x, own.dy, message, stats, own.weight, own.bias)
 
     with_ = replicas.plan(t[0].x, scale=torch.float32)
-    without = plans.Plan(fold(case), case.torch_dtype(), t[0].x.device, scale=torch.float32)
+    options = PlanOptions(EPSILON, scale=torch.float32)
+    without = Plan(channel_view(case), case.torch_dtype(), t[0].x.device, options)
     a = timed(lambda r: step(replicas, with_, r, t[r].x, t[r].dy, t[r].weight, t[r].bias))
     b = timed(lambda r: alone(without, r))
     said = [int(s) for s in replicas.statuses]
@@ -139,9 +143,17 @@ def exchange_cost(case: Case, size: int = 2) -> tuple[float, float]:
 @contextlib.contextmanager
 def without_launches() -> Iterator[None]:
     """Our kernels are not launched: what they would write stays as it was allocated."""
-    real = Launch.__call__
-    Launch.__call__ = lambda self, stream, *arguments: None  # type: ignore[method-assign]
+    real = launch.launcher_of
+    launch.launcher_of = lambda compiled: Launcher(lambda *arguments: None, (), False)
     try:
+        _forget_plans()
         yield
     finally:
-        Launch.__call__ = real  # type: ignore[method-assign]
+        launch.launcher_of = real
+        _forget_plans()
+
+
+def _forget_plans() -> None:
+    # A plan keeps the launcher that it was made with.
+    backend._plans.clear()
+    backend._step_plans.clear()

@@ -13,7 +13,7 @@ import time
 
 import torch
 from gpu_cases import chosen_cases, graph_time, start, tensors, where
-from gpu_kernels import EPSILON, Tile, calls, fold, make, one_launch, power_of_2, programmatic_launch
+from gpu_kernels import EPSILON, Tile, calls, channel_view, make, one_launch, power_of_2, programmatic_launch
 from timing import case_option
 
 # Reductions: (positions, channels, warps, programs per processor or 0 for one program per channel, unroll[, stages]).
@@ -50,23 +50,23 @@ POINTWISE_SMALL = [
     (256, 8, 4), (64, 32, 4), (128, 16, 4), (512, 4, 4), (64, 16, 4), (1024, 2, 4), (256, 4, 4), (256, 16, 8), (2048, 1, 4),
 ]
 # fmt: on
-RESIDENT, BESIDE = "resident", "a launch and its neighbour in a CUDA graph"
+SINGLE, BESIDE = "single_launch", "a launch and its neighbour in a CUDA graph"
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     case_option(parser)
 
 
-def share_for(f, T, K, programs_per_processor):
-    steps = -(-f.A * f.B // T)
-    splits = max(1, min(steps, round(132 * programs_per_processor / -(-f.C // K))))
+def steps_for(view, T, K, programs_per_processor):
+    steps = -(-view.A * view.B // T)
+    splits = max(1, min(steps, round(132 * programs_per_processor / -(-view.C // K))))
     return -(-steps // splits)
 
 
-def reductions(f, itemsize):
-    J, vector = f.A * f.B, 16 // itemsize
-    if f.B == 1:
-        found = [(max(elements // K, 1), min(K, power_of_2(f.C)), *rest) for K, elements, *rest in LAST]
+def reductions(view, itemsize):
+    J, vector = view.A * view.B, 16 // itemsize
+    if view.B == 1:
+        found = [(max(elements // K, 1), min(K, power_of_2(view.C)), *rest) for K, elements, *rest in LAST]
         few = [
             (512, vector, 8, 0, 1),
             (512, vector, 8, 0, 2),
@@ -75,37 +75,37 @@ def reductions(f, itemsize):
             (256, vector, 4, 0, 2),
         ]
     else:
-        found, few = (PLANES, FEW_PLANES) if f.B >= 512 else (SMALL_PLANES, [])
+        found, few = (PLANES, FEW_PLANES) if view.B >= 512 else (SMALL_PLANES, [])
     tiles = []
     for T, K, warps, waves, unroll, *stages in [*found, *(few if J <= 8192 else [])]:
         T = min(T, power_of_2(J))
-        tiles.append(Tile(T, K, warps, share_for(f, T, K, waves) if waves else -(-J // T), unroll, *stages))
+        tiles.append(Tile(T, K, warps, steps_for(view, T, K, waves) if waves else -(-J // T), unroll, *stages))
     return list(dict.fromkeys(tiles))
 
 
-def pointwises(f):
-    cap = power_of_2(f.C)
-    found = POINTWISE_LAST if f.B == 1 else POINTWISE_PLANES if f.B >= 512 else POINTWISE_SMALL
+def pointwises(view):
+    cap = power_of_2(view.C)
+    found = POINTWISE_LAST if view.B == 1 else POINTWISE_PLANES if view.B >= 512 else POINTWISE_SMALL
     tiles = [
-        Tile(min(T, power_of_2(f.A * f.B)), min(K, cap), w, share)
+        Tile(min(T, power_of_2(view.A * view.B)), min(K, cap), w, steps)
         for T, K, w in found
-        for share in ((1, 2) if f.B == 1 and T * K == 4096 else (1,))
+        for steps in ((1, 2) if view.B == 1 and T * K == 4096 else (1,))
     ]
     return list(dict.fromkeys(tiles))
 
 
-def residents(f):
+def singles(view):
     """Tiles of one launch each way, 8 to 32 values a thread."""
-    T, cap = power_of_2(f.A * f.B), power_of_2(f.C)
+    T, cap = power_of_2(view.A * view.B), power_of_2(view.C)
     if T > 8192:
         return []
     return [Tile(T, K, w, 1) for K in (1, 2, 4, 8, 16) for w in (1, 2, 4, 8, 16) if cap >= K and 256 * w <= T * K <= 1024 * w]
 
 
 def candidates(case):
-    f = fold(case)
-    r, p = reductions(f, case.torch_dtype().itemsize), pointwises(f)
-    return {"moments": r, "sums": r, "normalize": p, "input_gradient": p, RESIDENT: residents(f)}
+    view = channel_view(case)
+    r, p = reductions(view, case.torch_dtype().itemsize), pointwises(view)
+    return {"moments": r, "sums": r, "normalize": p, "input_gradient": p, SINGLE: singles(view)}
 
 
 def warm(job):
@@ -113,7 +113,7 @@ def warm(job):
     case, tiles, on = job
     programmatic_launch(on)
     try:
-        make(case, tiles, RESIDENT in tiles)
+        make(case, tiles, SINGLE in tiles)
     except Exception as error:  # a tile that does not compile is no candidate
         return repr(error)[:200]
 
@@ -128,7 +128,7 @@ def errors_of(plan, t):
     right.backward(t.dy.double())
     rel = lambda got, want: ((got.double() - want).abs().max() / want.abs().max()).item()  # noqa: E731
     dims = [0, *range(2, x.dim())]
-    C = plan.fold.C
+    C = plan.view.C
     var = x.detach().var(dims, unbiased=False)
     return {
         "variance": ((stats[C : 2 * C] - var) / var).abs().max().item(),
@@ -142,10 +142,10 @@ def errors_of(plan, t):
 def time_of(case, kind, tile, t):
     """µs; None for a tile that does not compile."""
     try:
-        plan = make(case, {kind: tile}, kind == RESIDENT)
+        plan = make(case, {kind: tile}, kind == SINGLE)
     except Exception:
         return None
-    if kind == RESIDENT:
+    if kind == SINGLE:
         both = one_launch(plan, t)
         return graph_time(lambda: [f() for f in both], 6, 5)
     m, n, s, g = calls(plan, t)
@@ -169,7 +169,7 @@ def search(case, record):
             print(case.name, kind, round(min(times)[0], 2), *best[kind], flush=True)
     for name, error in errors_of(make(case, {}), t).items():
         record(measure="largest relative error", unit="1", subject=name, values=error)
-    return {kind: tile for kind, tile in best.items() if kind != RESIDENT}
+    return {kind: tile for kind, tile in best.items() if kind != SINGLE}
 
 
 def measure(given, record):

@@ -21,7 +21,7 @@ from rows import quantiles
 from timing import case_name, case_option, chosen, in_turns, rounds_option, seconds
 from torch import nn
 
-from syncbn.torch import cpu
+from syncbn.torch import cpu, engine
 
 SHAPES = [(32, 64, 56, 56), (8, 256, 14, 14), (64, 512)]
 REPLICAS = (1, 2)
@@ -149,9 +149,6 @@ def host_times(layers: int = 20, rounds: int = 200) -> list[dict[str, Any]]:
     def step_of(adapter: Adapter, through_autograd: bool = False) -> Callable[[], None]:
         norms = [adapter.make(shape) for _ in range(layers)]
         x, dy = torch.randn(shape).requires_grad_(), torch.randn(shape)
-        if through_autograd:
-            for norm in norms:
-                norm._suits_torchs_own = lambda x: False  # our own function, as with several replicas
 
         def step() -> None:
             y = x
@@ -159,7 +156,13 @@ def host_times(layers: int = 20, rounds: int = 200) -> list[dict[str, Any]]:
                 y = norm(y)
             y.backward(dy)
 
-        return step
+        def step_through_autograd() -> None:
+            native, engine.can_use_native = engine.can_use_native, lambda *given: False
+            step()
+            engine.can_use_native = native
+
+        # Our own function, as with several replicas.
+        return step_through_autograd if through_autograd else step
 
     steps = {OURS: step_of(ours), "syncbn, through its own function": step_of(ours, True), "torch local": step_of(local)}
     found = in_turns(steps, rounds, lambda step: seconds(step) / layers)

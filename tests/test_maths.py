@@ -32,9 +32,9 @@ def test_moments_of_sums(dtype, mean, tolerance):
         t, u = maths.raw_sums(np.float64(count), *(v.astype("float64") for v in (k, s, q)))
         n, total, squares = n + count, total + t, squares + u
     got_mean, got_variance = maths.moments_of_sums(n, total, squares, maximum=np.maximum)
-    whole = np.concatenate(xs).astype("float64")
-    np.testing.assert_allclose(got_mean, whole.mean(0), rtol=1e-9)
-    np.testing.assert_allclose(got_variance, whole.var(0), rtol=tolerance)
+    full_batch = np.concatenate(xs).astype("float64")
+    np.testing.assert_allclose(got_mean, full_batch.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(got_variance, full_batch.var(0), rtol=tolerance)
 
 
 @pytest.mark.parametrize("first_empty", [False, True])
@@ -48,11 +48,11 @@ def test_merge_keeps_what_float32_would_round_away(first_empty):
     r, m2 = s / np.maximum(n, 1), maths.local_m2(n, s, q, maximum=np.maximum)
     pivot = k[np.argmax(n)]
     total, (hi, lo), variance = maths.merge(n, k, r, m2, pivot, add=lambda v: v.sum(0), maximum=np.maximum, where=np.where)
-    whole = np.concatenate(xs).astype("float64")
+    full_batch = np.concatenate(xs).astype("float64")
     assert hi.dtype == lo.dtype == variance.dtype == np.float32
-    assert total == len(whole)
-    np.testing.assert_allclose(hi.astype("float64") + lo, whole.mean(0), atol=1e-5)
-    np.testing.assert_allclose(variance, whole.var(0), rtol=1e-5)
+    assert total == len(full_batch)
+    np.testing.assert_allclose(hi.astype("float64") + lo, full_batch.mean(0), atol=1e-5)
+    np.testing.assert_allclose(variance, full_batch.var(0), rtol=1e-5)
 
 
 def test_nothing_counted_gives_mean_0_and_variance_1():

@@ -31,7 +31,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def verdicts(request, tmp_path_factory):
-    """What pytest says of each mutant that was asked for; two run at a time."""
+    """The result of pytest for each selected mutant. Two run at a time."""
     asked = [item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec")]
     pool = ThreadPoolExecutor(2)
     yield {name: pool.submit(run, *MUTANTS[name], tmp_path_factory.mktemp("mutant")) for name in asked}

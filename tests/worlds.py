@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -115,7 +116,7 @@ class TorchWorld:
         # Torch is imported once, and the processes are forked from where it is.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
-        self.workers, self.pipes = [], []
+        self.workers, self.pipes, self.requests = [], [], [0] * replicas
         for rank in range(replicas):
             mine, theirs = context.Pipe()
             worker = context.Process(target=serve, args=(theirs, rank, replicas, port, timeout, device), daemon=True)
@@ -140,14 +141,20 @@ class TorchWorld:
         return [value for _, value in answers]
 
     def send(self, rank: int, function: Callable[..., Any], *arguments: Any) -> None:
-        self.pipes[rank].send_bytes(pickle.dumps((function.__module__, function.__qualname__, arguments)))
+        """Asks a process to run function(*arguments); `receive` waits for the answer to the latest request."""
+        self.requests[rank] += 1
+        self.pipes[rank].send_bytes(pickle.dumps((self.requests[rank], function.__module__, function.__qualname__, arguments)))
 
     def receive(self, rank: int) -> tuple[bool, Any]:
         """(True, what the function returned) or (False, the traceback); also of a process that died."""
+        end = time.monotonic() + 2 * self.timeout
         try:
-            if not self.pipes[rank].poll(2 * self.timeout):
-                return False, "no answer"
-            return pickle.loads(self.pipes[rank].recv_bytes())
+            while self.pipes[rank].poll(max(0, end - time.monotonic())):
+                request, ok, value = pickle.loads(self.pipes[rank].recv_bytes())
+                # An answer to an earlier request, which came too late for it, is dropped.
+                if request == self.requests[rank]:
+                    return ok, value
+            return False, "no answer"
         except (EOFError, ConnectionResetError):
             self.workers[rank].join(10)
             return False, f"died with {self.workers[rank].exitcode}"
@@ -182,15 +189,15 @@ def serve(pipe: Any, rank: int, replicas: int, port: int, timeout: float, device
         patience = datetime.timedelta(seconds=timeout)
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=patience)
         dist.init_process_group(backend, store=store, rank=rank, world_size=replicas, timeout=patience)
-    pipe.send_bytes(pickle.dumps((True, "ready")))
+    pipe.send_bytes(pickle.dumps((0, True, "ready")))
     with contextlib.suppress(EOFError):
         while True:
-            module, name, arguments = pickle.loads(pipe.recv_bytes())
+            request, module, name, arguments = pickle.loads(pipe.recv_bytes())
             try:
-                answer_ = True, getattr(importlib.import_module(module), name)(*arguments)
+                answer = request, True, getattr(importlib.import_module(module), name)(*arguments)
             except BaseException:
-                answer_ = False, traceback.format_exc()
-            pipe.send_bytes(pickle.dumps(answer_))
+                answer = request, False, traceback.format_exc()
+            pipe.send_bytes(pickle.dumps(answer))
 
 
 class JaxWorld:

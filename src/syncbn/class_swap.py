@@ -1,8 +1,9 @@
-"""Whether a class may be exchanged: what both frameworks ask of it."""
+"""Whether an object may get another class: what the conversions of both frameworks share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 # What a class statement leaves in a class besides what its author wrote.
@@ -23,20 +24,20 @@ _OF_EVERY_CLASS = {
 
 
 def known_ancestor(cls: type, known: Iterable[type]) -> type | None:
-    """The known class that this one behaves as: itself, or one of which it overrides nothing but `__init__`."""
+    """The known class whose behaviour this class has: itself, or one of which it overrides nothing but `__init__`."""
     known = set(known)
     ancestor = next((c for c in cls.__mro__ if c in known), None)
     return ancestor if ancestor is not None and not overridden(cls, ancestor) else None
 
 
 def overridden(cls: type, ancestor: type) -> list[str]:
-    """What a class, or a mixin of its, has that the ancestor has not, `__init__` apart."""
+    """The names that a class and its mixins define beyond the ancestor, `__init__` apart."""
     own = [c for c in cls.__mro__ if c not in ancestor.__mro__]
     return sorted({name for c in own for name in vars(c)} - _OF_EVERY_CLASS - {"__init__"})
 
 
 def qualified(cls: type) -> str:
-    """A class as an error names it."""
+    """A class's module and name, for an error."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -50,3 +51,42 @@ def why_unknown(layer: Any, known: Iterable[type], method: str) -> str:
     if names:
         return f"a {qualified(cls)}, which overrides {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
     return f"a {qualified(cls)} with a `{method}` of its own"
+
+
+def listed(found: Iterable[tuple[str, str]]) -> str:
+    """Layers, each a name and a reason, for an error."""
+    return "; ".join(f"{name or 'the model itself'} ({why})" for name, why in found)
+
+
+# Warnings name the line that called syncbn.convert, which calls a framework's convert, which calls these.
+_CALLER = 4
+
+
+def check_all_known(unknown: Sequence[tuple[str, str]], on_unknown: str) -> None:
+    """Raises or warns, as `on_unknown` says, where batch norms of unknown behaviour were found."""
+    if not unknown or on_unknown == "skip":
+        return
+    text = (
+        "Only a batch norm whose behaviour is known can change its class: no subclass that overrides more than `__init__`. "
+        f'Received: {listed(unknown)}. Leave them out with `filter` or on_unknown="skip", or use the framework\'s own classes.'
+    )
+    if on_unknown == "error":
+        raise ValueError(text)
+    warnings.warn(text, stacklevel=_CALLER)
+
+
+def warn_if_none(found: Sequence[Any], function: str, wanted: str, filtered: bool) -> None:
+    """Warns where a model holds nothing to convert or revert."""
+    if not found:
+        which = "that `filter` takes" if filtered else "at all"
+        text = f"{function} expects a model that holds {wanted}. Received: a model with none {which}. It is returned unchanged."
+        warnings.warn(text, stacklevel=_CALLER)
+
+
+def check_revertible(beyond: Sequence[tuple[str, str]], target: str) -> None:
+    """Raises where layers do what the framework's own class cannot."""
+    if beyond:
+        raise ValueError(
+            f"Only what {target} can do can be reverted. Received: {listed(beyond)}. Use a separate layer for it, or leave the "
+            "layer out with `filter`."
+        )

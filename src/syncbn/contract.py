@@ -1,8 +1,8 @@
 """The contract of the engines, one per framework: what replicas send each other, and how gradients flow.
 
-    moments(x, *, axes, mask=None, group=None) -> Moments
-    normalize(x, moments, scale, offset, *, axes, epsilon, mask=None, group=None, activation=None, residual=None) -> y
-    train_step(x, weight, bias, statistics, *, axes, epsilon, mask=None, group=None, activation=None, residual=None)
+    moments(x, *, axes, mask=None, group=None, layer=None) -> Moments
+    normalize(x, moments, scale, offset, *, axes, epsilon, mask=None, group=None, activation=None, residual=None, layer=None) -> y
+    train_step(x, weight, bias, statistics, *, axes, epsilon, mask=None, group=None, activation=None, residual=None, layer=None)
         -> (y, new statistics)
 
 `moments` measures the global batch: one value per channel, the same bits on every replica, without gradient, by one collective.
@@ -16,7 +16,8 @@ x         any rank ≥ 2, any float dtype; `axes` are its channel axes, sorted, 
 mask      bool, of x's rank, 1 on the channel axes, each other axis full or 1; True marks what counts
 scale     [C], of `arithmetic_dtype(x)`, and so is offset; both may differ between replicas
 weight    as scale, and bias as offset; torch's also may be None (1 and 0) or of another float dtype
-group     which replicas communicate: see `syncbn.policy.Group`
+group     which replicas communicate: see `groups.Group`
+layer     the layer's name or None, for errors that name it; an engine may have none
 y         x's shape and dtype
 
 A layer may also ask `supports_jit()`: whether what is made now can be compiled as a whole; and `should_update_statistics`,
@@ -69,7 +70,8 @@ class Statistics(NamedTuple):
     weight: of the new value, in [0, 1]: moving = moving·(1 − weight) + batch·weight. None for 1/batches, a cumulative average.
     unbiased: whether the batch's variance is multiplied by n/(n − 1) first.
     batches: an integer scalar that counts the updates, or None. Without it a weight of None is 0.
-    assigned: of a result: the variables hold these values already, because a launch wrote them or nothing was to change.
+    assigned: of a result: the variables hold the new values already, because a launch wrote them or nothing was to change. Then
+        the other fields may be None (`ASSIGNED`).
     """
 
     mean: Any
@@ -78,6 +80,9 @@ class Statistics(NamedTuple):
     unbiased: bool = False
     batches: Any = None
     assigned: bool = False
+
+
+ASSIGNED = Statistics(None, None, None, assigned=True)
 
 
 class Operators(NamedTuple):
@@ -90,7 +95,7 @@ class Operators(NamedTuple):
     cast: Callable[..., Any]
 
 
-def are_usable(moments: Moments, may_update: Any, operators: Operators) -> Any:
+def are_usable(moments: Any, may_update: Any, operators: Operators) -> Any:
     """Whether a step with these moments updates the moving statistics: False, or a bool array.
 
     Not at count 0, nor, on several replicas, if the moments are not finite. may_update: of `should_update_statistics`.
@@ -107,10 +112,10 @@ def are_usable(moments: Moments, may_update: Any, operators: Operators) -> Any:
     return usable if may_update is True else usable & may_update
 
 
-def updated(statistics: Statistics, moments: Moments, usable: Any, operators: Operators) -> Statistics:
+def updated(statistics: Statistics, moments: Any, usable: Any, operators: Operators) -> Statistics:
     """The statistics after a step with these moments. usable: of `are_usable`."""
     if usable is False:
-        return statistics._replace(assigned=True)
+        return ASSIGNED
     count, mean, variance = moments.average or (moments.count, moments.mean_hi, moments.variance)
     wide, weight, batches = variance.dtype, statistics.weight, statistics.batches
     if batches is not None:
@@ -128,7 +133,7 @@ def updated(statistics: Statistics, moments: Moments, usable: Any, operators: Op
 
 
 def default_train_step(
-    moments: Callable[..., Moments], normalize: Callable[..., Any], may_update: Callable[..., Any], operators: Operators
+    moments: Callable[..., Any], normalize: Callable[..., Any], may_update: Callable[..., Any], operators: Operators
 ) -> Callable[..., tuple[Any, Statistics | None]]:
     """The verb `train_step` of an engine, made from its other verbs. may_update: its `should_update_statistics`."""
 
@@ -144,18 +149,18 @@ def default_train_step(
         group: Any = None,
         activation: Any = None,
         residual: Any = None,
-        **own: Any,
+        layer: str | None = None,
     ) -> tuple[Any, Statistics | None]:
-        """(y, the statistics after this step). own: what both verbs of this engine take besides."""
-        measured = moments(x, axes=axes, mask=mask, group=group, **own)
+        """(y, the statistics after this step)."""
+        where = {"axes": axes, "mask": mask, "group": group, "layer": layer}
+        measured = moments(x, **where)
         if statistics is not None:
             # Asked about a tensor that lies in memory: compiled code would write the count there first.
             lies_in_memory = statistics.mean if statistics.batches is None else statistics.batches
             usable = are_usable(measured, may_update(lies_in_memory, False), operators)
             statistics = updated(statistics, measured, usable, operators)
-        own |= {"activation": activation, "residual": residual}
-        y = normalize(x, measured, weight, bias, axes=axes, epsilon=epsilon, mask=mask, group=group, **own)
-        return y, statistics
+        given = {"epsilon": epsilon, "activation": activation, "residual": residual}
+        return normalize(x, measured, weight, bias, **given, **where), statistics
 
     return train_step
 
@@ -177,11 +182,3 @@ def materialize(*vectors: Any) -> Any:
 
 def check_variables(name: str, *variables: Any) -> None:
     """Raises where the variables of the layer of this name cannot hold what training replicas assign to them."""
-
-
-def speak_as(name: str) -> None:
-    """Says whose messages come next."""
-
-
-# What the engines and layers still call these.
-may_move, found_once, realized = should_update_statistics, record_or_replay, materialize

@@ -1,4 +1,4 @@
-"""Theirs to ours and back, old files, and out of training: `convert`, `revert`, `fold`; one module a framework."""
+"""`convert`, `revert` and `fold`: each calls the function of the model's framework."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar
 
-from syncbn import policy_migration as policy
-
 Model = TypeVar("Model")
+ON_UNKNOWN = ("error", "warn", "skip")
 # Pickles of version 0.1.0 name modules below this one: `syncbn._moved` finds them.
 __path__: list[str] = []
 
@@ -24,31 +23,37 @@ def convert(
     filter: Callable[[str, Any], bool] | None = None,
     on_unknown: str = "error",
 ) -> Model:
-    """Turns every batch norm of a torch or Keras model into ours, in place, and returns the model.
+    """Makes every batch norm of a torch or Keras model a synchronised one, in place, and returns the model.
 
-    Each layer object stays and changes its class. Parameters, buffers, statistics, names, hooks, sharing, `training`,
-    `trainable`, `requires_grad`, dtype, device, an optimizer that holds the parameters and a model's compiled state hold; no
-    weight is copied, and state_dict and `.weights.h5` keep their keys and values (the latter's keys follow class names: see
-    `syncbn.load_weights`). Layers that are ours already get the arguments that are given.
+    Each layer object stays and changes its class. It computes what it did, with the statistics of all replicas in training:
 
-    torch: `BatchNorm1d/2d/3d`, `SyncBatchNorm`, the lazy ones, and timm's `BatchNormAct2d`, which keeps its dropout and
-    activation. Keras, on any backend: `BatchNormalization`, in Sequential, functional, nested and subclassed models. A subclass
-    of these that overrides nothing but `__init__` is converted; any other is left to `on_unknown`. Instance norms and others
-    stay. Convert before a model is compiled, scripted, quantised or wrapped for distribution, before or after it moved to its
-    device. A model without batch norms is returned with a warning.
+        y = weight · (x − mean) / √(variance + epsilon) + bias
+
+    No weight is copied. Names, hooks, sharing, `training`, `trainable`, `requires_grad`, dtypes and devices stay, and so does
+    an optimizer that holds the parameters. `state_dict` and `.weights.h5` keep their values. `state_dict` keeps its keys;
+    those of `.weights.h5` follow class names (see `syncbn.load_weights`). Layers that are synchronised already get the given
+    arguments.
+
+    torch: `BatchNorm1d/2d/3d`, `SyncBatchNorm`, their lazy forms, and timm's `BatchNormAct2d` with its dropout and activation.
+    Keras, on any backend: `BatchNormalization` in Sequential, functional, nested and subclassed models. A subclass that
+    overrides only `__init__` is converted too. Any other is left to `on_unknown`. Instance norms and other layers stay.
+
+    Convert a model before it is compiled, scripted, quantised or wrapped for distribution. It may be on its device already.
 
     Args:
-        model: a torch.nn.Module or a Keras layer or model.
-        process_group: torch only: the replicas that meet.
-        group_size: synchronise among consecutive groups of that many replicas.
-        renorm: batch renormalization, whose statistics start from the model's own: mean, √(variance + epsilon).
-        filter: takes a layer's name (its dotted name in torch, its path in Keras) and the layer; False leaves it alone.
-        on_unknown: "error", "warn" or "skip": what to do about a batch norm of unknown behaviour. It is not changed in any case,
-            and with "error" neither is any other.
+        model: a torch.nn.Module or a Keras layer or model. Without batch norms it is returned with a warning.
+        process_group: torch only: the ranks that exchange statistics.
+        group_size: number of consecutive replicas that share their statistics; None for all.
+        renorm: batch renormalization. Its statistics start from the model's mean and √(variance + epsilon).
+        filter: takes a layer's name and the layer; False leaves the layer out. The name is dotted in torch, a path in Keras.
+        on_unknown: "error", "warn" or "skip": what to do about a batch norm of unknown behaviour. Such a layer is never
+            changed. With "error" no other layer is changed either.
 
     Raises:
         TypeError: something that is no torch or Keras model.
-        ValueError: a model that must be converted earlier; batch norms that are not known; arguments that do not fit.
+        ValueError: a model that must be converted earlier; unknown batch norms; arguments that do not fit.
+
+    Source: docs/decisions/0005-conversion-by-class.md.
 
     Example:
         >>> import torch, syncbn
@@ -59,28 +64,34 @@ def convert(
         >>> type(syncbn.revert(model)[1]).__name__
         'BatchNorm2d'
     """
-    policy.on_unknown(on_unknown)
+    if on_unknown not in ON_UNKNOWN:
+        raise ValueError(
+            f'`on_unknown` must be one of {list(ON_UNKNOWN)}. Received: on_unknown={on_unknown!r}. Give "error" to be told of '
+            "each batch norm that stays."
+        )
     arguments = {"process_group": process_group, "group_size": group_size, "renorm": renorm}
     return _module("syncbn.convert", model).convert(model, arguments, filter, on_unknown)
 
 
 def revert(model: Model, *, filter: Callable[[str, Any], bool] | None = None, example: Any = None) -> Model:
-    """Turns every batch norm of ours back into the framework's own, in place, and returns the model.
+    """Gives every synchronised batch norm the framework's own class again, in place, and returns the model.
 
-    A converted layer gets the class that it had, whatever was trained or loaded since; renorm's extra statistics, where the
-    conversion added them, go. A Keras layer that no conversion made becomes a `BatchNormalization`; a torch module becomes
-    `BatchNorm1d`, `2d` or `3d` by the rank of the inputs that it sees when the model runs on `example`, in eval mode and
-    without gradient. A model without batch norms of ours is returned with a warning.
+    A converted layer gets the class that it had, whatever was trained or loaded since. The extra statistics of renorm are
+    removed where the conversion added them. A layer that was created as a synchronised one becomes a `BatchNormalization` in
+    Keras. In torch it becomes `BatchNorm1d`, `2d` or `3d`, by the rank of its inputs. They are seen when the model runs on
+    `example`, in eval mode and without gradient.
 
     Args:
-        model: a torch.nn.Module or a Keras layer or model.
-        filter: takes a layer's name and the layer; False leaves it alone.
-        example: torch only: an input of the model, or a tuple of its arguments; needed where a module was made as ours.
+        model: a torch.nn.Module or a Keras layer or model. Without synchronised batch norms it is returned with a warning.
+        filter: takes a layer's name and the layer; False leaves the layer out.
+        example: torch only: an input of the model, or a tuple of its arguments. Needed where no conversion made a module.
 
     Raises:
         TypeError: something that is no torch or Keras model.
-        ValueError: a model that is compiled, scripted, quantised or wrapped; a layer that does what the framework's own cannot,
-            or whose class is not known. No layer is changed then.
+        ValueError: a compiled, scripted, quantised or wrapped model; a layer that does more than the framework's own, or whose
+            class is not known. No layer is changed then.
+
+    Source: docs/decisions/0005-conversion-by-class.md.
 
     Example:
         >>> import torch, syncbn
@@ -92,19 +103,19 @@ def revert(model: Model, *, filter: Callable[[str, Any], bool] | None = None, ex
 
 
 def fold(model: Model) -> Model:
-    """A copy for inference, in which batch norms are folded into the convolution or dense layer before them.
+    """Returns a copy for inference, with each batch norm folded into the convolution or dense layer before it.
 
     With s = gamma / √(moving variance + epsilon), where y = batch_norm(W·x + b):
 
         W ← s·W,   b ← beta + s·(b − moving mean)
 
-    formed in float64. Folded is each batch norm, ours or the framework's own, that stands in inference mode and whose input is
-    the output of one convolution or dense layer, used once and for nothing else; an activation that the batch norm applies
-    stays. All others stay as they are.
+    computed in float64 and stored in the dtype of W. A batch norm is folded where it is in inference mode and its input is the
+    output of one convolution or dense layer. Both must be called once, and nothing else may use that output. It may be a
+    synchronised batch norm or the framework's own. An activation of the batch norm stays. All other layers stay as they are.
 
-    torch: the model must be in eval mode. What follows what is read from torch.fx's trace of the model, or, where it cannot be
-    traced, of its parts. Modules with hooks, parametrisations or shared weights stay. Keras: Sequential and functional models,
-    and those nested in them; all batch norms count as in inference mode.
+    torch: the model must be in eval mode. The order of layers is read from torch.fx's trace of the model, or of the parts that
+    can be traced. Modules with hooks, parametrisations or shared weights stay.
+    Keras: Sequential and functional models, and such models nested in them. All batch norms count as in inference mode.
 
     Args:
         model: a torch.nn.Module, or a Sequential or functional Keras model.
@@ -125,10 +136,15 @@ def fold(model: Model) -> Model:
 
 
 def _module(function: str, model: Any, verb: str = "convert") -> ModuleType:
-    """The module of this model's framework. On the torch backend a Keras model is a torch module too: Keras is asked first."""
+    """The module for the model's framework. On the torch backend a Keras model is a torch module too: Keras is asked first."""
     keras, torch = sys.modules.get("keras"), sys.modules.get("torch")
     if keras is not None and isinstance(model, keras.layers.Layer):
         return importlib.import_module(f"syncbn.keras.{verb}")
     if torch is not None and isinstance(model, torch.nn.Module):
         return importlib.import_module(f"syncbn.torch.{verb}")
-    raise policy.not_a_model(function, model)
+    cls = type(model)
+    raise TypeError(
+        f"{function} takes a torch.nn.Module or a Keras 3 layer or model. Received: {cls.__module__}.{cls.__qualname__}. "
+        "In Flax, Equinox and Haiku call syncbn.functional.sync_batch_norm in the layer. A model of tf_keras must be saved: "
+        "syncbn.load_legacy reads the file."
+    )

@@ -74,19 +74,33 @@ def _path(device: Any, kernels: Any) -> str:
         return "torch operators on the CPU: there is no CUDA device"
     if kernels is None:
         return "torch operators: Triton is not there, or SYNCBN_KERNELS=eager"
-    return "Triton, on CUDA tensors" if kernels.runs_on(device.index) else "torch operators: the GPU is older than sm_80"
+    if not kernels.runs_on(device.index):
+        return "torch operators: the GPU is older than sm_80"
+    return "Triton, on CUDA tensors" + launcher_note()
+
+
+def launcher_note() -> str:
+    """What is to be said of how kernels are launched: nothing where it is the fast way."""
+    import triton
+
+    from syncbn.torch.triton import _private
+
+    if _private.has_known_launcher():
+        return ""
+    known = " or ".join(version.rstrip(".") for version in _private.KNOWN_VERSIONS)
+    return f" (by Triton's own launcher, which is slower: Triton is {triton.__version__}, not {known})"
 
 
 def _exchange(device: Any) -> str:
-    from syncbn.torch import peer_memory as lanes
-    from syncbn.torch.groups import link_of
+    from syncbn.torch import peer_memory
+    from syncbn.torch.groups import communicator_of
 
-    link = link_of(None)
-    if link is None:
+    communicator = communicator_of(None)
+    if communicator is None:
         return "none: there is one replica"
-    if lanes.lane_of(link, device) is not None:
+    if peer_memory.mailbox_of(communicator, device) is not None:
         return "peer memory, inside the kernels"
-    why = "" if lanes.ENABLED else " (SYNCBN_PEER_MEMORY=0)"
+    why = "" if peer_memory.ENABLED else " (SYNCBN_PEER_MEMORY=0)"
     return f"one all-reduce of the group's backend each way{why}"
 
 

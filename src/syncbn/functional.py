@@ -1,20 +1,22 @@
-"""Synchronised batch normalization as a function of arrays: one door for JAX, TensorFlow and PyTorch."""
+"""Synchronised batch normalization as a function of JAX, TensorFlow or PyTorch arrays."""
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from syncbn import policy
+from syncbn import validation
+from syncbn.groups import Axes, axis_names
 
-# Where an array's class is from, and which engine that means.
+# The package of an array's class, and the engine for it.
 _ENGINES = {"jax": "jax", "jaxlib": "jax", "tensorflow": "tensorflow", "torch": "torch"}
 _NAMES = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
 
 
 class _Dialect(NamedTuple):
-    """What one framework calls the few operators that are needed here."""
+    """The operators that are needed here, under the names of one framework."""
 
     cast: Callable[[Any, Any], Any]
     boolean: Any
@@ -38,32 +40,33 @@ def sync_batch_norm(
 
         y = scale · (x − mean) / √(variance + epsilon) + offset
 
-    with the global batch's mean and biased variance. One message each way. The gradient for x includes the path through the
-    moments; those for scale and offset are this replica's own, which the trainer sums as all others (in a `jax.shard_map` with
-    check_vma=True, and for global arrays, they are the totals). A function: what becomes of the statistics is the caller's
-    affair. A batch that is empty or masked on every replica has mean 0, variance 1 and count 0: keep old statistics then.
+    with the global batch's mean and biased variance. The replicas exchange one message in the forward pass and one in the
+    backward pass. The gradient for x includes the path through the moments. Those for scale and offset are this replica's own,
+    which the trainer sums like all other gradients. In a `jax.shard_map` with check_vma=True, and for global arrays, they are
+    the totals. The function keeps no moving statistics: update them with the mean and variance that it returns. A batch that
+    is empty or masked on every replica has mean 0, variance 1 and count 0. Keep the old statistics then.
 
     Args:
         x: an array of any rank from 2 up and any float dtype: a jax.Array, tf.Tensor or torch.Tensor.
-        scale, offset: one value a channel: [C], or for several channel axes of x's shape with 1 elsewhere. May differ
-            between replicas.
+        scale, offset: one value per channel: [C], or, for several channel axes, x's shape with 1 in all other axes. They may
+            differ between replicas.
         axis: the channel axis, or several.
         epsilon: added to the variance; positive.
-        mask: of x's shape without the channel axes (or 1 there), each other axis full or 1; True marks what counts. What does
-            not is normalised all the same; where it is not finite it is read as 0.
-        axis_name: JAX: the mapped axis, or several, along which the replicas are; None for one device, or for global arrays.
-        axis_index_groups: JAX: a partition of the indices along it, into groups that have statistics of their own; they may
-            differ in size.
-        process_group: PyTorch: the ranks that meet; None for all. TensorFlow takes the replicas of its strategy.
+        mask: bool, of x's shape without the channel axes (or 1 there), each other axis full or 1. True marks what counts. A
+            masked element is normalised too. One that is not finite is read as 0.
+        axis_name: JAX: the mapped axis, or axes, along which the replicas lie. None for one device, or for global arrays.
+        axis_index_groups: JAX: a partition of the indices along it into groups with statistics of their own. Groups may differ
+            in size.
+        process_group: PyTorch: the ranks that exchange statistics; None for all. TensorFlow takes the replicas of its strategy.
 
     Returns:
-        (y, mean, variance, count): y of x's shape and dtype; mean and variance of scale's shape, float32 or wider, biased;
-        count, exact, how many values a channel has in the global batch (in this replica's group). The last three carry no
-        gradient.
+        (y, mean, variance, count). y has x's shape and dtype. mean and variance have scale's shape, in float32 or wider; the
+        variance is biased. count, exact, is the number of values per channel in the global batch, or in this replica's group.
+        The last three carry no gradient.
 
     Raises:
         TypeError: x of no known framework, or no float; a keyword of another framework.
-        ValueError: shapes, axes or groups that do not fit; an `axis_name` that is not bound.
+        ValueError: shapes, axes or groups that do not fit; an `axis_name` that is not mapped.
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), with the moments of all replicas.
 
@@ -80,24 +83,24 @@ def sync_batch_norm(
     group = _group(framework, axis_name, axis_index_groups, process_group)
     engine, dialect = importlib.import_module(f"syncbn.{framework}.engine"), _dialect(framework)
     kind = str(x.dtype)
-    policy.floating(kind, "float" in kind)
+    validation.check_float_dtype(kind, "float" in kind)
     shape = tuple(x.shape)
-    entries = policy.axis(axis)
-    axes = policy.channel_axes(entries, shape)
+    entries = validation.check_axis(axis)
+    axes = validation.channel_axes(entries, shape)
     parameters = [size if i in axes else 1 for i, size in enumerate(shape)] if isinstance(entries, tuple) else [shape[axes[0]]]
     scale = _vector("scale", scale, parameters, engine.arithmetic_dtype(x), dialect)
     offset = _vector("offset", offset, parameters, engine.arithmetic_dtype(x), dialect)
     if mask is not None:
         mask = dialect.cast(mask, dialect.boolean)
-        if policy.mask_omits_channels(tuple(mask.shape), shape, axes):
+        if validation.mask_omits_channels(tuple(mask.shape), shape, axes):
             for a in axes:
                 mask = dialect.operators.unsqueeze(mask, a) if framework == "torch" else dialect.operators.expand_dims(mask, a)
-        # Else a NaN in the padding would spread: NaN · 0 is NaN.
+        # A NaN in the padding would spread otherwise: NaN · 0 is NaN.
         x = dialect.operators.where(mask | dialect.isfinite(x), x, dialect.operators.zeros_like(x))
     where = {"axes": axes, "mask": mask, "group": group}
     moments = engine.moments(x, **where)
-    y = engine.normalize(x, moments, scale, offset, epsilon=policy.epsilon(epsilon), **where)
-    mean = moments.mean[0] + moments.mean[1] if isinstance(moments.mean, tuple) else moments.mean
+    y = engine.normalize(x, moments, scale, offset, epsilon=validation.check_epsilon(epsilon), **where)
+    mean = moments.mean_hi if moments.mean_lo is None else moments.mean_hi + moments.mean_lo
     reshape = dialect.operators.reshape
     return y, reshape(mean, parameters), reshape(moments.variance, parameters), moments.count
 
@@ -107,30 +110,41 @@ def _framework(x: Any) -> str:
         engine = _ENGINES.get(base.__module__.split(".")[0])
         if engine:
             return engine
-    raise policy.unknown_array(f"{type(x).__module__}.{type(x).__qualname__}")
+    raise TypeError(
+        f"`x` must be an array of JAX, TensorFlow or PyTorch. Received: {type(x).__module__}.{type(x).__qualname__}. Convert it "
+        "first, for example with jax.numpy.asarray."
+    )
 
 
 def _group(framework: str, axis_name: Any, groups: Any, process_group: Any) -> Any:
-    """What the engine takes as its group, from the keywords of this framework."""
+    """The engine's `group`, from the keywords of this framework."""
     of = {"axis_name": ("jax", axis_name), "axis_index_groups": ("jax", groups), "process_group": ("torch", process_group)}
     for name, (owner, value) in of.items():
         if value is not None and framework != owner:
-            raise policy.keyword_of_another_framework(name, _NAMES[owner], _NAMES[framework])
+            raise TypeError(
+                f"`{name}` is for {_NAMES[owner]} arrays. Received: it with an array of {_NAMES[framework]}. Drop it, or give "
+                "the array that it is for."
+            )
     if framework != "jax":
         return process_group
-    names = policy.axes_of(policy.axis_name(axis_name))
+    names = axis_names(validation.check_axis_name(axis_name))
     if not names and groups is not None:
-        raise policy.groups_without_axis()
-    return policy.Axes(names, None if groups is None else tuple(tuple(members) for members in groups)) if names else None
+        raise ValueError(
+            "`axis_index_groups` must come with `axis_name`: they number the devices along it. Received: axis_name=None. Give "
+            "`axis_name`, or drop `axis_index_groups`."
+        )
+    return Axes(names, None if groups is None else tuple(tuple(members) for members in groups)) if names else None
 
 
 def _vector(name: str, value: Any, parameters: list[int], dtype: Any, dialect: _Dialect) -> Any:
+    """One value per channel as [C]."""
     value = dialect.cast(value, dtype)
-    channels = 1
-    for size in parameters:
-        channels *= size
+    channels = math.prod(parameters)
     if list(value.shape) not in ([channels], parameters):
-        raise policy.parameter_shape(name, tuple(value.shape), parameters)
+        raise ValueError(
+            f"`{name}` must have one value a channel: shape [{channels}] or {parameters}. Received: shape {tuple(value.shape)}. "
+            "Reshape it."
+        )
     return dialect.operators.reshape(value, [channels])
 
 

@@ -80,10 +80,23 @@ def moving_average(old, new, momentum):
     return old * momentum + new * (1 - momentum)
 
 
-def renorm_correction(mean, stddev, renorm_mean, renorm_stddev, floor, *, maximum):
-    """r and d of batch renormalization, not yet clipped; `floor` = √ε keeps a young renorm_stddev from 0."""
-    denominator = maximum(renorm_stddev, floor)
-    return stddev / denominator, (mean - renorm_mean) / denominator
+def renorm_correction(mean, stddev, renorm_mean, renorm_stddev, floor, clipping, *, as_array, maximum, minimum):
+    """r and d of batch renormalization: r in [rmin, rmax], d in [−dmax, dmax].
+
+    floor: √ε, which keeps a young renorm_stddev from 0.
+    clipping: a dict of bounds by name, or None. A bound is None, a value that `as_array` takes, or a function that returns one.
+    """
+    denominator = maximum(renorm_stddev, as_array(floor))
+    r, d = stddev / denominator, (mean - renorm_mean) / denominator
+    given = {key: v() if callable(v) else v for key, v in (clipping or {}).items()}
+    bounds = {key: as_array(v) for key, v in given.items() if v is not None}
+    if "rmin" in bounds:
+        r = maximum(r, bounds["rmin"])
+    if "rmax" in bounds:
+        r = minimum(r, bounds["rmax"])
+    if "dmax" in bounds:
+        d = maximum(minimum(d, bounds["dmax"]), -bounds["dmax"])
+    return r, d
 
 
 def variance_of_stddev(stddev, epsilon, *, maximum):

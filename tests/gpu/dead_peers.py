@@ -62,12 +62,12 @@ def rank_main(rank: int, world: int, port: int, how: str) -> None:
 def steps(device: torch.device, store: Any, how: str, report: dict[str, Any]) -> None:
     """Three chained layers, forward and backward, without DDP: its messages would be waited for too."""
     import syncbn
-    from syncbn.torch import peer_memory as lanes
-    from syncbn.torch.groups import link_of
+    from syncbn.torch.groups import communicator_of
+    from syncbn.torch.peer_memory import mailbox_of
 
     rank, world = dist.get_rank(), dist.get_world_size()
     layers = torch.nn.Sequential(*[syncbn.SyncBatchNorm(8) for _ in range(3)]).to(device)
-    report["transport"] = TRANSPORTS[lanes.lane_of(link_of(None), device) is not None]
+    report["transport"] = TRANSPORTS[mailbox_of(communicator_of(None), device) is not None]
     for turn in range(SOUND + MORE):
         if turn == SOUND and rank == world - 1:
             store.set("died", str(time.time()))

@@ -29,8 +29,8 @@ for case in (
 ):
     for tiles in ({}, SPLIT, STAGED):
         check(case, "cuda", tiles=tiles)
-    check(case, "cuda", tiles=SPLIT, way="sent")
-    check(case, "cuda", way="at once")
+    check(case, "cuda", tiles=SPLIT, way="partial sums")
+    check(case, "cuda", way="single launch")
 if "exchange" in sys.argv:
     replicas = Replicas(2, limit=1_000_000)
     x, dy = (torch.randn(5, 70, 9, device="cuda") for _ in range(2))

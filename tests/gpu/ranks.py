@@ -1,4 +1,4 @@
-"""The module on several GPUs: `torchrun --standalone --nproc-per-node 2 tests/gpu/ranks.py`; SYNCBN_PEER_MEMORY=0 without the lanes.
+"""The module on several GPUs: `torchrun --standalone --nproc-per-node 2 tests/gpu/ranks.py`; SYNCBN_PEER_MEMORY=0 without the mailboxes.
 
 Ragged batches, an empty one, both layouts and float64, against plain batch norm in float64 on the whole batch; the moving
 statistics of all ranks must have the same bits. Prints one line a rank.
@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 import syncbn
-from syncbn.torch import peer_memory as lanes
-from syncbn.torch.groups import link_of
+from syncbn.torch.groups import communicator_of
+from syncbn.torch.peer_memory import mailbox_of
 
 ROUNDS = int(os.environ.get("SYNCBN_ROUNDS", "300"))
 
@@ -22,7 +22,7 @@ def main():
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     world, device = dist.get_world_size(), torch.device("cuda", rank)
-    lane = lanes.lane_of(link_of(None), device)
+    mailbox = mailbox_of(communicator_of(None), device)
     bad = torch.zeros((), dtype=torch.int64, device=device)
     stamp = time.perf_counter()
     for turn in range(ROUNDS):
@@ -51,7 +51,7 @@ def main():
         bad += sum((other != both).sum() for other in everybody)
     torch.cuda.synchronize()
     took = time.perf_counter() - stamp
-    how = "all-reduce" if lane is None else "peer memory"
+    how = "all-reduce" if mailbox is None else "peer memory"
     print(f"rank {rank} of {world}, {how}: {int(bad)} wrong values in {ROUNDS} rounds, {took:.1f} s", flush=True)
     # What the exchange costs, in a graph.
     for channels, size in ((64, 8), (256, 14), (2048, 7)):

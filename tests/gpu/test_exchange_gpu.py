@@ -8,8 +8,8 @@ import pytest
 import torch
 from virtual import Replicas, reference, step
 
-from syncbn.torch.triton import ops as fused
-from syncbn.torch.triton.device import peer_exchange as exchange
+from syncbn.torch.triton import ops
+from syncbn.torch.triton.device import peer_exchange
 
 ROUNDS = int(os.environ.get("SYNCBN_ROUNDS", "10000"))
 SHAPES = {2: (4, 70, 6, 5), 4: (2, 256, 7, 7), 8: (3, 16, 4, 4)}
@@ -118,8 +118,8 @@ def test_a_replica_that_never_comes(size):
         assert o["y"].isnan().all()
         assert o["dx"].isnan().all()
         said = int(replicas.statuses[rank])
-        assert (said >> 32, said & 0xFFFFFFFF) == (exchange.ABSENT.value, size - 1)
-    # The lane is poisoned: it does not wait again.
+        assert (said >> 32, said & 0xFFFFFFFF) == (peer_exchange.ABSENT.value, size - 1)
+    # The mailbox is poisoned: it does not wait again.
     started = time.perf_counter()
     replicas.each(one)
     torch.cuda.synchronize()
@@ -134,21 +134,21 @@ def test_another_call_is_not_taken_for_this_one():
     stats = [None, None]
 
     def one(rank):
-        stats[rank] = fused.measure(plan, x, None, replicas.lane(rank, tag=10 + rank))
+        stats[rank] = ops.measure(plan, x, None, replicas.exchange(rank, tag=10 + rank))
 
     replicas.each(one)
     torch.cuda.synchronize()
     for rank in range(2):
-        assert stats[rank][: 2 * plan.fold.C + 1].isnan().all()
-        assert int(replicas.statuses[rank]) >> 32 == exchange.STRANGER.value
+        assert stats[rank][: 2 * plan.view.C + 1].isnan().all()
+        assert int(replicas.statuses[rank]) >> 32 == peer_exchange.STRANGER.value
 
 
-def test_two_lanes_and_an_unrelated_kernel():
-    """Two lanes wait at once; a kernel that fills the GPU runs beside them."""
-    lanes = [Replicas(2), Replicas(2)]
+def test_two_mailboxes_and_an_unrelated_kernel():
+    """Two mailboxes wait at once; a kernel that fills the GPU runs beside them."""
+    both = [Replicas(2), Replicas(2)]
     xs, dys = inputs(2, (4, 2048, 6, 5), False, torch.Generator("cuda").manual_seed(0))
     scale, offset = torch.randn(2048, device="cuda"), torch.randn(2048, device="cuda")
-    plan = lanes[0].plan(xs[0], scale=torch.float32)
+    plan = both[0].plan(xs[0], scale=torch.float32)
     other, stream = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
     other @ other
     torch.cuda.synchronize()
@@ -159,17 +159,17 @@ def test_two_lanes_and_an_unrelated_kernel():
         # (CUDA_DEVICE_MAX_CONNECTIONS=1).
         stats, rest = {}, {}
         for rank in range(2):
-            for which, replicas in enumerate(lanes):
+            for which, replicas in enumerate(both):
                 with torch.cuda.stream(replicas.streams[rank]):
-                    stats[which, rank] = fused.measure(plan, xs[rank], None, replicas.lane(rank, 2))
+                    stats[which, rank] = ops.measure(plan, xs[rank], None, replicas.exchange(rank, 2))
             with torch.cuda.stream(stream):
                 other @ other
         for rank in range(2):
-            for which, replicas in enumerate(lanes):
+            for which, replicas in enumerate(both):
                 with torch.cuda.stream(replicas.streams[rank]):
-                    y = fused.normalize(plan, xs[rank], stats[which, rank], scale, offset, 1e-5)
-                    sums = fused.gradient_sums(
-                        plan, xs[rank], dys[rank], stats[which, rank], scale, offset, 1e-5, lane=replicas.lane(rank, 3)
+                    y = ops.normalize(plan, xs[rank], stats[which, rank], scale, offset)
+                    sums = ops.gradient_sums(
+                        plan, xs[rank], dys[rank], stats[which, rank], scale, offset, exchange=replicas.exchange(rank, 3)
                     )
                     rest[which, rank] = y, sums
             with torch.cuda.stream(stream):
@@ -181,7 +181,7 @@ def test_two_lanes_and_an_unrelated_kernel():
         torch.testing.assert_close(o["y"].double(), ys[rank], rtol=1e-4, atol=1e-4)
 
 
-def test_the_exchange_alone():
+def test_the_exchange_of_values_that_other_code_found():
     replicas, C = Replicas(4), 300
     xs, dys = inputs(4, (4, C, 6), True, torch.Generator("cuda").manual_seed(0))
     mean, variance, _, _ = reference(xs, dys, torch.ones(C, device="cuda"), torch.zeros(C, device="cuda"))
@@ -192,15 +192,13 @@ def test_the_exchange_alone():
         v = x.double().var((0, 2), unbiased=False) if len(x) else torch.ones(C, device="cuda", dtype=torch.float64)
         values.append(torch.cat([m, v, n]))
     sums = [torch.full((2 * C,), float(r), dtype=torch.float64, device="cuda") for r in range(4)]
-    alone = Replicas(1)
-    fused.exchange_alone("moments", values[0].clone(), replicas.lane(0)._replace(limit=1), 4)
-    fused.exchange_alone("sums", sums[0].clone(), replicas.lane(0)._replace(limit=1), 4)
+    ops.exchange_values("moments", values[0].clone(), replicas.exchange(0)._replace(limit=1), 4)
+    ops.exchange_values("sums", sums[0].clone(), replicas.exchange(0)._replace(limit=1), 4)
     replicas.reset()
-    del alone
 
     def one(rank):
-        values[rank] = fused.exchange_alone("moments", values[rank], replicas.lane(rank), 4)
-        sums[rank] = fused.exchange_alone("sums", sums[rank], replicas.lane(rank), 4)
+        values[rank] = ops.exchange_values("moments", values[rank], replicas.exchange(rank), 4)
+        sums[rank] = ops.exchange_values("sums", sums[rank], replicas.exchange(rank), 4)
 
     replicas.each(one)
     torch.cuda.synchronize()

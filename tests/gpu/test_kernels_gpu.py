@@ -7,9 +7,8 @@ import torch
 from kernel_checks import MATRIX, KernelCase, check, each_way
 
 import syncbn
-from syncbn.torch.triton import ops as fused
-from syncbn.torch.triton import plan as plans
-from syncbn.torch.triton import tiling
+from syncbn.torch.triton import ops, tiling
+from syncbn.torch.triton.plan import Plan, PlanOptions
 
 LARGE = [
     KernelCase((8, 64, 56, 56)),
@@ -44,9 +43,9 @@ def test_equals_oracle(case, way):
 
 def test_more_than_2_to_the_31_elements():
     x = torch.randn(1, 2, 33_000, 33_000, device="cuda", dtype=torch.bfloat16)
-    plan = plans.Plan(tiling.fold(x), x.dtype, x.device)
-    stats = fused.measure(plan, x, None)
-    y = fused.normalize(plan, x, stats, None, None, 1e-5)
+    plan = Plan(tiling.channel_view(x), x.dtype, x.device, PlanOptions(1e-5))
+    stats = ops.measure(plan, x, None)
+    y = ops.normalize(plan, x, stats, None, None)
     for c in range(2):
         assert abs(stats[c].item()) < 1e-3
         assert abs(stats[2 + c].item() - 1) < 1e-3

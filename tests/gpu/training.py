@@ -1,6 +1,6 @@
 """What training brings, on several GPUs: `torchrun --standalone --nproc-per-node 2 tests/gpu/training.py [CHECK …]`.
 
-SYNCBN_PEER_MEMORY=0 without the lanes; without GPUs the same runs by gloo, in few steps. One line a check: the largest deviation of each
+SYNCBN_PEER_MEMORY=0 without the mailboxes; without GPUs the same runs by gloo, in few steps. One line a check: the largest deviation of each
 quantity on any rank, and what it may be. The exit status is 1 where one is larger or a check raised, which does not keep the next from
 running; a check that hangs ends all at its limit, with stacks.
 """
@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 import syncbn
-from syncbn.torch import peer_memory as lanes
-from syncbn.torch.groups import link_of
+from syncbn.torch.groups import communicator_of
+from syncbn.torch.peer_memory import mailbox_of
 
 IMAGE = (3, 8, 8)
 OUTPUTS = 4
@@ -94,10 +94,10 @@ def replays(ranks: Ranks, worst: Worst, sizes: list[int], turns: int, every: int
     def step() -> None:
         y = ours(x)
         got.update(y=y, gradients=torch.autograd.grad(y, [x, *ours.parameters()], dy))
-        got["lane"] = lanes.lane_of(link_of(None), ranks.device)
+        got["mailbox"] = mailbox_of(communicator_of(None), ranks.device)
 
     replay = captured(ranks, step, got.clear)
-    assert bool(got["lane"]) == has_lanes(ranks), "the graph must take the transport that the group has"
+    assert bool(got["mailbox"]) == has_mailboxes(ranks), "the graph must take the transport that the group has"
     with torch.no_grad():
         # The warm-up moved the statistics.
         for v, initial in zip(ours.buffers(), plain.buffers(), strict=True):
@@ -320,9 +320,9 @@ CHECKS: dict[str, tuple[Callable[[Ranks, Worst], str], int]] = {
 }
 
 
-def has_lanes(ranks: Ranks) -> bool:
+def has_mailboxes(ranks: Ranks) -> bool:
     """Whether the ranks meet inside the kernels; sets the group up."""
-    return lanes.lane_of(link_of(None), ranks.device) is not None
+    return mailbox_of(communicator_of(None), ranks.device) is not None
 
 
 def attempt(ranks: Ranks, name: str) -> bool:
@@ -360,7 +360,7 @@ def main() -> None:
     if set(names) - set(CHECKS):
         sys.exit(f"Checks are {', '.join(CHECKS)}. Received: {' '.join(names)}")
     ranks = meet()
-    transport = "peer memory" if has_lanes(ranks) else dist.get_backend()
+    transport = "peer memory" if has_mailboxes(ranks) else dist.get_backend()
     if ranks.rank == 0:
         print(f"{ranks.size} ranks on {ranks.device.type}, {transport}", flush=True)
     if ranks.device.type == "cuda" and os.environ.get("SYNCBN_PEER_MEMORY") == "1" and transport != "peer memory":

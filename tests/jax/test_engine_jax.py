@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from worlds import JaxWorld, padded
 
-from syncbn import policy
+from syncbn.groups import LOCAL, Activation, Axes
 from syncbn.jax import axes as jax_axes
 from syncbn.jax import engine
 
@@ -50,7 +50,7 @@ def equal_shards(case, replicas):
 
 def step(case, groups=None, activation=None, names=(AXIS,)):
     """Moments, output and gradients of one replica."""
-    common = {"axes": case.channel_axes(), "group": policy.Axes(names, groups)}
+    common = {"axes": case.channel_axes(), "group": Axes(names, groups)}
 
     def replica(x, dy, scale, offset, mask, residual=None):
         x, dy = x.astype(case.dtype), dy.astype(case.dtype)
@@ -102,7 +102,7 @@ def test_equals_the_concatenated_batch_mapped_otherwise(replicas, case, how):
 def test_a_million_rows_a_channel():
     case = Case("a million rows", (1, 1, 1, 1), (1_000_000, 2), mean=1e4)
     xs = case.inputs(2)
-    got = JaxWorld(2).run(lambda x: engine.moments(x, axes=(2,), group=policy.Axes((AXIS,)))[:3], xs)
+    got = JaxWorld(2).run(lambda x: engine.moments(x, axes=(2,), group=Axes((AXIS,)))[:3], xs)
     n, mean, variance = oracle.BatchNorm(xs, axes=(2,)).moments[0]
     count, (hi, lo), got_variance = got[0]
     assert count == n
@@ -115,7 +115,7 @@ def test_a_batch_whose_beginning_lies_apart():
     xs = Case("beginning apart", (64, 64, 64, 64), (8, 3), mean=1e4).inputs(2)
     for x in xs:
         x[:4] += 100
-    got = JaxWorld(2).run(lambda x: engine.moments(x, axes=(2,), group=policy.Axes((AXIS,)))[:3], xs)
+    got = JaxWorld(2).run(lambda x: engine.moments(x, axes=(2,), group=Axes((AXIS,)))[:3], xs)
     _, mean, variance = oracle.BatchNorm(xs, axes=(2,)).moments[0]
     _, (hi, lo), got_variance = got[0]
     assert np.abs(got_variance / variance - 1).max() < 1e-5
@@ -128,7 +128,7 @@ def test_a_value_that_is_all_that_a_replica_has():
     xs[3][:] = 1e4 + np.sqrt(3 * 16_384)
     masks = [np.ones((len(x), 1), bool) for x in xs]
     masks[3][1:] = False
-    got = JaxWorld(4).run(lambda x, mask: engine.moments(x, axes=(1,), mask=mask, group=policy.Axes((AXIS,)))[:3], xs, masks)
+    got = JaxWorld(4).run(lambda x, mask: engine.moments(x, axes=(1,), mask=mask, group=Axes((AXIS,)))[:3], xs, masks)
     _, mean, variance = oracle.BatchNorm(xs, axes=(1,), masks=masks).moments[0]
     _, (hi, lo), got_variance = got[0]
     assert np.abs(got_variance / variance - 1).max() < 2e-6
@@ -137,7 +137,7 @@ def test_a_value_that_is_all_that_a_replica_has():
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_global_arrays_are_summed_where_they_are(kind):
-    """XLA's partitioner adds up what each device holds of a batch, and moves none of it."""
+    """XLA's partitioner adds up each device's part of a batch, and copies none of it."""
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(getattr(jax.sharding.AxisType, kind),))
     case = Case("global", (64,) * 4, (3,))
     (x,), (scale, offset) = case.inputs(1), case.parameters(1)
@@ -191,9 +191,9 @@ def test_uneven_groups(monkeypatch, case, how, gathered):
     for members in table:
         mine = tuple(of(members, values) for values in args)
         truths.append(equals_oracle(of(members, got), case, mine))
-    kept = [t.moments[0] for t in truths if t.moments[0][0]]
-    total = sum(n for n, _, _ in kept)
-    averages_are(got, (total, *(sum(m[0] * m[i] for m in kept) / total for i in (1, 2))))
+    nonempty = [t.moments[0] for t in truths if t.moments[0][0]]
+    total = sum(n for n, _, _ in nonempty)
+    averages_are(got, (total, *(sum(m[0] * m[i] for m in nonempty) / total for i in (1, 2))))
 
 
 @pytest.mark.parametrize("groups", [None, 32, 64])
@@ -214,7 +214,7 @@ def test_nan_stays_in_its_group(replicas, how):
     case = Case("nan in a group")
     xs, size = case.inputs(replicas), replicas // 2
     xs[0][:] = np.nan
-    got = JaxWorld(replicas, how).run(lambda x: engine.moments(x, axes=(3,), group=policy.Axes((AXIS,), size))[:3], xs)
+    got = JaxWorld(replicas, how).run(lambda x: engine.moments(x, axes=(3,), group=Axes((AXIS,), size))[:3], xs)
     assert np.isnan(got[0][2]).all()
     np.testing.assert_allclose(sum(got[-1][1]), oracle.BatchNorm(xs[size:]).moments[0][1], atol=2e-6)
 
@@ -232,9 +232,7 @@ def test_global_count_0(replicas, how):
         assert all(np.isfinite(g).all() for g in out["gradients"])
 
 
-@pytest.mark.parametrize(
-    "activation", [policy.Activation("relu"), policy.Activation("silu"), policy.Activation("leaky_relu", 0.2)]
-)
+@pytest.mark.parametrize("activation", [Activation("relu"), Activation("silu"), Activation("leaky_relu", 0.2)])
 def test_activation_and_residual(replicas, activation):
     case = Case("fused", (3, 3, 3, 3), (4, 5))
     xs, dys, scale, offset, _ = arguments(case, replicas)
@@ -257,7 +255,7 @@ def test_activation_and_residual(replicas, activation):
 # ------------------------------------------------------------------------------------------------- types and messages
 
 
-def whole(arrays):
+def full_batch(arrays):
     return None if arrays is None else np.concatenate(arrays)
 
 
@@ -274,7 +272,7 @@ def test_replicated_parameters_have_total_gradients(groups, scale_varies):
     """With check_vma=True the gradient of a replicated parameter is invariant: the total, from the one message."""
     case = Case("typed", RAGGED, mask="rows", scales_differ=scale_varies)
     xs, dys, scale, offset, masks = equal_shards(case, 4)
-    group = policy.Axes((AXIS,), groups)
+    group = Axes((AXIS,), groups)
     mesh, sharded, same = JaxWorld(4).mesh(), PartitionSpec(AXIS), PartitionSpec()
 
     def replica(x, dy, scale, offset, mask):
@@ -286,7 +284,7 @@ def test_replicated_parameters_have_total_gradients(groups, scale_varies):
         return y, *pull(dy)
 
     of_scale = sharded if scale_varies else same
-    given = (whole(xs), whole(dys), np.stack(scale)[: 4 if scale_varies else 1], offset[0], whole(masks))
+    given = (full_batch(xs), full_batch(dys), np.stack(scale)[: 4 if scale_varies else 1], offset[0], full_batch(masks))
     program = jax.jit(
         jax.shard_map(
             replica, mesh=mesh, in_specs=(sharded, sharded, of_scale, same, sharded), out_specs=(sharded, sharded, of_scale, same)
@@ -305,12 +303,12 @@ def test_replicated_parameters_have_total_gradients(groups, scale_varies):
 
 @pytest.mark.parametrize("names", [(AXIS,), ("model",), ("model", AXIS)], ids=str)
 def test_a_mesh_of_two_axes(names):
-    """x is cut along both; the replicas that meet are those along `names`, and scale's gradient is the total in any case."""
+    """x is cut along both axes. Replicas along `names` exchange statistics. The gradient of scale is the total in any case."""
     case = Case("two mesh axes", mask="rows")
     xs, dys, scale, offset, masks = equal_shards(case, 8)
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("model", AXIS))
     both, same = PartitionSpec(("model", AXIS)), PartitionSpec()
-    group = policy.Axes(names)
+    group = Axes(names)
 
     def replica(x, dy, scale, offset, mask):
         def f(x, scale, offset):
@@ -321,7 +319,7 @@ def test_a_mesh_of_two_axes(names):
         return y, *pull(dy)
 
     program = jax.shard_map(replica, mesh=mesh, in_specs=(both, both, same, same, both), out_specs=(both, both, same, same))
-    y, dx, dscale, doffset = jax.jit(program)(whole(xs), whole(dys), scale[0], offset[0], whole(masks))
+    y, dx, dscale, doffset = jax.jit(program)(full_batch(xs), full_batch(dys), scale[0], offset[0], full_batch(masks))
     order = {(AXIS,): range(8), ("model",): [0, 4, 1, 5, 2, 6, 3, 7], ("model", AXIS): range(8)}[names]
     size = {(AXIS,): 4, ("model",): 2, ("model", AXIS): 8}[names]
     truth = oracle.BatchNorm(of(order, xs), axes=(3,), masks=of(order, masks), epsilon=EPSILON, group_size=size)
@@ -337,19 +335,19 @@ def test_one_collective_each_way_and_layer(how, groups):
     """Three chained layers, with everything returned."""
     case = Case("counted")
     xs, dys, scale, offset, _ = arguments(case, 4)
-    group = policy.Axes((AXIS,), groups)
+    group = Axes((AXIS,), groups)
 
     def replica(x, dy, scales, offsets):
         def f(x, scales, offsets):
-            kept = []
+            averages = []
             for scale, offset in zip(scales, offsets, strict=True):
                 moments = engine.moments(x, axes=(3,), group=group)
                 x = engine.normalize(x, moments, scale, offset, axes=(3,), epsilon=EPSILON, group=group)
-                kept.append(moments.average or (moments.count, moments.mean, moments.variance))
-            return x, kept
+                averages.append(moments.average or (moments.count, moments.mean, moments.variance))
+            return x, averages
 
-        y, pull, kept = jax.vjp(f, x, scales, offsets, has_aux=True)
-        return y, pull(dy), kept
+        y, pull, averages = jax.vjp(f, x, scales, offsets, has_aux=True)
+        return y, pull(dy), averages
 
     given = np.stack(xs), np.stack(dys), [np.stack(scale)] * 3, [np.stack(offset)] * 3
     assert sum(collectives(JaxWorld(4, how).mapped(replica).lower(*given).compile()).values()) == 6
@@ -362,11 +360,11 @@ def test_a_message_does_not_grow_with_the_replicas_beyond_64():
     assert "all_gather" not in text
 
 
-@pytest.mark.parametrize("how", ["unchecked", "pmap", "vmap", "alone"])
+@pytest.mark.parametrize("how", ["unchecked", "pmap", "vmap", "local"])
 def test_one_replica_sends_nothing(how):
     case = Case("one replica")
     args = equal_shards(case, 1)
-    if how == "alone":
+    if how == "local":
         given = [None if v is None else v[0] for v in args]
         program = jax.jit(step(case, names=()))
     else:
@@ -383,7 +381,7 @@ def test_constants_send_nothing_and_have_the_plain_gradient(replicas):
     def replica(x, dy, scale, offset):
         def f(x, scale, offset):
             moments = engine.Moments(None, jnp.asarray(mean), jnp.asarray(variance))
-            return engine.normalize(x, moments, scale, offset, axes=(2,), epsilon=EPSILON, group=policy.Axes((AXIS,)))
+            return engine.normalize(x, moments, scale, offset, axes=(2,), epsilon=EPSILON, group=Axes((AXIS,)))
 
         y, pull = jax.vjp(f, x, scale, offset)
         return y, *pull(dy)
@@ -427,7 +425,7 @@ def test_second_order(how, mask, groups):
     case = Case("second order", (2, 2, 2, 2), (3, 2), dtype=dtype, mask=mask, scales_differ=True)
     xs, dys, scale, offset, masks = arguments(case, 4)
     directions = case.cotangents(4, "directions")
-    group = policy.Axes((AXIS,), groups)
+    group = Axes((AXIS,), groups)
     got = JaxWorld(4, how).run(lambda *a: penalty(*a, group), xs, dys, scale, offset, masks, directions)
     expected = oracle.BatchNorm(xs, axes=(2,), masks=masks, epsilon=EPSILON, group_size=groups).penalty_gradient(
         dys, scale, directions
@@ -443,7 +441,7 @@ def test_second_order(how, mask, groups):
 
 @pytest.mark.skipif(not X64, reason="the comparison is of float64 arithmetic")
 def test_second_order_equals_plain_formulas_differentiated_by_jax():
-    """Within 1e-10: the whole Hessian of a small model, in one shard_map and out of it, against textbook operators."""
+    """Within 1e-10: the full Hessian of a small model, in one shard_map and out of it, against textbook operators."""
     rng = np.random.default_rng(0)
     x, w, scale, offset = rng.normal(size=(8, 3)), rng.normal(size=(3, 2)), rng.normal(size=2), rng.normal(size=2)
 
@@ -451,7 +449,7 @@ def test_second_order_equals_plain_formulas_differentiated_by_jax():
         mean, variance = z.mean(0), z.var(0)
         return (z - mean) / jnp.sqrt(variance + EPSILON) * scale + offset
 
-    def ours(z, group=policy.ALONE):
+    def ours(z, group=LOCAL):
         moments = engine.moments(z, axes=(1,), group=group)
         return engine.normalize(z, moments, scale, offset, axes=(1,), epsilon=EPSILON, group=group)
 
@@ -460,7 +458,7 @@ def test_second_order_equals_plain_formulas_differentiated_by_jax():
 
     def mapped(x, w):
         def shard(x, w):
-            return lax.psum(loss(lambda z: ours(z, policy.Axes((AXIS,))), x, w), AXIS)
+            return lax.psum(loss(lambda z: ours(z, Axes((AXIS,))), x, w), AXIS)
 
         specs = (PartitionSpec(AXIS), PartitionSpec())
         return jax.shard_map(shard, mesh=JaxWorld(4).mesh(), in_specs=specs, out_specs=PartitionSpec())(x, w)
@@ -517,26 +515,26 @@ def on_mesh(f, x):
 
 def test_axes_that_are_not_bound():
     text = "`axis_name` must name an axis that is mapped where the layer trains. Received: 'batch', where the mapped axes of a mesh are"
-    refused(ValueError, f"{text} [].", policy.Axes(("batch",)))
-    refused(ValueError, f"{text} ['{AXIS}'].", policy.Axes((AXIS, "batch")), on_mesh)
+    refused(ValueError, f"{text} [].", Axes(("batch",)))
+    refused(ValueError, f"{text} ['{AXIS}'].", Axes((AXIS, "batch")), on_mesh)
 
 
 def test_mesh_axes_beside_a_vmap_axis():
     def run(f, x):
-        return on_mesh(lambda x: jax.vmap(f, axis_name="lane")(x[None]), x)
+        return on_mesh(lambda x: jax.vmap(f, axis_name="other")(x[None]), x)
 
-    refused(ValueError, "`axis_name` must name axes of a mesh, or axes of vmap, not both", policy.Axes((AXIS, "lane")), run)
+    refused(ValueError, "`axis_name` must name axes of a mesh, or axes of vmap, not both", Axes((AXIS, "other")), run)
 
 
 @pytest.mark.parametrize("groups", [((0, 1), (2,)), ((0, 1), (1, 2, 3)), ((0, 1, 2, 3), ()), ((0, 1, 2, 4),)], ids=str)
 def test_groups_that_are_no_partition(groups):
     text = "`axis_index_groups` must be a partition of the indices 0 to 3"
-    refused(ValueError, text, policy.Axes((AXIS,), groups), on_mesh)
+    refused(ValueError, text, Axes((AXIS,), groups), on_mesh)
 
 
 def test_group_size_that_does_not_divide():
     refused(ValueError, "`group_size` must divide the number of replicas that train. Received: group_size=3 for 4 replicas.",
-            policy.Axes((AXIS,), 3), on_mesh)  # fmt: skip
+            Axes((AXIS,), 3), on_mesh)  # fmt: skip
 
 
 def test_group_size_without_a_way_to_tell_the_replicas():

@@ -14,7 +14,7 @@ from cases import Case
 from checks import EPSILON, close
 from jax import lax
 from jax.sharding import PartitionSpec
-from test_engine_jax import collectives, equal_shards, of, whole
+from test_engine_jax import collectives, equal_shards, full_batch, of
 from worlds import JaxWorld
 
 from syncbn.functional import sync_batch_norm
@@ -103,11 +103,11 @@ def flax_step(masked, fast=True):
                      "batch_stats": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}  # fmt: skip
 
         def f(x, parameters):
-            y, moved = layer.apply({**variables, "params": parameters}, x, mask=mask, mutable=["batch_stats"])
-            return y, moved["batch_stats"]
+            y, updated = layer.apply({**variables, "params": parameters}, x, mask=mask, mutable=["batch_stats"])
+            return y, updated["batch_stats"]
 
-        y, pull, moved = jax.vjp(f, x, variables["params"], has_aux=True)
-        return y, pull(dy), moved
+        y, pull, updated = jax.vjp(f, x, variables["params"], has_aux=True)
+        return y, pull(dy), updated
 
     specs = {"in_specs": (EACH, EACH, EACH if masked else None), "out_specs": (EACH, (EACH, EACH), SAME)}
     return jax.jit(jax.shard_map(run, mesh=JaxWorld(4).mesh(), check_vma=False, **specs))
@@ -129,10 +129,10 @@ def test_masks_where_flax_is_wrong():
         mask[:] = False
         mask[: (3, 1, 1, 2)[i], : (4, 1, 2, 3)[i]] = True
     _, mean, variance = oracle.BatchNorm(xs, masks=masks).moments[0]
-    ours = our_moments(whole(xs), whole(masks))
+    ours = our_moments(full_batch(xs), full_batch(masks))
     np.testing.assert_allclose(ours[1], mean, atol=2e-6)
     np.testing.assert_allclose(ours[2], variance, rtol=1e-5)
-    _, _, flax = flax_step(masked=True)(whole(xs), whole(dys), whole(masks))
+    _, _, flax = flax_step(masked=True)(full_batch(xs), full_batch(dys), full_batch(masks))
     wrong = np.mean([oracle.BatchNorm([x], masks=[m]).moments[0][1] for x, m in zip(xs, masks, strict=True)], 0)
     np.testing.assert_allclose(flax["mean"], wrong, atol=1e-5)
     assert np.abs(wrong - mean).max() > 0.05
@@ -141,12 +141,12 @@ def test_masks_where_flax_is_wrong():
 def test_one_device_fully_masked_where_flax_is_nan():
     case = Case("flax, one device masked", mask="one replica")
     xs, dys, _, _, masks = equal_shards(case, 4)
-    y, *_ = our_moments(whole(xs), whole(masks))
+    y, *_ = our_moments(full_batch(xs), full_batch(masks))
     truth = oracle.BatchNorm(xs, masks=masks, epsilon=EPSILON)
     close(np.split(np.asarray(y), 4), truth.forward(np.ones(3), np.zeros(3)), case, "output")
-    y, _, moved = flax_step(masked=True)(whole(xs), whole(dys), whole(masks))
+    y, _, updated = flax_step(masked=True)(full_batch(xs), full_batch(dys), full_batch(masks))
     assert np.isnan(y).all()
-    assert np.isnan(moved["var"]).all()
+    assert np.isnan(updated["var"]).all()
 
 
 def test_large_mean_where_flax_is_wrong():
@@ -154,19 +154,19 @@ def test_large_mean_where_flax_is_wrong():
     case = Case("flax, large mean", (60, 60, 60, 60), (8, 3), mean=1e4)
     xs, dys, *_ = equal_shards(case, 4)
     truth = oracle.BatchNorm(xs, epsilon=EPSILON)
-    ours, right = our_moments(whole(xs)), truth.moments[0][2]
+    ours, right = our_moments(full_batch(xs)), truth.moments[0][2]
     assert np.abs(ours[2] / right - 1).max() < 1e-5
     expected = np.concatenate(truth.forward(np.ones(3), np.zeros(3)))
     assert np.abs(ours[0] - expected).max() < 1e-5 * np.abs(expected).max()
-    y, _, moved = flax_step(masked=False)(whole(xs), whole(dys), None)
-    assert np.abs(moved["var"] / right - 1).max() > 0.1
+    y, _, updated = flax_step(masked=False)(full_batch(xs), full_batch(dys), None)
+    assert np.abs(updated["var"] / right - 1).max() > 0.1
     assert np.abs(y - expected).max() > 0.1
 
 
 def test_flax_makes_as_many_messages():
     case = Case("flax, counted")
     xs, dys, *_ = equal_shards(case, 4)
-    found = collectives(flax_step(masked=False).lower(whole(xs), whole(dys), None).compile())
+    found = collectives(flax_step(masked=False).lower(full_batch(xs), full_batch(dys), None).compile())
     assert found == {"all-reduce": 2}
 
 

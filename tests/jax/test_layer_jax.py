@@ -1,4 +1,4 @@
-"""The Keras layer on Keras's JAX backend: mapped by shard_map, pmap and vmap, sharded by a distribution, and alone."""
+"""The Keras layer on Keras's JAX backend: mapped by shard_map, pmap and vmap, sharded by a distribution, and on one replica."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cases import Case
 from checks import close
 from jax import lax
 from jax.sharding import PartitionSpec
-from test_engine_jax import collectives, equal_shards, whole
+from test_engine_jax import collectives, equal_shards, full_batch
 from worlds import JaxWorld
 
 from syncbn import SyncBatchNormalization
@@ -51,11 +51,11 @@ def step(layer):
 
     def run(trainable, statistics, x, dy, mask=None):
         def f(x, trainable):
-            y, moved = layer.stateless_call(trainable, statistics, x, training=True, mask=mask)
-            return y, moved
+            y, updated = layer.stateless_call(trainable, statistics, x, training=True, mask=mask)
+            return y, updated
 
-        y, pull, moved = jax.vjp(f, x, trainable, has_aux=True)
-        return y, pull(dy), moved
+        y, pull, updated = jax.vjp(f, x, trainable, has_aux=True)
+        return y, pull(dy), updated
 
     return run
 
@@ -69,7 +69,7 @@ def state(layer):
 
 
 def is_a_step(case, layer_state, got, args, size=None, momentum=0.6, totals=True):
-    """Output, gradients and moved statistics of all replicas against the oracle."""
+    """Output, gradients and updated statistics of all replicas against the oracle."""
     xs, dys, _, _, masks = args
     y, (dx, (dgamma, dbeta)), (mean, variance) = got
     (gamma, beta), (old_mean, old_variance) = ([np.ravel(np.asarray(w)) for w in part] for part in layer_state)
@@ -99,8 +99,8 @@ def mapped(layer, how, replicas, with_mask):
         return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(SAME, SAME, *arrays), out_specs=out))
 
     def summed(*arguments):
-        y, (dx, parameters), moved = run(*arguments)
-        return y, (dx, lax.psum(parameters, AXIS)), moved
+        y, (dx, parameters), updated = run(*arguments)
+        return y, (dx, lax.psum(parameters, AXIS)), updated
 
     if how == "unchecked":
         out = ONE_EACH, (ONE_EACH, SAME), SAME
@@ -113,10 +113,10 @@ def mapped(layer, how, replicas, with_mask):
     )
 
     def call(trainable, statistics, *arrays):
-        y, (dx, parameters), moved = one(trainable, statistics, *(np.stack(np.split(a, replicas)) for a in arrays))
-        for v in moved:
+        y, (dx, parameters), updated = one(trainable, statistics, *(np.stack(np.split(a, replicas)) for a in arrays))
+        for v in updated:
             assert all(np.array_equal(v[0], v[r]) for r in range(replicas)), "statistics differ between replicas"
-        first = jax.tree.map(lambda v: v[0], (parameters, moved))
+        first = jax.tree.map(lambda v: v[0], (parameters, updated))
         return np.concatenate(y), (np.concatenate(dx), first[0]), first[1]
 
     return call
@@ -127,7 +127,7 @@ def mapped(layer, how, replicas, with_mask):
 def test_a_mapped_step_equals_the_whole_batch(case, size, how):
     layer = make(case, momentum=0.6, axis_name=AXIS, group_size=size)
     args = equal_shards(case, 4)
-    arrays = [whole(a) for a in (args[0], args[1], args[4]) if a is not None]
+    arrays = [full_batch(a) for a in (args[0], args[1], args[4]) if a is not None]
     got = mapped(layer, how, 4, args[4] is not None)(*state(layer), *arrays)
     is_a_step(case, state(layer), got, args, size)
 
@@ -140,7 +140,7 @@ def test_renorm_by_formula(size):
     layer = make(case, renorm=True, renorm_clipping=clipping, momentum=0.6, renorm_momentum=0.7, group_size=size, axis_name=AXIS)
     gamma, beta, mean, _, stddev, renorm_mean, renorm_stddev = layer.get_weights()
     xs, dys, *_ = equal_shards(case, 4)
-    y, (dx, _), moved = mapped(layer, "checked", 4, False)(*state(layer), whole(xs), whole(dys))
+    y, (dx, _), updated = mapped(layer, "checked", 4, False)(*state(layer), full_batch(xs), full_batch(dys))
     scales, offsets, truth = renormalised(xs, size, gamma, beta, renorm_mean, renorm_stddev)
     close(np.split(np.asarray(y), 4), truth.forward(scales, offsets), case, "output")
     close(np.split(np.asarray(dx), 4), truth.backward(dys, scales)[0], case, "gradient")
@@ -149,7 +149,7 @@ def test_renorm_by_formula(size):
     moved_stddev = oracle.moving_average(stddev, s, 0.6)
     expected = [oracle.moving_average(mean, m, 0.6), moved_stddev**2 - 1e-3, moved_stddev,
                 oracle.moving_average(renorm_mean, m, 0.7), oracle.moving_average(renorm_stddev, s, 0.7)]  # fmt: skip
-    for got, value in zip(moved, expected, strict=True):
+    for got, value in zip(updated, expected, strict=True):
         np.testing.assert_allclose(got, value, atol=1e-5)
 
 
@@ -173,7 +173,7 @@ def test_each_replica_draws_its_own_adjustment():
     layer = make(case, adjustment=adjustment, axis_name=AXIS)
     gamma, beta, *_ = layer.get_weights()
     xs, dys, *_ = equal_shards(case, 4)
-    y, (dx, (dgamma, _)), _ = mapped(layer, "checked", 4, False)(*state(layer), whole(xs), whole(dys))
+    y, (dx, (dgamma, _)), _ = mapped(layer, "checked", 4, False)(*state(layer), full_batch(xs), full_batch(dys))
     truth, scales = oracle.BatchNorm(xs), [(1 + 0.1 * r) * gamma for r in range(4)]
     close(np.split(np.asarray(y), 4), truth.forward(scales, [0.2 * r * gamma + beta for r in range(4)]), case, "output")
     dxs, dscales, doffsets = truth.backward(dys, scales)
@@ -189,14 +189,14 @@ def test_statistics_stay_where_the_batch_says_nothing(what, renorm):
     layer = make(case, renorm=renorm, axis_name=AXIS)
     xs, dys, _, _, masks = equal_shards(case, 4)
     if what == "masked":
-        arrays = whole(xs), whole(dys), np.zeros_like(whole(masks))
+        arrays = full_batch(xs), full_batch(dys), np.zeros_like(full_batch(masks))
     else:
         xs[1][0, 0, 0] = np.inf if what == "infinite" else np.nan
-        arrays = whole(xs), whole(dys)
-    y, gradients, moved = mapped(layer, "checked", 4, what == "masked")(*state(layer), *arrays)
+        arrays = full_batch(xs), full_batch(dys)
+    y, gradients, updated = mapped(layer, "checked", 4, what == "masked")(*state(layer), *arrays)
     if what == "masked":
         assert all(np.isfinite(v).all() for v in jax.tree.leaves((y, gradients)))
-    for old, new in zip(layer.non_trainable_variables, moved, strict=True):
+    for old, new in zip(layer.non_trainable_variables, updated, strict=True):
         np.testing.assert_array_equal(old.value, new)
 
 
@@ -222,7 +222,7 @@ def test_vmap_over_an_ensemble_in_training_and_inference():
     (None, 2), (jax.checkpoint_policies.save_only_these_names("syncbn_moments"), 1),
 ], ids=["all recomputed", "moments saved"])  # fmt: skip
 def test_checkpoint(policy, gathers):
-    """State is explicit, so nothing moves twice; with the moments saved nothing is sent twice."""
+    """State is explicit, so nothing is updated twice. With the moments saved nothing is sent twice."""
     case = Case("checkpoint", (3, 3, 3, 3), (4, 3))
     layer = make(case, momentum=0.6, axis_name=AXIS)
     args = equal_shards(case, 4)
@@ -230,15 +230,15 @@ def test_checkpoint(policy, gathers):
     def run(trainable, statistics, x, dy):
         def f(x, trainable):
             # What comes before and after makes recomputation recompute the layer.
-            y, moved = layer.stateless_call(trainable, statistics, jnp.sinh(jnp.arcsinh(x)), training=True)
-            return jnp.sinh(jnp.arcsinh(y)), moved
+            y, updated = layer.stateless_call(trainable, statistics, jnp.sinh(jnp.arcsinh(x)), training=True)
+            return jnp.sinh(jnp.arcsinh(y)), updated
 
-        y, pull, moved = jax.vjp(jax.checkpoint(f, policy=policy), x, trainable, has_aux=True)
-        return y, pull(dy), moved
+        y, pull, updated = jax.vjp(jax.checkpoint(f, policy=policy), x, trainable, has_aux=True)
+        return y, pull(dy), updated
 
     specs = {"in_specs": (SAME, SAME, ONE_EACH, ONE_EACH), "out_specs": (ONE_EACH, (ONE_EACH, SAME), SAME)}
     program = jax.jit(jax.shard_map(run, mesh=JaxWorld(4).mesh(), **specs))
-    given = (*state(layer), whole(args[0]), whole(args[1]))
+    given = (*state(layer), full_batch(args[0]), full_batch(args[1]))
     got = program(*given)
     loose = Case("checkpoint", (3, 3, 3, 3), (4, 3), dtype="float32")
     is_a_step(loose, state(layer), got, args)
@@ -277,10 +277,10 @@ def test_a_step_under_data_parallel(case, size, jitted):
     with distributed("data"):
         layer = make(case, momentum=0.6, group_size=size)
         args = equal_shards(case, 4)
-        mask = whole(args[4])
+        mask = full_batch(args[4])
         run = jax.jit(step(layer)) if jitted else step(layer)
         before = state(layer)
-        got = run(*before, whole(args[0]), whole(args[1]), mask)
+        got = run(*before, full_batch(args[0]), full_batch(args[1]), mask)
         is_a_step(case, before, got, args, size)
 
 
@@ -292,7 +292,7 @@ def test_a_step_under_model_parallel(case, layouts, size):
         layer = make(case, momentum=0.6, group_size=size)
         args = equal_shards(case, 4)
         before = state(layer)
-        got = jax.jit(step(layer))(*before, whole(args[0]), whole(args[1]), whole(args[4]))
+        got = jax.jit(step(layer))(*before, full_batch(args[0]), full_batch(args[1]), full_batch(args[4]))
         is_a_step(case, before, got, args, size)
 
 
@@ -303,7 +303,7 @@ def test_renorm_in_groups_under_data_parallel():
         layer = make(case, renorm=True, renorm_clipping=clipping, group_size=2)
         gamma, beta, _, _, _, renorm_mean, renorm_stddev = layer.get_weights()
         xs, dys, *_ = equal_shards(case, 4)
-        y, (dx, (dgamma, dbeta)), _ = jax.jit(step(layer))(*state(layer), whole(xs), whole(dys))
+        y, (dx, (dgamma, dbeta)), _ = jax.jit(step(layer))(*state(layer), full_batch(xs), full_batch(dys))
     scales, offsets, truth = renormalised(xs, 2, gamma, beta, renorm_mean, renorm_stddev)
     close(np.split(np.asarray(y), 4), truth.forward(scales, offsets), case, "output")
     dxs, dscales, doffsets = truth.backward(dys, scales)
@@ -318,14 +318,14 @@ def chained(layers):
 
     def run(states, x, dy):
         def f(x, trainables):
-            moved = []
+            updated = []
             for layer, trainable, (_, statistics) in zip(layers, trainables, states, strict=True):
                 x, new = layer.stateless_call(trainable, statistics, x, training=True)
-                moved.append(new)
-            return x, moved
+                updated.append(new)
+            return x, updated
 
-        y, pull, moved = jax.vjp(f, x, [t for t, _ in states], has_aux=True)
-        return y, pull(dy), moved
+        y, pull, updated = jax.vjp(f, x, [t for t, _ in states], has_aux=True)
+        return y, pull(dy), updated
 
     return run
 
@@ -339,7 +339,7 @@ def test_one_collective_each_way_and_layer_when_sharded(kind, layouts, size):
         layers = [make(case, group_size=size) for _ in range(3)]
         batch, channels = mesh.axis_names[0], "model" if layouts else None
         arrays = jax.NamedSharding(mesh, PartitionSpec(batch, None, channels))
-        x, dy = (jax.device_put(whole(a), arrays) for a in equal_shards(case, 4)[:2])
+        x, dy = (jax.device_put(full_batch(a), arrays) for a in equal_shards(case, 4)[:2])
         states = [state(layer) for layer in layers]
         placed = jax.tree.map(lambda v: v.sharding, states)
         out = arrays, (arrays, [t for t, _ in placed]), [n for _, n in placed]
@@ -355,7 +355,7 @@ def test_keras_own_under_data_parallel_sends_more():
         for layer in layers:
             layer.build((None, 4, 6))
         arrays = jax.NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
-        x, dy = (jax.device_put(whole(a), arrays) for a in equal_shards(case, 4)[:2])
+        x, dy = (jax.device_put(full_batch(a), arrays) for a in equal_shards(case, 4)[:2])
         run = jax.jit(chained(layers)).lower([state(layer) for layer in layers], x, dy).compile()
     assert sum(collectives(run).values()) > 2 * 3
 
@@ -364,7 +364,7 @@ def test_inference_and_building_send_nothing():
     case = Case("inference", rest=(4, 6))
     with distributed("data") as mesh:
         layer = make(case)
-        x = jax.device_put(whole(case.inputs(4)), jax.NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
+        x = jax.device_put(full_batch(case.inputs(4)), jax.NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
         run = jax.jit(lambda s, x: layer.stateless_call(*s, x, training=False)[0])
         assert collectives(run.lower(state(layer), x).compile()) == {}
         layer.trainable = False
@@ -394,7 +394,7 @@ def test_global_arrays_in_jit_without_a_distribution():
     """Global statistics by XLA's partitioner."""
     case = Case("global")
     layer, args = make(case, momentum=0.6), equal_shards(case, 4)
-    arrays = [jax.device_put(whole(a), jax.NamedSharding(JaxWorld(4).mesh(), ONE_EACH)) for a in args[:2]]
+    arrays = [jax.device_put(full_batch(a), jax.NamedSharding(JaxWorld(4).mesh(), ONE_EACH)) for a in args[:2]]
     is_a_step(case, state(layer), jax.jit(step(layer))(*state(layer), *arrays), args)
 
 
@@ -404,7 +404,7 @@ def test_local_inside_a_map_that_the_layer_is_not_told_of():
     gamma, beta, *_ = layer.get_weights()
     out = ONE_EACH, (ONE_EACH, ONE_EACH), ONE_EACH
     specs = {"in_specs": (SAME, SAME, ONE_EACH, ONE_EACH), "out_specs": out, "check_vma": False}
-    y, _, _ = jax.shard_map(step(layer), mesh=JaxWorld(4).mesh(), **specs)(*state(layer), whole(xs), whole(dys))
+    y, _, _ = jax.shard_map(step(layer), mesh=JaxWorld(4).mesh(), **specs)(*state(layer), full_batch(xs), full_batch(dys))
     close(np.split(np.asarray(y), 4), [oracle.BatchNorm([x]).forward(gamma, beta)[0] for x in xs], case, "output")
 
 
@@ -414,7 +414,7 @@ def test_mapped_form_inside_a_map_over_the_distributions_own_axis():
         layer, args = make(case, momentum=0.6), equal_shards(case, 4)
         each = PartitionSpec(mesh.axis_names[0])
         specs = {"in_specs": (SAME, SAME, each, each), "out_specs": (each, (each, SAME), SAME)}
-        got = jax.jit(jax.shard_map(step(layer), mesh=mesh, **specs))(*state(layer), whole(args[0]), whole(args[1]))
+        got = jax.jit(jax.shard_map(step(layer), mesh=mesh, **specs))(*state(layer), full_batch(args[0]), full_batch(args[1]))
         is_a_step(case, state(layer), got, args)
 
 
@@ -471,7 +471,7 @@ def test_fit_under_model_parallel():
 
 
 def test_fit_with_whole_batches_masked():
-    """A batch of padding moves nothing; the other batches' statistics are those of what counts."""
+    """A batch of padding updates nothing. The statistics of the other batches are those of what counts."""
     tokens = RNG.integers(1, 9, (32, 4))
     tokens[8:16] = 0
     tokens[16:, 2:] = 0
@@ -496,13 +496,13 @@ def test_no_recompilation_and_donation():
 
     def run(trainable, statistics, x, dy):
         traced.append(1)
-        _, (_, gradients), moved = step(layer)(trainable, statistics, x, dy)
-        return [w - 0.1 * g for w, g in zip(trainable, gradients, strict=True)], moved
+        _, (_, gradients), updated = step(layer)(trainable, statistics, x, dy)
+        return [w - 0.1 * g for w, g in zip(trainable, gradients, strict=True)], updated
 
     specs = {"in_specs": (SAME, SAME, ONE_EACH, ONE_EACH), "out_specs": (SAME, SAME)}
     program = jax.jit(jax.shard_map(run, mesh=mesh, **specs), donate_argnums=(0, 1))
     current = jax.device_put(jax.tree.map(jnp.copy, state(layer)), jax.NamedSharding(mesh, SAME))
-    first, arrays = current, [jax.device_put(whole(a), jax.NamedSharding(mesh, ONE_EACH)) for a in (xs, dys)]
+    first, arrays = current, [jax.device_put(full_batch(a), jax.NamedSharding(mesh, ONE_EACH)) for a in (xs, dys)]
     for _ in range(3):
         current = program(*current, *arrays)
     assert len(traced) == 1
@@ -529,7 +529,7 @@ def test_forward_mode_in_training_and_inference():
     np.testing.assert_allclose(dy, x * gamma / np.sqrt(variance + 1e-3), rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------- alone
+# ------------------------------------------------------------------------------------------------- one replica
 
 
 @pytest.mark.parametrize("arguments", [
@@ -559,10 +559,10 @@ def test_keras_own_refuses_to_synchronise_here():
 
 
 def test_config_keeps_axis_name():
-    for name, kept in (("data", "data"), (("data", "model"), ("data", "model")), (["data"], ("data",))):
+    for name, stored in (("data", "data"), (("data", "model"), ("data", "model")), (["data"], ("data",))):
         layer = SyncBatchNormalization(axis_name=name)
-        assert layer.axis_name == kept
-        assert SyncBatchNormalization.from_config(layer.get_config()).axis_name == kept
+        assert layer.axis_name == stored
+        assert SyncBatchNormalization.from_config(layer.get_config()).axis_name == stored
     assert isinstance(SyncBatchNormalization(axis_name=("a", "b")).get_config()["axis_name"], list)
 
 

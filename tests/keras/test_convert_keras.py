@@ -1,4 +1,4 @@
-"""Keras models to ours and back: what holds, real architectures, what is refused. Keras's backend is the environment's."""
+"""`convert` and `revert` for Keras: what stays, real architectures, what is refused. Keras's backend is the environment's."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def outputs(model, x):
     """Training and inference; the moving statistics are put back."""
     before = values(model)
     trained = ops.convert_to_numpy(model(x, training=True))
-    moved = values(model)
+    updated = values(model)
     for v, old in zip(model.variables, before, strict=True):
         v.assign(old)
-    return [trained, ops.convert_to_numpy(model(x, training=False)), *moved]
+    return [trained, ops.convert_to_numpy(model(x, training=False)), *updated]
 
 
 def same(a, b):
@@ -76,13 +76,13 @@ APPLICATIONS = {
 
 @pytest.mark.parametrize("name", APPLICATIONS)
 def test_round_trip_is_bit_identical(name):
-    """Weights and outputs, in training and in inference, and as ours the same function. Dropout is seeded by the layer."""
+    """Weights and outputs, in training and in inference, and the same function after conversion. Dropout is seeded by the layer."""
     model = randomised(APPLICATIONS[name](weights=None, input_shape=(32, 32, 3), classes=10))
     for layer in model._flatten_layers():
         if isinstance(layer, layers.Dropout):
             layer.rate = 0.0
     x = data(2, 32, 32, 3)
-    kept, state = list(model.variables), values(model)
+    former, state = list(model.variables), values(model)
     kinds = [type(layer) for layer in model._flatten_layers()]
     attributes = [set(vars(layer)) for layer in model._flatten_layers()]
     expected = outputs(model, x)
@@ -90,12 +90,12 @@ def test_round_trip_is_bit_identical(name):
     assert count > 40
     assert syncbn.convert(model) is model
     assert sum(isinstance(layer, SyncBatchNormalization) for layer in model._flatten_layers()) == count
-    assert all(a is b for a, b in zip(model.variables, kept, strict=True))
+    assert all(a is b for a, b in zip(model.variables, former, strict=True))
     # In training only the first layers: 50 layers on, two samples a channel make noise of the last bit.
-    _, inferred, *moved = outputs(model, x)
+    _, inferred, *updated = outputs(model, x)
     near([inferred], [expected[1]], 2e-4)
     first = [i for i, v in enumerate(model.variables) if "moving" in v.name][:4]
-    near([moved[i] for i in first], [expected[2 + i] for i in first], 1e-4)
+    near([updated[i] for i in first], [expected[2 + i] for i in first], 1e-4)
     assert syncbn.revert(model) is model
     assert [type(layer) for layer in model._flatten_layers()] == kinds
     assert [set(vars(layer)) for layer in model._flatten_layers()] == attributes
@@ -172,10 +172,10 @@ def test_attributes_hold():
     layer = layers.BatchNormalization(momentum=0.3, epsilon=0.5, name="bn", beta_regularizer="l2", dtype="float16")
     layer(data(4, 3).astype("float16"))
     layer.trainable = False
-    kept, regularizer = layer.weights, layer.beta_regularizer
+    former, regularizer = layer.weights, layer.beta_regularizer
     syncbn.convert(layer)
     assert (layer.momentum, layer.epsilon, layer.name, layer.trainable) == (0.3, 0.5, "bn", False)
-    assert all(a is b for a, b in zip(layer.weights, kept, strict=True))
+    assert all(a is b for a, b in zip(layer.weights, former, strict=True))
     assert layer.beta_regularizer is regularizer
     assert ops.convert_to_numpy(layer(data(4, 3).astype("float16"))).dtype == np.float16
     layer.momentum = 0.4
@@ -183,7 +183,7 @@ def test_attributes_hold():
     assert layer.momentum == 0.4
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras takes synchronized=True on TensorFlow alone")
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras takes synchronized=True only on TensorFlow")
 def test_synchronized_comes_back():
     layer = syncbn.revert(syncbn.convert(layers.BatchNormalization(synchronized=True)))
     assert layer.synchronized
@@ -370,7 +370,7 @@ def test_nothing_to_do_is_a_warning():
     model = keras.Sequential([layers.Dense(3)])
     with pytest.warns(UserWarning, match="syncbn.convert expects a model that holds batch norms"):
         assert syncbn.convert(model) is model
-    with pytest.warns(UserWarning, match="syncbn.revert expects a model that holds batch norms of ours"):
+    with pytest.warns(UserWarning, match="syncbn.revert expects a model that holds synchronised batch norms"):
         syncbn.revert(model)
 
 

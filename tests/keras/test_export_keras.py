@@ -67,11 +67,11 @@ BEFORE = {
 def test_fold_computes_the_same(kind, make_norm):
     make, shape = BEFORE[kind]
     model = randomised(keras.Sequential([keras.Input(shape), make(), make_norm()]))
-    x, kept = data(2, *shape), [numpy(v).copy() for v in model.variables]
+    x, former = data(2, *shape), [numpy(v).copy() for v in model.variables]
     folded = syncbn.fold(model)
     assert not norms(folded)
     close(numpy(folded(x)), numpy(model(x)))
-    for a, b in zip(model.variables, kept, strict=True):
+    for a, b in zip(model.variables, former, strict=True):
         np.testing.assert_array_equal(numpy(a), b)
 
 

@@ -80,7 +80,7 @@ def test_a_step_equals_the_concatenated_batch(torch_world, case, group_size):
 
 
 class Net(nn.Module):
-    """Keras layers in a torch module. Torch's `model.train()` does not reach them: the call says what it is."""
+    """Keras layers in a torch module. Torch's `model.train()` does not reach them: the call's `training` decides."""
 
     def __init__(self):
         super().__init__()
@@ -126,9 +126,9 @@ def test_training_equals_one_process(torch_world, form):
     rows = [sum(map(len, x)) for x in xs]
     got = torch_world.run(trained, *xs, common=(form, rows))
     equal_everywhere(got)
-    whole = trained(None, rows, *(np.concatenate(x) for x in xs))
-    assert len(whole) == 2 + 7 + 2
-    for name, value in whole.items():
+    full_batch = trained(None, rows, *(np.concatenate(x) for x in xs))
+    assert len(full_batch) == 2 + 7 + 2
+    for name, value in full_batch.items():
         # Keras's maximum makes float32 of float64 on torch: r and d are rounded.
         np.testing.assert_allclose(got[0][name], value, rtol=1e-6, atol=1e-6, err_msg=name)
 
@@ -155,7 +155,7 @@ def test_one_process_equals_keras(arguments):
 
 
 def test_renorm_compiled():
-    """r and d of the backward pass are those of the forward pass, though the statistics that they came from have moved."""
+    """r and d of the backward pass are those of the forward pass, although the statistics they were computed from are updated by then."""
     rng = np.random.default_rng(0)
     x, dy = (rng.normal(size=(16, 6)).astype("float32") for _ in range(2))
     gradients = []

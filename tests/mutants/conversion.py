@@ -1,4 +1,4 @@
-"""Faults in moving in and moving out."""
+"""Faults in convert, revert, fold and the readers of old files."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ MUTANTS = [
     Mutant("timm's activation is lost", TORCH, "y = getattr(self, name)(y)", "pass", TORCH_TESTS, "timm_keeps"),
     Mutant("wrapped models pass", TORCH, '"DistributedDataParallel": ("torch.nn.parallel", "wrapped"),', "", TORCH_TESTS, "wrapped_and_sharded"),
     Mutant("compiled modules pass", TORCH, '"compiled" if module._compiled_call_impl is not None else states[cls]', "states[cls]", TORCH_TESTS, "wrong_state"),
-    Mutant("switched-off statistics move", "torch/module.py", "self.running_mean is not None and self.track_running_stats and", "self.running_mean is not None and",
+    Mutant("switched-off statistics are updated", "torch/module.py", "mean is not None and self.training and self.track_running_stats:", "mean is not None and self.training:",
            TORCH_TESTS, "switched_off"),
     Mutant("ranks of the example are not asked", TORCH, "implied = classes.pop() if len(classes) == 1 else None", "implied = nn.BatchNorm2d", TORCH_TESTS, "made_as_ours"),
-    Mutant("build stays theirs", KERAS, "cell.cell_contents = MethodType(cls.build, layer)", "pass", KERAS_TESTS, "every_kind and deferred"),
+    Mutant("build stays Keras's", "keras/_private.py", "cell.cell_contents = MethodType(cls.build, layer)", "pass", KERAS_TESTS, "every_kind and deferred"),
     Mutant("traces stay", KERAS, "part.train_function = part.test_function = part.predict_function = None", "pass", KERAS_TESTS, "trains_on"),
     Mutant("renorm's first statistics are the initial ones", KERAS, "    layer.renorm_stddev.assign(ops.copy(stddev))\n", "", KERAS_TESTS, "renorm_starts"),
     Mutant("what Keras's build noted is lost", KERAS, 'attributes["_reduction_axes"] =', "_ =", KERAS_TESTS, "every_kind and deferred"),
@@ -79,6 +79,16 @@ MUTANTS = [
     Mutant("data that is missing is not missed", INDEX, "if entry.offset + entry.size > sizes[entry.file]:", "if False:", HOSTILE_TESTS, "index_that_lies"),
     Mutant("errors of libraries pass", "keras/files.py", "    except Exception as error:\n        message", "    except KeyError as error:\n        message", HOSTILE_TESTS, "broken_hdf5"),
     Mutant("text is read as numbers", MATCHING, 'if value.dtype.kind not in "fiub" and value.dtype.name != "bfloat16":', "if False:", HOSTILE_TESTS, "no_numbers"),
+    Mutant("a module path in old pickles is forgotten", "_moved.py", '    "syncbn.conversion.torch": "syncbn.torch.convert",\n', "",
+           "torch/test_files_before.py", "pickled"),
+    Mutant("a private name that vanished is None", "keras/_private.py", 'return Missing(f"{module}.{name}")', "return None",
+           "keras/test_private_keras.py", "vanished"),
+    Mutant("functional models have no class without its name", "keras/_private.py", "if isinstance(found, type):", "if True:",
+           "keras/test_private_keras.py", "without_its_name"),
+    Mutant("peer memory cannot be switched off", "settings.py", '"SYNCBN_PEER_MEMORY", "1") != "0"', '"SYNCBN_PEER_MEMORY", "1") != ""',
+           "test_settings.py", "each_value"),
+    Mutant("an error without a mend", "validation.py", "        raise TypeError(f\"The input must be of a float dtype. Received: {dtype}. Cast it first, for example to float32.\")",
+           "        raise TypeError(f\"The input must be of a float dtype. Received: {dtype}.\")", "test_errors.py", "the_mend"),
     Mutant("fold forgets the bias", TORCH_FOLD, "layer.bias.double() - mean", "-mean", TORCH_EXPORT, "computes_the_same and Linear"),
     Mutant("fold forgets other uses", TORCH_FOLD, "or len(before.users) != 1", "", TORCH_EXPORT, "others_use"),
     Mutant("fold forgets hooks", TORCH_FOLD, "return not any(hooks) and", "return", TORCH_EXPORT, "others_use"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from mutants import Mutant
 
 MATHS = "maths.py"
-DOOR, MAPPED, AXES, XLA = "jax/engine.py", "jax/mapped.py", "jax/axes.py", "jax/xla.py"
+ENGINE, MAPPED, AXES, XLA = "jax/engine.py", "jax/mapped.py", "jax/axes.py", "jax/xla.py"
 LAYER, DISTRIBUTION, FUNCTIONAL = "keras/layer.py", "keras/distribution.py", "functional.py"
 ENGINE_TESTS, LAYER_TESTS, FUNCTIONAL_TESTS = "jax/test_engine_jax.py", "jax/test_layer_jax.py", "jax/test_functional_jax.py"
 MUTANTS = [
+    Mutant("types are not read", "jax/_private.py", "return kind.manual_axis_type.varying", "return frozenset()", "jax/test_private_jax.py", "still_says"),
     Mutant("no collective", AXES, "return self.size == 1 and not self.checked", "return True", ENGINE_TESTS, "batch and ragged-unchecked"),
     Mutant("mean of means", MAPPED, "    counts = counts if members is True", "    counts = jnp.minimum(counts, 1)\n    counts = counts if members is True",
            ENGINE_TESTS, "batch and ragged-checked"),
@@ -22,7 +23,7 @@ MUTANTS = [
     Mutant("dropped term in the input gradient", MAPPED, "layout.spread(a) * rest + layout.spread(b)", "layout.spread(b) + 0 * rest",
            ENGINE_TESTS, "batch and ragged-checked"),
     Mutant("moving statistics from local moments", LAYER, "            moments = self._engine.moments(inputs, **where)\n",
-           "            moments = self._engine.moments(inputs, **where)\n            local = self._engine.moments(inputs, **{**where, 'group': policy.ALONE})\n"
+           "            moments = self._engine.moments(inputs, **where)\n            local = self._engine.moments(inputs, **{**where, 'group': LOCAL})\n"
            "            moments = moments._replace(average=(local.count, sum(local.mean), local.variance))\n",
            LAYER_TESTS, "mapped_step and unchecked and masked"),
     Mutant("local count in the backward pass", MAPPED, "Measured(moments.count.astype(wide), hi", "Measured(moments.count.astype(wide) / replicas.size, hi",
@@ -43,10 +44,10 @@ MUTANTS = [
            "rows, members = replicas.by_group(jnp.concatenate([replicas.gather(n.astype(bits)[None]), *(replicas.gather(v) for v in jnp.split(floats, 3))], 1))",
            ENGINE_TESTS, "one_collective and None and unchecked"),
     Mutant("moments without their name", MAPPED, "checkpoint_name(measured, MOMENTS)", "measured", LAYER_TESTS, "checkpoint and saved"),
-    Mutant("the partitioner left alone", DISTRIBUTION, "    if found is None or", "    if True or", LAYER_TESTS, "when_sharded and data"),
+    Mutant("no shard_map over the distribution's mesh", DISTRIBUTION, "    if found is None or", "    if True or", LAYER_TESTS, "when_sharded and data"),
     Mutant("channels gathered under ModelParallel", DISTRIBUTION, "    return layout.axes[0]\n", "    return None\n", LAYER_TESTS, "when_sharded and channels"),
     Mutant("the distribution wins over axis_name", LAYER, "if self.axis_name is None and keras", "if keras", LAYER_TESTS, "wins_over"),
-    Mutant("statistics that are not finite move", "contract.py", "    if moments.replicas > 1:\n", "    if False:\n",
+    Mutant("statistics that are not finite move", "contract.py", "usable = usable & (finite if", "usable = usable | (finite if",
            LAYER_TESTS, "says_nothing and nan"),
     Mutant("padding that is not finite spreads", FUNCTIONAL, "x = dialect.operators.where(mask | dialect.isfinite(x), x, dialect.operators.zeros_like(x))", "pass",
            FUNCTIONAL_TESTS, "padding"),

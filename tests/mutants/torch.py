@@ -4,70 +4,76 @@ from __future__ import annotations
 
 from mutants import Mutant
 
-GROUPS, AUTOGRAD, CONTEXT, ENGINE = (f"torch/{name}.py" for name in ("groups", "autograd", "checkpoint", "engine"))
-EAGER, NATIVE, LAYER, KERAS = "torch/reference.py", "torch/cpu.py", "torch/module.py", "keras/layer.py"
-ENGINE_TESTS, ALONE, RANKS, TRAINING = (
+GROUPS, TRANSPORT, AUTOGRAD, CHECKPOINT, ENGINE = (
+    f"torch/{name}.py" for name in ("groups", "transport", "autograd", "checkpoint", "engine")
+)
+REFERENCE, CPU, LAYER, KERAS, CONTRACT = "torch/reference.py", "torch/cpu.py", "torch/module.py", "keras/layer.py", "contract.py"
+ENGINE_TESTS, ONE_PROCESS, RANKS, TRAINING = (
     f"torch/test_{name}.py" for name in ("engine_torch", "layer_torch", "layer_torch_ranks", "torch_training")
 )
 
 MESSAGE = "return torch.cat([n[None], *maths.raw_sums(n, k.to(wide), s.to(wide), q.to(wide))])"
-SUM = "lanes.exchange_sums(message, how.link)"
+SUM = "global_sums(partial_sums, config.communicator)"
 RAGGED = "concatenated and ragged-step]"
 MUTANTS = [
-    Mutant("no collective", GROUPS, "    if link is not None:\n        dist.all_reduce", "    if False:\n        dist.all_reduce", ENGINE_TESTS, RAGGED),
-    Mutant("mean of means", EAGER, MESSAGE, MESSAGE.replace("return", "m =") + "\n    return m / m[0].clamp_min(1)", ENGINE_TESTS, RAGGED),
-    Mutant("E[x²] − E[x]² in float32", EAGER, MESSAGE, MESSAGE + ".float().double()", ENGINE_TESTS, "one_process and large"),
-    Mutant("lo dropped from normalize", NATIVE, "norm.offset - lo * (norm.scale * rstd)", "norm.offset", ENGINE_TESTS, "one_process and large"),
-    Mutant("x − hi not formed first", NATIVE, "if x.numel() > SMALL and (hi * rstd).abs().max().item() < NEAR:", "if True:", ENGINE_TESTS,
+    Mutant("no collective", TRANSPORT, "    if communicator is not None:\n        dist.all_reduce", "    if False:\n        dist.all_reduce", ENGINE_TESTS, RAGGED),
+    Mutant("mean of means", REFERENCE, MESSAGE, MESSAGE.replace("return", "m =") + "\n    return m / m[0].clamp_min(1)", ENGINE_TESTS, RAGGED),
+    Mutant("E[x²] − E[x]² in float32", REFERENCE, MESSAGE, MESSAGE + ".float().double()", ENGINE_TESTS, "one_process and large"),
+    Mutant("lo dropped from normalize", CPU, "norm.offset - lo * (norm.scale * rstd)", "norm.offset", ENGINE_TESTS, "one_process and large"),
+    Mutant("x − hi not formed first", CPU, "if x.numel() > SMALL and (hi * rstd).abs().max().item() < NEAR:", "if True:", ENGINE_TESTS,
            "one_process and large"),
-    Mutant("dropped term in the input gradient", NATIVE, "a / rstd, b)", "0 * a, b)", ENGINE_TESTS, "one_process and ragged"),
-    Mutant("local count in the backward pass", AUTOGRAD, "input_gradient(dz, x, mask, norm, count, message) if needs_x",
-           "input_gradient(dz, x, mask, norm, count / how.link.size, message) if needs_x", ENGINE_TESTS, RAGGED),
-    Mutant("message times a local scale", AUTOGRAD, SUM, "message = lanes.exchange_sums(sums.clone(), how.link) * scale.repeat(2)",
+    Mutant("dropped term in the input gradient", CPU, "a / rstd, b)", "0 * a, b)", ENGINE_TESTS, "one_process and ragged"),
+    Mutant("local count in the backward pass", AUTOGRAD, "input_gradient(dz, x, mask, norm, count, reduced_sums) if needs_x",
+           "input_gradient(dz, x, mask, norm, count / config.communicator.size, reduced_sums) if needs_x", ENGINE_TESTS, RAGGED),
+    Mutant("message times a local scale", AUTOGRAD, SUM, "global_sums(sums.clone(), config.communicator) * scale.repeat(2)",
            ENGINE_TESTS, "concatenated and differ-step]"),
     Mutant("moments are constants of the second derivative", AUTOGRAD, "centred = x - mean_of(x)", "centred = x - mean_of(x).detach()",
            ENGINE_TESTS, "gradgradcheck"),
-    Mutant("mask forgotten in the count", EAGER, "return mask.sum() * each", "return size", ENGINE_TESTS, "one_process and masked"),
-    Mutant("mask forgotten in the backward pass", EAGER, "through = torch.where(mask, through, 0)", "pass", ENGINE_TESTS, "one_process and masked"),
-    Mutant("naive float32 sums", NATIVE, "BLOCK_ROWS = 4096", "BLOCK_ROWS = 10**9", ENGINE_TESTS, "million"),
-    Mutant("groups ignored", GROUPS, "size = world // policy.groups(world, group)", "size = world", ENGINE_TESTS, "test_groups and ragged"),
-    Mutant("the activation's other side", EAGER, "return torch.where(z > 0, dy,", "return torch.where(z < 0, dy,", ENGINE_TESTS, "activation and relu and eager"),
+    Mutant("mask forgotten in the count", REFERENCE, "return mask.sum() * each", "return size", ENGINE_TESTS, "one_process and masked"),
+    Mutant("mask forgotten in the backward pass", REFERENCE, "through = torch.where(mask, through, 0)", "pass", ENGINE_TESTS, "one_process and masked"),
+    Mutant("naive float32 sums", CPU, "BLOCK_ROWS = 4096", "BLOCK_ROWS = 10**9", ENGINE_TESTS, "million"),
+    Mutant("groups ignored", GROUPS, "size = world // number_of_groups(world, group)", "size = world", ENGINE_TESTS, "test_groups and ragged"),
+    Mutant("the activation's other side", REFERENCE, "return torch.where(z > 0, dy,", "return torch.where(z < 0, dy,", ENGINE_TESTS, "activation and relu and eager"),
     Mutant("counts as floats", ENGINE, "payload = torch.cat([n.to(torch.int32)[None]", "payload = torch.cat([n.float()[None].view(torch.int32)",
            ENGINE_TESTS, "without_float64 and ragged"),
-    Mutant("moving statistics from local moments", LAYER, "self._train(moments, *self._scale", "self._train(engine.moments(x, mask=mask, group=policy.ALONE), *self._scale",
-           RANKS, "concatenated and ragged-None"),
-    Mutant("statistics move at count 0", LAYER, "sound = count > 0", "sound = count > -1", ALONE, "nothing_moves"),
-    Mutant("statistics that are not finite move", LAYER, "sound = sound & (mean + variance).isfinite().all()", "pass", RANKS, "says_nothing and nan"),
-    Mutant("the running variance biased", LAYER, "variance * (count / (count - 1).clamp_min(1))", "variance", ALONE, "equals_torch and ours"),
-    Mutant("momentum the wrong way round", LAYER, "maths.moving_average(old, batch, 1 - weight)", "maths.moving_average(old, batch, weight)",
-           ALONE, "equals_torch and ours"),
-    Mutant("a message in eval", LAYER, "group = self._group() if self.training else policy.ALONE", "group = self._group()", RANKS, "eval_and_local"),
-    Mutant("a group that is gone taken for all", "torch/groups.py", "raise policy_torch.group_is_gone(self.name)", "pass", RANKS, "go_and_come"),
-    Mutant("inputs not apart in a second derivative", "torch/autograd.py", "v.view_as(v) if v.requires_grad", "v if v.requires_grad", "torch/test_layer_torch.py", "share_a_history"),
+    Mutant("moving statistics from local moments", CONTRACT, "statistics = updated(statistics, measured,",
+           "statistics = updated(statistics, moments(x, axes=axes, mask=mask, group=1, **own),", RANKS, "concatenated and ragged-None"),
+    Mutant("statistics move at count 0", CONTRACT, "usable = count > 0", "usable = count > -1", ONE_PROCESS, "nothing_moves"),
+    Mutant("statistics that are not finite move", CONTRACT, "usable = usable & (finite if", "usable = usable | (finite if", RANKS, "says_nothing and nan"),
+    Mutant("the running variance biased", CONTRACT, "    if statistics.unbiased:", "    if False:", ONE_PROCESS, "equals_torch and ours"),
+    Mutant("momentum the wrong way round", CONTRACT, "batch, 1 - weight)", "batch, weight)",
+           ONE_PROCESS, "equals_torch and ours"),
+    Mutant("a message in eval", LAYER, "group=self._group() if self.training else LOCAL", "group=self._group()", RANKS, "eval_and_local"),
+    Mutant("a group that is gone taken for all", GROUPS, "        if found is None:", "        if False:", RANKS, "go_and_come"),
+    Mutant("inputs with a history in a second derivative", "torch/autograd.py", "v.view_as(v) if v.requires_grad", "v if v.requires_grad", "torch/test_layer_torch.py", "share_a_history"),
     Mutant("a module as activation hidden", LAYER, "self._activation if module is None else module", "self._activation", "torch/test_layer_torch.py", "module_as_activation"),
-    Mutant("r and d compiled anew", LAYER, "r, d = engine.realized(*context.found_once(lambda: self._renorm_correction(moments, weight.dtype)))", "r, d = self._renorm_correction(moments, weight.dtype)", "torch/test_layer_torch.py", "compiled_in_float64"),
+    Mutant("r and d compiled anew", LAYER, "r, d = engine.materialize(*engine.record_or_replay(lambda: self._renorm_correction(moments, scale.dtype)))", "r, d = self._renorm_correction(moments, scale.dtype)", "torch/test_layer_torch.py", "compiled_in_float64"),
     Mutant("Keras's r and d compiled anew", KERAS, "r, d = self._engine.materialize(*found)", "r, d = found", "keras/test_layer_keras_torch.py", "renorm_compiled"),
     Mutant("fake constants kept", "torch/cpu.py", "if type(x) is not Tensor:", "if False:", "torch/test_layer_torch.py", "fake_tensors"),
     Mutant("one tensor twice in a compiled function", "torch/compiled.py", "if residual is x:", "if False:", "torch/test_layer_torch.py", "compiled_in_float64"),
-    Mutant("messages between taken for a change", "torch/compiled.py", "= torch.autograd._unsafe_preserve_version_counter(_state)",
+    Mutant("messages between taken for a change", "torch/compiled.py", "= preserve_version_counter(_state)",
            "= torch.no_grad()", TRAINING, "between_a_forward and aot_eager and last"),
-    Mutant("a module as activation that stays", LAYER, "self._modules.pop(name, None)", "pass", ALONE, "can_be_changed"),
-    Mutant("gradients that cannot be batched", EAGER, "return sums.reshape(-1),", "return sums.flatten(),", ALONE, "batched_gradients"),
-    Mutant("a batch counted where nobody counts", LAYER, "if moves and self.num_batches_tracked is not None:", "if moves:", ALONE, "nobody_counts"),
-    Mutant("statistics move where nobody counts", LAYER, "weight = 0.0 if tracked is None else", "weight = 1.0 if tracked is None else", ALONE, "nobody_counts"),
+    Mutant("a module as activation that stays", LAYER, "self._modules.pop(name, None)", "pass", ONE_PROCESS, "can_be_changed"),
+    Mutant("gradients that cannot be batched", REFERENCE, "return sums.reshape(-1),", "return sums.flatten(),", ONE_PROCESS, "batched_gradients"),
+    Mutant("a batch counted where nobody counts", ENGINE, "elif batches is not None:", "else:", ONE_PROCESS, "nobody_counts"),
+    Mutant("statistics move where nobody counts", CONTRACT, "weight = 0.0 if batches is None else", "weight = 1.0 if batches is None else", ONE_PROCESS, "nobody_counts"),
     Mutant("both backward passes called alike", "torch/desync.py", "if torch.is_grad_enabled() else", "if False else", RANKS, "create_graph"),
     Mutant("groups kept past their end", "torch/groups.py", "group.size(), process_group.group_name, weakref.ref(process_group))",
            "group.size(), process_group.group_name, lambda: process_group)", RANKS, "go_and_come"),
-    Mutant("the backward pass of local statistics is not", ENGINE, "link = None if alone else link_of(group)", "link = link_of(group)", RANKS, "local_in_both"),
-    Mutant("statistics move in the recomputation", CONTEXT, "return torch._C._current_graph_task_id() == -1", "return True", TRAINING, "one_process_moves"),
-    Mutant("a recomputation that sends again", CONTEXT, "found = replayed[0] if replayed else find()", "found = find()", TRAINING, "test_checkpointing and one-recorded]"),
-    Mutant("renorm recomputed", ENGINE, "if renorm and not first and not context.is_replayed():", "if False:", TRAINING, "without_a_record and one"),
+    Mutant("the backward pass of local statistics is not", ENGINE, "config = NormConfig(epsilon, activation, moments.communicator,", "config = NormConfig(epsilon, activation, communicator_of(group),", RANKS, "local_in_both"),
+    Mutant("statistics move in the recomputation", CHECKPOINT, "    first = current_graph_task_id() == -1\n    check_renorm_not_recomputed(renorm", "    first = True\n    check_renorm_not_recomputed(renorm", TRAINING, "one_process_moves"),
+    Mutant("a recomputation that sends again", CHECKPOINT, "found = replayed[0] if replayed else find()", "found = find()", TRAINING, "test_checkpointing and one-recorded]"),
+    Mutant("renorm recomputed", CHECKPOINT, "renorm and not first and not is_replaying()", "False", TRAINING, "without_a_record and one"),
     Mutant("r and d after the statistics moved", LAYER,
-           "        r, d = engine.realized(*context.found_once(",
-           "        self._move(moments)\n        r, d = engine.realized(*context.found_once(",
-           ALONE, "renorm_by_formula"),
-    Mutant("padding that is not finite spreads", LAYER, "input = torch.where(mask | input.isfinite(), input, 0)", "pass", ALONE, "test_mask"),
+           "        r, d = engine.materialize(*engine.record_or_replay(",
+           "        self._update_renorm_statistics(moments)\n        r, d = engine.materialize(*engine.record_or_replay(",
+           ONE_PROCESS, "renorm_by_formula"),
+    Mutant("padding that is not finite spreads", ENGINE, "return x if mask is None else torch.where(mask | x.isfinite(), x, 0)", "return x", ONE_PROCESS, "test_mask"),
     Mutant("the group saved with the layer", LAYER, '{**self.__dict__, "process_group": None}', "self.__dict__", RANKS, "left_out_of_files"),
+    Mutant("what a rank says raises", "torch/peer_memory.py", "    except Exception as error:\n        facts[", "    except ZeroDivisionError as error:\n        facts[",
+           "torch/test_private_torch.py", "raises_nothing"),
+    Mutant("a private name that vanishes unnoticed", "torch/_private.py", "        MISSING.append(", "        [].append(", "torch/test_private_torch.py", "vanished_is_listed"),
+    Mutant("native where dtypes are mixed", ENGINE, "    dtype = x.dtype\n    return (", "    dtype = x.dtype\n    return True or (", ONE_PROCESS, "combination_of_dtypes"),
 ]  # fmt: skip
 
 # Two processes tell as much as four.

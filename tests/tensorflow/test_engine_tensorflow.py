@@ -9,7 +9,7 @@ import tensorflow as tf
 from cases import CASES, LARGE_MEAN, RAGGED, Case
 from checks import EPSILON, arguments, close, equals_oracle
 
-from syncbn import policy
+from syncbn.groups import Activation
 from syncbn.tensorflow import engine, replicas
 
 
@@ -104,9 +104,7 @@ def test_all_masked_normalises_with_0_and_1(world):
         np.testing.assert_allclose(out["y"], x / np.sqrt(1 + EPSILON) * s + o, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "activation", [policy.Activation("relu"), policy.Activation("silu"), policy.Activation("leaky_relu", 0.2)]
-)
+@pytest.mark.parametrize("activation", [Activation("relu"), Activation("silu"), Activation("leaky_relu", 0.2)])
 def test_activation_and_residual(world, activation):
     case = Case("fused", RAGGED, (4, 5), dtype="float64")
     xs, dys, scale, offset, _ = arguments(case, world.replicas)

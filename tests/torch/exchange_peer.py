@@ -12,10 +12,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import torch
 
-from syncbn.torch.triton import ops as fused
-from syncbn.torch.triton import plan as plans
-from syncbn.torch.triton import tiling
-from syncbn.torch.triton.device import peer_exchange as exchange
+from syncbn.torch.triton import ops, tiling
+from syncbn.torch.triton.device import peer_exchange
+from syncbn.torch.triton.exchange import Exchange
+from syncbn.torch.triton.plan import Plan, PlanOptions
 from syncbn.torch.triton.tiling import Tile
 
 BATCHES = [(3, 2), (1, 0), (2, 5), (4, 1)]
@@ -34,7 +34,7 @@ def data(turn, rank):
 
 def main():
     folder, rank, rounds, limit, tag = sys.argv[1], *map(int, sys.argv[2:])
-    words = exchange.words(2)
+    words = peer_exchange.words(2)
     buffers = [torch.from_file(f"{folder}/buffer{r}", shared=True, size=words, dtype=torch.int64) for r in range(2)]
     status = torch.zeros(1, dtype=torch.int64)
     table = torch.tensor([b.data_ptr() for b in buffers] + [status.data_ptr()])
@@ -44,12 +44,13 @@ def main():
         # Processes start when they like: the first round waits.
         limit = bound if turn else 10**9
         x, dy = data(turn, rank)
-        plan = plans.Plan(tiling.fold(x), x.dtype, x.device, replicas=2, gradients=torch.float64, tiles=tile)
-        stats = fused.measure(plan, x, None, fused.Lane(table, rank, limit, tag))
-        fused.gradient_sums(plan, x, dy, stats, None, None, 1e-3, lane=fused.Lane(table, rank, limit, tag + 1), wide=True)
+        options = PlanOptions(1e-3, replicas=2, gradients=torch.float64)
+        plan = Plan(tiling.channel_view(x), x.dtype, x.device, options, tile)
+        stats = ops.measure(plan, x, None, Exchange(table, rank, limit, tag))
+        ops.gradient_sums(plan, x, dy, stats, None, None, exchange=Exchange(table, rank, limit, tag + 1))
         said = {
             "stats": stats[: 2 * CHANNELS + 1].tolist(),
-            "coefficients": fused.coefficients_at(stats, CHANNELS)[: 5 * CHANNELS].tolist(),
+            "coefficients": ops.coefficients_at(stats, CHANNELS)[: 5 * CHANNELS].tolist(),
             "status": status.item(),
         }
         print(json.dumps(said), flush=True)

@@ -9,9 +9,10 @@ import oracle
 import torch
 from cases import TOLERANCE
 
-from syncbn.torch.triton import ops as fused
-from syncbn.torch.triton import plan as plans
-from syncbn.torch.triton import tiling
+from syncbn.contract import Statistics
+from syncbn.groups import Activation
+from syncbn.torch.triton import ops, tiling
+from syncbn.torch.triton.plan import Plan, PlanOptions
 
 EPSILON = 1e-3
 SLOPE = 0.01
@@ -78,17 +79,17 @@ MATRIX = [
 
 
 # How a step goes: moments merged within the kernel; by messages, as of one replica; in one launch each way.
-WAYS = ("within", "sent", "at once")
+WAYS = ("within", "partial sums", "single launch")
 
 
 def each_way(cases):
     """(case, way) for all that can be: registers do not hold every case."""
-    return [(case, way) for case in cases for way in WAYS if way != "at once" or fits_registers(case)]
+    return [(case, way) for case in cases for way in WAYS if way != "single launch" or fits_registers(case)]
 
 
 def fits_registers(case):
     x = case.tensor(np.random.default_rng(0))
-    return tiling.resident_tile(tiling.fold(x), x.element_size(), tiling.Machine(132, 227 << 10, True)) is not None
+    return tiling.single_launch_tile(tiling.channel_view(x), x.element_size(), tiling.Machine(132, 227 << 10, True)) is not None
 
 
 def slopes(z, activation):
@@ -122,14 +123,14 @@ def near(got, expected, dtype, quantity, factor=1.0):
 
 def check(case, device="cpu", tiles=None, way="within"):
     """All launches of one case against the oracle; tiles: in place of the plan's own."""
-    sent = way == "sent"
+    partial_sums = way == "partial sums"
     rng = np.random.default_rng([*map(ord, case.name)])
     x, dy = case.tensor(rng, case.mean).to(device), case.tensor(rng).to(device)
     residual = case.tensor(rng).to(device) if case.residual else None
     C = case.shape[1]
     scale, offset = (torch.tensor(rng.normal(size=C)).to(getattr(torch, case.parameters)).to(device) for _ in range(2))
     mask = torch.tensor(rng.random((case.shape[0], 1, *case.shape[2:])) < 0.6).to(device) if case.mask else None
-    keep = mask.to(torch.uint8).contiguous() if case.mask else None
+    mask_bytes = mask.to(torch.uint8).contiguous() if case.mask else None
     if case.mask:
         # Half of the padding is 0, wherever the mean lies.
         even = (torch.arange(len(x), device=device) % 2 == 0).view(-1, *[1] * (x.dim() - 1))
@@ -137,27 +138,31 @@ def check(case, device="cpu", tiles=None, way="within"):
     if not case.affine:
         scale = offset = None
     moving = [torch.zeros(C, device=device), torch.ones(C, device=device), torch.zeros(1, dtype=torch.int64, device=device)]
-    plan = plans.Plan(
-        tiling.fold(x), x.dtype, x.device, masked=case.mask, scale=None if scale is None else scale.dtype, activation=case.activation,
-        residual=None if residual is None else residual.dtype, moving=torch.float32, moves=1, tiles=tiles, sent=sent, raw=sent,
-        at_once=way == "at once",
-    )  # fmt: skip
-    assert plan.resident == (way == "at once")
-    y, stats = fused.forward(
-        plan, x, scale, offset, EPSILON, keep=keep, residual=residual, slope=SLOPE, moving=fused.Moving(*moving, 0.1), lane=None
+    options = PlanOptions(
+        EPSILON,
+        masked=case.mask,
+        scale=None if scale is None else scale.dtype,
+        activation=case.activation and Activation(case.activation, SLOPE),
+        residual=None if residual is None else residual.dtype,
+        statistics=torch.float32,
+        update=1,
+        partial_sums=partial_sums,
+        reduced_sums=partial_sums,
+        single_launch=way == "single launch",
     )
+    plan = Plan(tiling.channel_view(x), x.dtype, x.device, options, tiles)
+    assert plan.single_launch == options.single_launch
+    statistics = Statistics(*moving[:2], 0.1, True, moving[2])
+    y, stats = ops.forward(plan, x, scale, offset, mask=mask_bytes, residual=residual, statistics=statistics)
     saved = None
     if case.residual and case.activation:
         saved = residual if case.activation == "silu" else y
-    dresidual = torch.empty_like(x) if saved is not None else None
-    dx, dscale, doffset = fused.backward(
-        plan, x, dy, stats, scale, offset, EPSILON, keep=keep, saved=saved, slope=SLOPE, dresidual=dresidual, lane=None
-    )
+    dx, dscale, doffset, dresidual = ops.backward(plan, x, dy, stats, scale, offset, mask=mask_bytes, saved=saved)
 
     truth = oracle.BatchNorm([wide(x)], axes=(1,), masks=None if mask is None else [mask.cpu().numpy()], epsilon=EPSILON)
     n, mean, variance = truth.moments[0]
     gamma, beta = (np.ones(C), np.zeros(C)) if scale is None else (wide(scale), wide(offset))
-    if sent:
+    if partial_sums:
         count, total, squares = stats[0], stats[1 : C + 1] / stats[0], stats[C + 1 :] / stats[0]
         stats = torch.cat([total, squares - total * total, count[None]])
     assert float(stats[2 * C]) == n

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn as nn
 from architectures import ARCHITECTURES, timm
-from torch.nn.modules.batchnorm import _BatchNorm
+from batch_norms import norms, randomised
 from torch.nn.utils import parametrize, prune
 
 import syncbn
@@ -34,20 +34,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def norms(model):
-    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
-
-
-def randomised(model):
-    """Statistics and parameters that are not the initial ones."""
-    with torch.no_grad():
-        for m in norms(model):
-            for v in (m.weight, m.bias, m.running_mean, m.running_var):
-                if v is not None:
-                    v.copy_(torch.rand(v.shape) + 0.5)
-    return model
 
 
 def net():
@@ -484,7 +470,7 @@ def test_nothing_to_do_is_a_warning():
         UserWarning, match="syncbn.convert expects a model that holds batch norms. Received: a model with none at all"
     ):
         assert syncbn.convert(model) is model
-    with pytest.warns(UserWarning, match="syncbn.revert expects a model that holds batch norms of ours"):
+    with pytest.warns(UserWarning, match="syncbn.revert expects a model that holds synchronised batch norms"):
         assert syncbn.revert(net())[0] is not None
     with pytest.warns(UserWarning, match="with none that `filter` takes"):
         syncbn.convert(net(), filter=lambda name, m: False)

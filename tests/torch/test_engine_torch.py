@@ -12,13 +12,11 @@ import torch.distributed as dist
 from cases import CASES, LARGE_MEAN, RAGGED, Case
 from checks import EPSILON, arguments, close, equals_oracle
 
-from syncbn import policy, policy_torch
-from syncbn.torch import cpu as native
-from syncbn.torch import dispatch as choice
-from syncbn.torch import engine
-from syncbn.torch import groups as torch_groups
-from syncbn.torch import peer_memory as torch_lanes
-from syncbn.torch import reference as eager
+from syncbn.contract import Moments, Statistics
+from syncbn.groups import Activation
+from syncbn.torch import cpu, dispatch, engine, groups, peer_memory, reference, transport
+from syncbn.torch.channel_view import ChannelView
+from syncbn.torch.module import ACTIVATIONS
 
 # ------------------------------------------------------------------------------------------------- what a process runs
 
@@ -44,7 +42,7 @@ def step(case, group, activation, x, dy, scale, offset, mask, residual=None):
     residual = tensor(residual, dtype)
     y = engine.normalize(x, moments, scale, offset, epsilon=EPSILON, activation=activation, residual=residual, **common)
     assert y.dtype == dtype
-    mean = moments.mean[0].double() + moments.mean[1].double() if isinstance(moments.mean, tuple) else moments.mean
+    mean = moments.mean if moments.mean_lo is None else moments.mean.double() + moments.mean_lo.double()
     gradients = torch.autograd.grad(y, [x, scale, offset], dy)
     return {"moments": numbers((moments.count, mean, moments.variance)), "y": numbers(y), "gradients": numbers(gradients)}
 
@@ -52,7 +50,7 @@ def step(case, group, activation, x, dy, scale, offset, mask, residual=None):
 def step_by_eager(*arguments):
     """The same by the reference kernels, on whatever device."""
     with pytest.MonkeyPatch.context() as patch:
-        for kernels in (native, choice.cuda_kernels()):
+        for kernels in (cpu, dispatch.cuda_kernels()):
             if kernels is not None:
                 patch.setattr(kernels, "serves", lambda x, mask: False)
         return step(*arguments)
@@ -61,24 +59,24 @@ def step_by_eager(*arguments):
 def step_without_float64(*arguments):
     """The same in the form for devices without float64."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eager, "has_float64", lambda device: False)
-        # Lanes carry float64, and no device that lacks it has them.
-        patch.setattr(torch_lanes, "lane_for", lambda link, device, channels: None)
+        patch.setattr(reference, "has_float64", lambda device: False)
+        # Mailboxes carry float64, and no device that lacks it has them.
+        patch.setattr(transport, "mailbox_for", lambda communicator, device, channels: None)
         return step_by_eager(*arguments)
 
 
 @contextlib.contextmanager
 def counting():
-    """(dtype, size) of each message that is sent inside, by a backend or by a lane, which carries float64."""
-    sent, real, take = [], dist.all_reduce, torch_lanes.Lane.take
+    """(dtype, size) of each message that is sent inside, by a backend or by a mailbox, which carries float64."""
+    sent, real, exchange = [], dist.all_reduce, peer_memory.Mailbox.exchange
 
-    def taken(lane, channels, backward):
+    def exchanged(mailbox, channels, backward):
         sent.append((torch.float64, 2 * channels + (not backward)))
-        return take(lane, channels, backward)
+        return exchange(mailbox, channels, backward)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", lambda v, **k: (sent.append((v.dtype, v.numel())), real(v, **k))[1])
-        patch.setattr(torch_lanes.Lane, "take", taken)
+        patch.setattr(peer_memory.Mailbox, "exchange", exchanged)
         yield sent
 
 
@@ -87,6 +85,16 @@ def step_counting(*arguments):
     with counting() as sent:
         step(*arguments)
     return sent
+
+
+def statistics_after(case, weight, unbiased, x, scale, offset, mask):
+    """(y, mean, variance, batches) after a training step with new statistics that the engine does not assign."""
+    channels = case.channels()
+    old = Statistics(torch.full((channels,), 3.0), torch.full((channels,), 5.0), weight, unbiased, torch.tensor(3))
+    common = {"axes": case.channel_axes(), "epsilon": EPSILON, "mask": tensor(mask)}
+    y, new = engine.train_step(tensor(x), tensor(scale), tensor(offset), old, **common)
+    assert not new.assigned
+    return numbers((y, new.mean, new.variance, new.batches))
 
 
 def second_order(mask_as, x, dy, scale, offset, mask, direction):
@@ -104,11 +112,11 @@ def constants(x, dy, scale, offset):
     x, scale, offset = (tensor(v).requires_grad_() for v in (x, scale, offset))
     with counting() as sent:
         mean, variance = torch.arange(3.0, dtype=torch.float64), torch.arange(1.0, 4.0, dtype=torch.float64)
-        y = engine.normalize(x, engine.Moments(None, mean, variance), scale, offset, axes=(2,), epsilon=EPSILON)
+        y = engine.normalize(x, Moments(None, mean, variance), scale, offset, axes=(2,), epsilon=EPSILON)
         return *numbers((y, torch.autograd.grad(y, [x, scale, offset], tensor(dy)))), sent
 
 
-def moments_alone(group, axis, x):
+def moments_of(group, axis, x):
     """(count, mean, variance)."""
     return numbers(engine.moments(tensor(x), axes=(axis,), group=group)[:3])
 
@@ -134,8 +142,8 @@ def test_without_float64(torch_world, case):
     check(torch_world, case, step_without_float64)
 
 
-class Alone:
-    """A world of this process alone."""
+class SingleProcess:
+    """A world of this process."""
 
     replicas = 1
 
@@ -148,19 +156,19 @@ class Alone:
 @pytest.mark.parametrize("case", [*CASES, *LARGE_MEAN], ids=lambda case: case.name)
 def test_one_process(case, small, monkeypatch):
     """Small inputs and large ones take different passes of the CPU kernels."""
-    monkeypatch.setattr(native, "SMALL", small)
-    check(Alone, case)
+    monkeypatch.setattr(cpu, "SMALL", small)
+    check(SingleProcess, case)
 
 
 def test_torch_before_2_13_takes_no_epsilon_of_0(monkeypatch):
-    real = native.functional.batch_norm
+    real = cpu.functional.batch_norm
 
     def strict(*arguments):
         assert arguments[-1] > 0
         return real(*arguments)
 
-    monkeypatch.setattr(native.functional, "batch_norm", strict)
-    check(Alone, CASES[0])
+    monkeypatch.setattr(cpu.functional, "batch_norm", strict)
+    check(SingleProcess, CASES[0])
 
 
 @pytest.mark.parametrize("channels_first", [False, True])
@@ -168,7 +176,7 @@ def test_a_million_rows_a_channel(torch_world, channels_first):
     rest, axes = ((2, 500_000), (1,)) if channels_first else ((500_000, 2), (-1,))
     case = Case("a million rows", (1, 2, 0, 1), rest, axes, mean=1e4)
     xs = case.inputs(torch_world.replicas)
-    got = torch_world.run(moments_alone, xs, common=(None, *case.channel_axes()))
+    got = torch_world.run(moments_of, xs, common=(None, *case.channel_axes()))
     n, mean, variance = oracle.BatchNorm(xs, axes=axes).moments[0]
     assert got[0][0] == n
     assert np.abs(got[0][2] / variance - 1).max() < 1e-5
@@ -186,9 +194,25 @@ def test_nan_stays_in_its_group(torch_world):
     xs = Case("nan in a group", RAGGED).inputs(torch_world.replicas)
     xs[0][:] = np.nan
     size = torch_world.replicas // 2
-    got = torch_world.run(moments_alone, xs, common=(size, 3))
+    got = torch_world.run(moments_of, xs, common=(size, 3))
     assert np.isnan(got[0][1]).all()
     np.testing.assert_allclose(got[-1][1], oracle.BatchNorm(xs[size:]).moments[0][1], atol=2e-6)
+
+
+@pytest.mark.parametrize(("weight", "unbiased"), [(0.3, False), (0.3, True), (None, False)])
+def test_a_training_step_by_the_other_verbs(torch_world, weight, unbiased):
+    case = Case("a training step", RAGGED, (4, 3), mask="rows", scales_differ=True)
+    xs, _, scale, offset, masks = arguments(case, torch_world.replicas)
+    got = torch_world.run(statistics_after, xs, scale, offset, masks, common=(case, weight, unbiased))
+    truth = oracle.BatchNorm(xs, axes=case.axes, masks=masks, epsilon=EPSILON)
+    n, mean, variance = truth.moments[0]
+    variance = variance * n / (n - 1) if unbiased else variance
+    weight = weight or 1 / 4
+    close([y for y, _, _, _ in got], truth.forward(scale, offset), case, "output")
+    for _, new_mean, new_variance, batches in got:
+        np.testing.assert_allclose(new_mean, 3 * (1 - weight) + mean * weight, rtol=1e-5)
+        np.testing.assert_allclose(new_variance, 5 * (1 - weight) + variance * weight, rtol=1e-5)
+        assert batches == 4
 
 
 @pytest.mark.parametrize("function", [step, step_without_float64])
@@ -213,7 +237,7 @@ def test_all_masked_normalises_with_0_and_1(torch_world):
 
 @pytest.mark.parametrize("function", [step, step_by_eager])
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("activation", [*policy_torch.ACTIVATIONS.values(), policy.Activation("leaky_relu", 0.2)], ids=str)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS.values(), Activation("leaky_relu", 0.2)], ids=str)
 def test_activation_and_residual(torch_world, activation, residual, function):
     case = Case("fused", RAGGED, (4, 5), dtype="float64")
     xs, dys, scale, offset, _ = arguments(case, torch_world.replicas)
@@ -255,7 +279,7 @@ def test_gradgradcheck(activation, masked):
     x, residual = torch.randn(4, 3, 2, dtype=torch.float64), torch.randn(4, 3, 2, dtype=torch.float64)
     scale, offset = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     mask = torch.rand(4, 1, 2) < 0.7 if masked else None
-    chosen = activation and policy_torch.ACTIVATIONS[activation]
+    chosen = activation and ACTIVATIONS[activation]
 
     def normalized(x, scale, offset, residual):
         moments = engine.moments(x, mask=mask)
@@ -293,19 +317,19 @@ def test_message_sizes_do_not_depend_on_dtype_or_emptiness(torch_world):
     assert got == [[(torch.float64, 11), (torch.float64, 10)]] * torch_world.replicas
 
 
-def links(group):
-    return torch_groups.link_of(group).name
+def communicators(group):
+    return groups.communicator_of(group).name
 
 
 def test_groups_are_made_once(torch_world):
     size = torch_world.replicas // 2
     for group in (None, size) if size > 1 else (None,):
-        assert torch_world.run(links, common=(group,)) == torch_world.run(links, common=(group,))
+        assert torch_world.run(communicators, common=(group,)) == torch_world.run(communicators, common=(group,))
 
 
-def test_fold_copies_nothing_where_there_is_a_view():
+def test_nothing_is_copied_where_there_is_a_view():
     x = torch.randn(2, 3, 4, 5)
     for axes in [(1,), (3,), (2, 3), (1, 2)]:
-        fold = engine.Fold(axes, x.shape)
-        assert fold.fold(x).data_ptr() == x.data_ptr()
-        assert torch.equal(fold.unfold(fold.fold(x)), x)
+        view = ChannelView(axes, x.shape)
+        assert view.of(x).data_ptr() == x.data_ptr()
+        assert torch.equal(view.restore(view.of(x)), x)

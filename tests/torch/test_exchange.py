@@ -14,7 +14,7 @@ from exchange_peer import CHANNELS, data
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
-from syncbn.torch.triton.device import peer_exchange as exchange
+from syncbn.torch.triton.device import peer_exchange
 
 HERE = Path(__file__).parent
 ROUNDS = 4
@@ -34,7 +34,7 @@ def said(process):
 @pytest.fixture
 def folder(tmp_path):
     for rank in range(2):
-        torch.from_file(str(tmp_path / f"buffer{rank}"), shared=True, size=exchange.words(2), dtype=torch.int64).zero_()
+        torch.from_file(str(tmp_path / f"buffer{rank}"), shared=True, size=peer_exchange.words(2), dtype=torch.int64).zero_()
     return tmp_path
 
 
@@ -75,7 +75,7 @@ def test_another_call_is_not_taken_for_this_one(folder):
     for rank, peer in enumerate(peers):
         (line,) = said(peer)
         assert all(map(math.isnan, line["stats"]))
-        assert (line["status"] >> 32, line["status"] & 0xFFFFFFFF) == (exchange.STRANGER.value, 1 - rank)
+        assert (line["status"] >> 32, line["status"] & 0xFFFFFFFF) == (peer_exchange.STRANGER.value, 1 - rank)
 
 
 def test_agreement():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 from architectures import ARCHITECTURES, timm
-from torch.nn.modules.batchnorm import _BatchNorm
+from batch_norms import norms, randomised
 
 import syncbn
 from syncbn import SyncBatchNorm
@@ -23,17 +23,9 @@ def _seed():
     torch.set_num_threads(1)
 
 
-def norms(model):
-    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
-
-
-def randomised(model):
-    with torch.no_grad():
-        for m in norms(model):
-            for v in (m.weight, m.bias, m.running_mean, m.running_var):
-                if v is not None:
-                    v.copy_(torch.rand(v.shape) + 0.5)
-    return model.eval()
+def trained(model):
+    """In eval, with other statistics and parameters than the initial ones."""
+    return randomised(model).eval()
 
 
 def close(got, expected, rounding=1e-5):
@@ -57,7 +49,7 @@ LAYERS = {
 @pytest.mark.parametrize("kind", LAYERS)
 def test_fold_computes_the_same(kind, dtype):
     make, shape = LAYERS[kind]
-    model = randomised(nn.Sequential(make(), SyncBatchNorm(6, activation="relu"))).to(dtype)
+    model = trained(nn.Sequential(make(), SyncBatchNorm(6, activation="relu"))).to(dtype)
     x = torch.randn(shape).to(dtype)
     kept = copy.deepcopy(model.state_dict())
     folded = syncbn.fold(model)
@@ -83,7 +75,7 @@ NORMS = {
 
 @pytest.mark.parametrize("kind", NORMS)
 def test_fold_takes_every_batch_norm(kind):
-    model = randomised(nn.Sequential(nn.Conv2d(4, 6, 3), NORMS[kind]()))
+    model = trained(nn.Sequential(nn.Conv2d(4, 6, 3), NORMS[kind]()))
     x = torch.randn(2, 4, 5, 5)
     folded = syncbn.fold(model)
     assert not norms(folded)
@@ -128,7 +120,7 @@ HOW = ["used twice", "two batch norms", "called twice", "something between", "re
 
 @pytest.mark.parametrize("how", HOW)
 def test_fold_leaves_what_others_use(how):
-    model, x = randomised(Net(how)), torch.randn(2, 3, 4, 4)
+    model, x = trained(Net(how)), torch.randn(2, 3, 4, 4)
     folded = syncbn.fold(model)
     assert isinstance(folded.bn, SyncBatchNorm)
     assert not isinstance(folded.last_bn, SyncBatchNorm)
@@ -145,7 +137,7 @@ class Untraceable(nn.Module):
 
 
 def test_fold_reads_the_parts_of_what_cannot_be_traced():
-    model = randomised(Untraceable())
+    model = trained(Untraceable())
     folded = syncbn.fold(model)
     assert not norms(folded)
     for x in (torch.rand(2, 3, 4, 4), -torch.rand(2, 3, 4, 4)):
@@ -153,7 +145,7 @@ def test_fold_reads_the_parts_of_what_cannot_be_traced():
 
 
 def test_fold_is_right_or_loud_where_channels_are_not_on_dim_1():
-    model = randomised(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    model = trained(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
     with pytest.raises(
         ValueError, match=r"takes that layer's output with the channels on dim 1, so of rank 2\. Received: shape \(2, 4, 4\)"
     ):
@@ -175,7 +167,7 @@ def test_fold_of_real_architectures(name):
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=max(p[0].numel(), 1) ** -0.5)
-    randomised(model)
+    trained(model)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected, folded = model(x), syncbn.fold(syncbn.convert(model))
@@ -191,7 +183,7 @@ def exported():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), SyncBatchNorm(4, activation="relu"), nn.MaxPool2d(2), SyncBatchNorm(4, affine=False)
     )
-    return randomised(model), torch.randn(2, 3, 8, 8)
+    return trained(model), torch.randn(2, 3, 8, 8)
 
 
 def test_torch_export():

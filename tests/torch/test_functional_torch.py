@@ -11,8 +11,8 @@ from cases import RAGGED, Case
 from checks import arguments, close
 from test_engine_torch import numbers, tensor
 
-from syncbn import policy
 from syncbn.functional import sync_batch_norm
+from syncbn.groups import Axes
 from syncbn.torch import engine
 
 
@@ -52,7 +52,7 @@ def test_keywords_of_other_frameworks(name):
 
 def with_an_axis_of_jax():
     try:
-        engine.moments(torch.ones(4, 3), axes=(1,), group=policy.Axes(("data",)))
+        engine.moments(torch.ones(4, 3), axes=(1,), group=Axes(("data",)))
     except ValueError as error:
         return str(error)
 

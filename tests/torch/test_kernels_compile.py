@@ -46,34 +46,63 @@ def test_doctor_sees_what_is_wrong(monkeypatch):
     assert "WRONG" in dict(lines)["error of output"]
 
 
-def test_what_users_are_told():
-    from syncbn import policy_torch
+def test_what_users_are_told(monkeypatch):
+    from syncbn.torch import dispatch
+    from syncbn.torch.peer_memory import lost_replica
 
+    asked_for = dispatch.asked_for.__wrapped__
+    monkeypatch.setenv("SYNCBN_KERNELS", "fast")
     with pytest.raises(ValueError, match=r"must be one of \['auto', 'eager', 'triton'\].*Received: 'fast'\. Unset it"):
-        policy_torch.kernels("fast")
-    assert policy_torch.kernels("eager") == "eager"
-    assert "rank 3 did not come in time" in str(policy_torch.lost_replica("syncbn", 1, 3))
-    assert "rank 3 sent the message of another call" in str(policy_torch.lost_replica("syncbn", 2, 3))
-    assert "Run one step before the capture" in str(policy_torch.first_call_in_capture())
-    assert "Install triton" in str(policy_torch.no_triton())
+        asked_for()
+    monkeypatch.setenv("SYNCBN_KERNELS", "eager")
+    assert asked_for() == "eager"
+    assert "rank 3 did not come in time" in str(lost_replica("syncbn", 1, 3))
+    assert "rank 3 sent the message of another call" in str(lost_replica("syncbn", 2, 3))
+    monkeypatch.setattr(dispatch, "asked_for", lambda: "triton")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(RuntimeError, match="Install triton"):
+        dispatch.cuda_kernels.__wrapped__()
+
+
+def test_kernels_that_cannot_be_imported_leave_torchs_operators(monkeypatch):
+    from syncbn.torch import dispatch, triton
+
+    monkeypatch.delattr(triton, "backend", raising=False)
+    monkeypatch.delitem(sys.modules, "syncbn.torch.triton.backend", raising=False)
+    monkeypatch.setitem(sys.modules, "syncbn.torch.triton.plan", None)
+    with pytest.warns(UserWarning, match=r"torch's operators run instead.*Received: Triton.*Install triton") as warned:
+        assert dispatch.cuda_kernels.__wrapped__() is None
+    assert len(warned) == 1
+    monkeypatch.setattr(dispatch, "asked_for", lambda: "triton")
+    with pytest.raises(ImportError):
+        dispatch.cuda_kernels.__wrapped__()
+
+
+def test_doctor_names_the_slow_launcher(monkeypatch):
+    import triton
+
+    from syncbn import doctor
+
+    monkeypatch.setattr(triton, "__version__", "3.7.1")
+    assert doctor.launcher_note() == ""
+    monkeypatch.setattr(triton, "__version__", "4.0.0")
+    assert "slower: Triton is 4.0.0, not 3.6 or 3.7" in doctor.launcher_note()
 
 
 def test_the_reference_can_be_asked_for(monkeypatch):
     import torch
 
-    from syncbn.torch import cpu as native
-    from syncbn.torch import dispatch as choice
-    from syncbn.torch import reference as eager
+    from syncbn.torch import cpu, dispatch, reference
 
     x = torch.randn(4, 3, 5, 5)
-    assert choice.kernels_for(x, None) is native
+    assert dispatch.kernels_for(x, None) is cpu
     monkeypatch.setenv("SYNCBN_KERNELS", "eager")
-    for cached in (choice.asked_for, choice.cuda_kernels):
+    for cached in (dispatch.asked_for, dispatch.cuda_kernels):
         cached.cache_clear()
     try:
-        assert choice.kernels_for(x, None) is eager
-        assert choice.cuda_kernels() is None
+        assert dispatch.kernels_for(x, None) is reference
+        assert dispatch.cuda_kernels() is None
     finally:
         monkeypatch.undo()
-        for cached in (choice.asked_for, choice.cuda_kernels):
+        for cached in (dispatch.asked_for, dispatch.cuda_kernels):
             cached.cache_clear()

@@ -19,7 +19,8 @@ from test_engine_torch import numbers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import syncbn
-from syncbn import SyncBatchNorm, policy_torch
+from syncbn import SyncBatchNorm
+from syncbn.torch import engine, module
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6, torch.float64: 1e-12}
@@ -94,7 +95,7 @@ def theirs_for(arguments, rank):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_one_process_equals_torch(arguments, shape, path, monkeypatch):
     if path == "ours":
-        monkeypatch.setattr(SyncBatchNorm, "_suits_torchs_own", lambda self, x: False)
+        monkeypatch.setattr(engine, "can_use_native", lambda *arguments: False)
     ours, theirs = SyncBatchNorm(3, **arguments), theirs_for(arguments, len(shape))
     randomised(ours)
     theirs.load_state_dict(ours.state_dict())
@@ -370,7 +371,7 @@ def test_activation_and_residual_equal_the_plain_composition(name, residual, tra
 ])  # fmt: skip
 def test_memory_kept_for_backward(activation, residual, kept, monkeypatch):
     """x and O(channels); with a residual and an activation, one tensor more."""
-    monkeypatch.setattr(SyncBatchNorm, "_suits_torchs_own", lambda self, x: False)
+    monkeypatch.setattr(engine, "can_use_native", lambda *arguments: False)
     x = data(8, 3, 16, 16).requires_grad_()
     r = data(8, 3, 16, 16).requires_grad_() if residual else None
     sizes = {}
@@ -459,7 +460,7 @@ def test_autocast(dtype):
 
 
 def test_large_mean_where_more_than_one_would_meet(monkeypatch):
-    monkeypatch.setattr(SyncBatchNorm, "_suits_torchs_own", lambda self, x: False)
+    monkeypatch.setattr(engine, "can_use_native", lambda *arguments: False)
     x = 1e4 + torch.randn(4000, 3)
     layer = SyncBatchNorm(3, momentum=1.0)
     y = layer(x)
@@ -473,7 +474,7 @@ def test_large_mean_where_more_than_one_would_meet(monkeypatch):
 
 @pytest.mark.parametrize("arguments", [{}, {"activation": "silu"}, {"affine": False}, {"renorm": True}], ids=str)
 def test_gradgradcheck(arguments, monkeypatch):
-    monkeypatch.setattr(SyncBatchNorm, "_suits_torchs_own", lambda self, x: False)
+    monkeypatch.setattr(engine, "can_use_native", lambda *arguments: False)
     layer = SyncBatchNorm(2, dtype=torch.float64, eps=0.1, renorm_clipping={"rmax": 1.0, "rmin": 1.0, "dmax": 0.0}, **arguments)
     assert torch.autograd.gradgradcheck(layer, [data(4, 2, 2, dtype=torch.float64).requires_grad_()])
 
@@ -632,11 +633,11 @@ def test_docstring_examples():
     import doctest
     import importlib
 
-    for name in ("torch.module", "torch.checkpoint", "torch.desync"):
+    for name in ("torch.module", "torch.local", "torch.desync"):
         # What they print names no device.
         with torch.device("cpu"):
             found = doctest.testmod(importlib.import_module(f"syncbn.{name}"))
         assert found.failed == 0
         assert found.attempted > 1
-    assert policy_torch.ACTIVATIONS["leaky_relu"].slope == 0.01
+    assert module.ACTIVATIONS["leaky_relu"].slope == 0.01
     assert {"SyncBatchNorm", "local_statistics", "checkpoint_contexts", "debug", "EmptySteps"} <= set(syncbn.__all__)

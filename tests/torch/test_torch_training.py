@@ -19,14 +19,14 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn import SyncBatchNorm
-from syncbn.torch import compiled as torch_compiled
+from syncbn.torch import compiled
 
 # ------------------------------------------------------------------------------------------------- compiled
 
 SIZES = [(4, 3, 6, 5), (6, 2, 5, 4), (1, 4, 2, 3), (0, 6, 1, 2), (7, 3, 0, 4), (5, 0, 4, 1), (0, 4, 3, 0), (9, 5, 2, 6)]
 
 
-def compiled(form, rows, *batches):
+def compiled_steps(form, rows, *batches):
     """State after training, and how many graphs there are after each step."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -53,7 +53,7 @@ def test_compiled_under_ddp(torch_world, form):
     sizes = SIZES if form == "DDP(compile(model))" else SIZES[:3]
     xs = [Case(f"compiled {i}", s, (5,), dtype="float64").inputs(torch_world.replicas) for i, s in enumerate(sizes)]
     rows = [sum(map(len, x)) for x in xs]
-    got = torch_world.run(compiled, *xs, common=(form, rows))
+    got = torch_world.run(compiled_steps, *xs, common=(form, rows))
     equal_everywhere([g["state"] for g in got])
     whole = train(Branches(count=6 if len(sizes) == len(SIZES) else 1), [np.concatenate(x) for x in xs], rows)
     for name, value in whole.items():
@@ -147,7 +147,7 @@ def test_compiled_equals_eager(arguments):
 @pytest.mark.parametrize(("mean", "activation"), [(0, None), (1e4, "relu"), (1e4, None)])
 def test_compiled_as_alone_on_a_gpu(monkeypatch, mean, activation):
     """By torch's own operators, about a value: exact at a large mean too, where they are not."""
-    monkeypatch.setattr(torch_compiled, "_as_torch_does", lambda x, mask, group: True)
+    monkeypatch.setattr(compiled, "_can_use_native", lambda x, mask, group: True)
     torch._dynamo.reset()
     layer, plain = SyncBatchNorm(5, activation=activation), nn.BatchNorm2d(5).double()
     x, dy, r = (torch.randn(6, 5, 4, 3) for _ in range(3))

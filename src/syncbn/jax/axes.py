@@ -1,4 +1,4 @@
-"""The replicas of a JAX program: those along named axes that are mapped here, and what they can say to each other."""
+"""The replicas of a JAX program, which lie along named axes that are mapped here, and their collectives."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from syncbn import policy
+from syncbn import validation
+from syncbn.groups import Axes, Group
+from syncbn.jax._private import varying_axes
 
 # Above this many replicas gathering every replica's moments would cost more than two sums.
 GATHERED_REPLICAS = 64
 
 
 class Replicas(NamedTuple):
-    """Those that meet, hashable: JAX keeps it as a static argument.
+    """The replicas that exchange statistics. Hashable: JAX keeps it as a static argument.
 
-    names: the axes; () where this replica is alone.
-    size: how many replicas are along them.
-    table: the groups, a partition of their indices; None where all meet.
-    checked: whether the axes are typed (`shard_map` with check_vma=True), so that a value has to say along which it varies.
+    names: the axes along which they lie; () for this replica only.
+    size: how many they are.
+    table: the groups, a partition of their indices; None for one group.
+    checked: whether the axes are typed (`shard_map` with check_vma=True). A value's type then holds those along which it varies.
     """
 
     names: tuple[str, ...] = ()
@@ -30,13 +32,13 @@ class Replicas(NamedTuple):
     checked: bool = False
 
     @property
-    def alone(self) -> bool:
-        """Whether there is nobody to talk to. A typed axis of size 1 takes its collective: only that types the result."""
+    def local(self) -> bool:
+        """Whether nothing is sent. A typed axis of size 1 takes its collective: only that types the result."""
         return self.size == 1 and not self.checked
 
     @property
     def gathered(self) -> bool:
-        """Whether every replica's message is brought to every other."""
+        """Whether every replica receives the message of every other, unreduced."""
         return self.size <= GATHERED_REPLICAS
 
     def own_group(self) -> Any:
@@ -49,21 +51,21 @@ class Replicas(NamedTuple):
         return jnp.asarray(groups)[lax.axis_index(self.names)]
 
     def gather(self, v: jax.Array) -> jax.Array:
-        """[replicas, …], in their order; the same on all, and typed so. One collective."""
-        if self.alone:
+        """[replicas, …], in their order; the same on all, and typed as such. One collective."""
+        if self.local:
             return v[None]
         if self.checked:
             return lax.all_gather(v, self.names, to="invarying")
         if set(self.names) <= set(manual_axes()):
             return lax.all_gather(v, self.names)
-        # vmap gathers along one axis at a time, and knows no types.
+        # vmap gathers along one axis at a time, and its axes are not typed.
         rows = v
         for name in reversed(self.names):
             rows = lax.all_gather(rows, name)
         return rows.reshape(self.size, *v.shape)
 
     def by_group(self, rows: jax.Array) -> tuple[jax.Array, Any]:
-        """[replicas, …] as ([groups, members, …], which of them are members: [groups, members], or True for all)."""
+        """[replicas, …] as [groups, members, …], and which of these are members: [groups, members], or True for all."""
         if self.table is None:
             return rows[None], True
         most = max(map(len, self.table))
@@ -71,23 +73,23 @@ class Replicas(NamedTuple):
         return rows[padded], (padded >= 0)
 
     def sum_by_group(self, v: jax.Array) -> jax.Array:
-        """[groups, …], for above 64 replicas: one sum over all, whose rows are the groups."""
+        """[groups, …]: one sum over all replicas, with a row per group. Used above 64 replicas."""
         rows = v[None]
         if self.table is not None:
             # Selected, not multiplied by 0: NaN · 0 would reach the other groups.
             mine = jnp.arange(len(self.table)) == self.own_group()
             rows = jnp.where(mine.reshape([-1] + [1] * v.ndim), rows, jnp.zeros([], v.dtype))
-        return rows if self.alone else lax.psum(rows, self.names)
+        return rows if self.local else lax.psum(rows, self.names)
 
     def sums(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(the sum over this replica's group, the sum over all): one collective, differentiable."""
+        """The sum over this replica's group, and the sum over all: one collective, differentiable."""
         if self.table is None:
-            total = v if self.alone else lax.psum(v, self.names)
+            total = v if self.local else lax.psum(v, self.names)
             return total, total
         if not self.gathered:
             rows = self.sum_by_group(v)
             return rows[self.own_group()], rows.sum(0)
-        # Not psum's own groups: they may not be typed, mapped by vmap, or uneven.
+        # psum's own groups can be neither typed, nor mapped by vmap, nor uneven.
         rows = self.gather(v)
         groups, members = self.by_group(rows)
         own = self.own_group()
@@ -95,40 +97,57 @@ class Replicas(NamedTuple):
         return jnp.where(mine, groups[own], jnp.zeros([], v.dtype)).sum(0), rows.sum(0)
 
 
-def replicas_of(group: policy.Group) -> Replicas:
-    """Those that `group` names; raises where an axis is not mapped here."""
-    if not isinstance(group, policy.Axes):
+def replicas_of(group: Group) -> Replicas:
+    """The replicas that `group` names. Raises where an axis is not mapped here."""
+    if not isinstance(group, Axes):
         return Replicas()
     mesh = manual_axes()
     for name in group.names:
         if not _bound(name):
-            raise policy.unbound_axis(name, mesh)
+            raise ValueError(
+                f"`axis_name` must name an axis that is mapped where the layer trains. Received: {name!r}, where the mapped axes "
+                f"of a mesh are {sorted(mesh)}. Call inside jax.shard_map, pmap or vmap(axis_name={name!r}), or drop `axis_name`."
+            )
     of_mesh = [name for name in group.names if name in mesh]
     if of_mesh and len(of_mesh) < len(group.names):
-        raise policy.mixed_axes(group.names, of_mesh)
+        raise ValueError(
+            "`axis_name` must name axes of a mesh, or axes of vmap, not both: JAX cannot reduce over them together. Received: "
+            f"{group.names}, of which {sorted(of_mesh)} are a mesh's. Name one kind, or reshape the batch."
+        )
     size = lax.axis_size(group.names)
-    checked = bool(varying(lax.axis_index(group.names)))
+    checked = bool(varying_axes(lax.axis_index(group.names)))
     return Replicas(group.names, size, _table(group.groups, size), checked)
 
 
 def _table(groups: int | tuple[tuple[int, ...], ...] | None, size: int) -> tuple[tuple[int, ...], ...] | None:
     if isinstance(groups, tuple):
-        table = policy.partition(groups, size)
+        table = _partition(groups, size)
     elif groups is None or size == 1:
         return None
     else:
-        number = policy.groups(size, groups)
+        number = validation.number_of_groups(size, groups)
         table = tuple(tuple(range(i * groups, (i + 1) * groups)) for i in range(number))
     return None if len(table) == 1 else table
 
 
+def _partition(groups: tuple[tuple[int, ...], ...], replicas: int) -> tuple[tuple[int, ...], ...]:
+    """`axis_index_groups`, checked: every replica in one group. Groups may differ in size."""
+    found = tuple(tuple(int(i) for i in group) for group in groups)
+    if sorted(i for group in found for i in group) != list(range(replicas)) or not all(found):
+        raise ValueError(
+            f"`axis_index_groups` must be a partition of the indices 0 to {replicas - 1}: each in one group, no group empty. "
+            f"Received: {[list(group) for group in found]}. Add what is missing, drop what stands twice."
+        )
+    return found
+
+
 def manual_axes() -> tuple[str, ...]:
-    """The mesh axes that are mapped here, by shard_map or pmap; vmap's are not among them."""
+    """The mesh axes that are mapped here by shard_map or pmap. Axes of vmap are not among them."""
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def is_local(x: jax.Array) -> bool:
-    """Whether one device holds all of x: mapped along a whole mesh, or in a program of one device."""
+    """Whether one device holds all of x: mapped along all axes of a mesh, or in a program of one device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.axis_names:
         return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
@@ -136,7 +155,7 @@ def is_local(x: jax.Array) -> bool:
 
 
 def on_one_device(x: jax.Array) -> bool:
-    """Whether a global array is known to be on one device; of a traced one nobody knows where there are several."""
+    """Whether a global array is known to be on one device. Of a traced array that is unknown where there are several."""
     if isinstance(x, jax.core.Tracer):
         return jax.device_count() == 1
     return len(x.sharding.device_set) == 1
@@ -150,17 +169,7 @@ def _bound(name: str) -> bool:
     return True
 
 
-def varying(v: Any) -> frozenset[str]:
-    """The typed axes along which a value differs between replicas."""
-    kind = jax.typeof(v)
-    return (
-        getattr(kind, "manual_axis_type", kind).varying
-        if hasattr(kind, "manual_axis_type")
-        else getattr(kind, "vma", frozenset())
-    )
-
-
 def vary(v: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """v, typed as varying along these axes too: where v has a gradient, its transpose sums over them."""
-    more = tuple(sorted(axes - varying(v)))
+    """v, typed as varying along these axes too. The transpose sums the gradient of v over them."""
+    more = tuple(sorted(axes - varying_axes(v)))
     return lax.pcast(v, more, to="varying") if more else v

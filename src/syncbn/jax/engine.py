@@ -1,8 +1,8 @@
-"""The JAX engine: the door to both verbs, for named axes, for arrays that a mesh shards, and for one replica.
+"""The JAX engine: the contract's verbs for named axes, for arrays that a mesh shards, and for one replica.
 
-`group` says which: `policy.Axes` the replicas along named axes, `policy.Sharded` those of a mesh, over whose batch axis a
-`shard_map` is opened here (XLA's partitioner left alone sends three or four messages); anything else what JAX's global arrays
-hold, whose sums are XLA's affair.
+`group` says which. `Axes`: the replicas along named axes. `Sharded`: those of a mesh; a `shard_map` over its batch axis is opened
+here, because XLA's partitioner by itself sends three or four messages. Anything else: JAX's global arrays; XLA inserts the
+messages of their sums.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from syncbn import policy
+from syncbn import validation
 from syncbn.contract import (
     Moments,
     Operators,
@@ -24,9 +24,9 @@ from syncbn.contract import (
     materialize,
     record_or_replay,
     should_update_statistics,
-    speak_as,
 )
-from syncbn.jax import mapped as jax_mapped
+from syncbn.groups import Activation, Axes, Group, Sharded
+from syncbn.jax import mapped
 from syncbn.jax.axes import Replicas, manual_axes, on_one_device, replicas_of
 from syncbn.jax.mapped import arithmetic_dtype
 
@@ -38,7 +38,6 @@ __all__ = [
     "normalize",
     "record_or_replay",
     "should_update_statistics",
-    "speak_as",
     "supports_jit",
     "train_step",
 ]
@@ -51,16 +50,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array, float], jax.Array]] = {
 
 
 def supports_jit() -> bool:
-    """Everything here is meant to be compiled."""
+    """Always: everything here can be compiled."""
     return True
 
 
-def moments(x: jax.Array, *, axes: tuple[int, ...], mask: jax.Array | None = None, group: policy.Group = None) -> Moments:
-    """Measures the global batch: one gather, of integers that hold (n, k, r, m2); above 64 replicas two sums."""
+def moments(
+    x: jax.Array, *, axes: tuple[int, ...], mask: jax.Array | None = None, group: Group = None, layer: str | None = None
+) -> Moments:
+    """Measures the global batch by one gather of integers that hold (n, k, r, m2); above 64 replicas by two sums."""
     x = jnp.asarray(x)
     sharded = _sharded(x, axes, group)
     if sharded is None:
-        return jax_mapped.moments(x, axes, mask, _replicas(x, group))
+        return mapped.moments(x, axes, mask, _replicas(x, group))
     n, mean, variance, average = _moments_sharded(x, mask, axes, sharded)
     return Moments(n, mean, variance, sharded.mesh.shape[sharded.batch], average)
 
@@ -74,9 +75,10 @@ def normalize(
     axes: tuple[int, ...],
     epsilon: float,
     mask: jax.Array | None = None,
-    group: policy.Group = None,
-    activation: policy.Activation | None = None,
+    group: Group = None,
+    activation: Activation | None = None,
     residual: jax.Array | None = None,
+    layer: str | None = None,
 ) -> jax.Array:
     """activation(scale·(x − mean)/√(variance + epsilon) + offset + residual); one sum over replicas, in the backward pass."""
     x = jnp.asarray(x)
@@ -84,9 +86,9 @@ def normalize(
     # Rounded once, at the end.
     dtype = x.dtype if residual is None and activation is None else arithmetic_dtype(x)
     if moments.count is None:
-        y = jax_mapped.normalize(x, moments, scale, offset, axes, epsilon, mask, Replicas(), dtype)
+        y = mapped.normalize(x, moments, scale, offset, axes, epsilon, mask, Replicas(), dtype)
     elif sharded is None:
-        y = jax_mapped.normalize(x, moments, scale, offset, axes, epsilon, mask, _replicas(x, group), dtype)
+        y = mapped.normalize(x, moments, scale, offset, axes, epsilon, mask, _replicas(x, group), dtype)
     else:
         y = _normalize_sharded(x, mask, moments[:3], scale, offset, axes, epsilon, sharded, dtype)
     if residual is not None:
@@ -106,13 +108,13 @@ train_step = default_train_step(
 
 # Compiled, so that eager calls do not dispatch a mapped program operator by operator.
 @partial(jax.jit, static_argnums=(2, 3))
-def _moments_sharded(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...], sharded: policy.Sharded) -> tuple[Any, ...]:
-    """(count, mean, variance, average) of global arrays: [C], or with groups [replicas, C], each replica's its group's."""
+def _moments_sharded(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...], sharded: Sharded) -> tuple[Any, ...]:
+    """(count, mean, variance, average) of global arrays: [C], or, with groups, [replicas, C] of each one's group."""
     specs, grouped = _Specs(sharded, axes, x.ndim), sharded.size is not None
 
     def local(x: jax.Array, mask: jax.Array | None) -> Any:
-        n, mean, variance, _, average = jax_mapped.moments(x, axes, mask, replicas_of(specs.axes))
-        # Counts stand once a channel: the message holds a device's own channels, so what it says is typed as theirs.
+        n, mean, variance, _, average = mapped.moments(x, axes, mask, replicas_of(specs.axes))
+        # One count per channel: the message holds a device's own channels, and is typed as varying with them.
         own = jnp.broadcast_to(n, variance.shape), mean, variance
         if average is None:
             return own, None
@@ -135,16 +137,16 @@ def _normalize_sharded(
     offset: jax.Array,
     axes: tuple[int, ...],
     epsilon: float,
-    sharded: policy.Sharded,
+    sharded: Sharded,
     dtype: Any,
 ) -> jax.Array:
     specs = _Specs(sharded, axes, x.ndim)
 
     def local(x: jax.Array, mask: jax.Array | None, *vectors: jax.Array) -> jax.Array:
-        # [1, C] is this replica's own.
+        # A vector of shape [1, C] holds this replica's values.
         n, hi, lo, variance, scale, offset = (v[0] if v.ndim == 2 else v for v in vectors)
         own = Moments(n, (hi, lo), variance)
-        return jax_mapped.normalize(x, own, scale, offset, axes, epsilon, mask, replicas_of(specs.axes), dtype)
+        return mapped.normalize(x, own, scale, offset, axes, epsilon, mask, replicas_of(specs.axes), dtype)
 
     n, mean, variance = own
     n = n if n.ndim == variance.ndim else n[..., None]
@@ -153,11 +155,11 @@ def _normalize_sharded(
 
 
 class _Specs:
-    """How a mesh cuts an input and what goes with it; the whole mesh is mapped."""
+    """The partition specs of an input and of the arrays that belong to it. All axes of the mesh are mapped."""
 
-    def __init__(self, sharded: policy.Sharded, axes: tuple[int, ...], rank: int):
+    def __init__(self, sharded: Sharded, axes: tuple[int, ...], rank: int):
         self.sharded = sharded
-        self.axes = policy.Axes((sharded.batch,), sharded.size)
+        self.axes = Axes((sharded.batch,), sharded.size)
         names = [sharded.batch, *[None] * (rank - 1)]
         if sharded.channels is not None:
             names[axes[0]] = sharded.channels
@@ -166,7 +168,7 @@ class _Specs:
         self.replica = PartitionSpec(sharded.batch, sharded.channels)
 
     def mask(self, mask: jax.Array | None) -> PartitionSpec | None:
-        """A mask has 1 on the channel axes, and may on the batch axis."""
+        """A mask has 1 on the channel axes, and may have 1 on the batch axis."""
         if mask is None:
             return None
         return PartitionSpec(None if mask.shape[0] == 1 else self.sharded.batch)
@@ -176,29 +178,36 @@ class _Specs:
         return self.replica if v.ndim == 2 else self.channel
 
     def map(self, f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        """f on every shard. Types are checked: they make a replicated result, and a replicated parameter's gradient, total."""
+        """f on every shard. Types are checked, so that the gradient of a replicated parameter is the total over replicas."""
         return jax.shard_map(f, mesh=self.sharded.mesh, in_specs=in_specs, out_specs=out_specs)
 
 
-def _sharded(x: jax.Array, axes: tuple[int, ...], group: policy.Group) -> policy.Sharded | None:
-    """The mesh to open a `shard_map` over, if there is one to open."""
-    if not isinstance(group, policy.Sharded) or manual_axes() or 0 in axes:
+def _sharded(x: jax.Array, axes: tuple[int, ...], group: Group) -> Sharded | None:
+    """The mesh over which a `shard_map` is to be opened, or None."""
+    if not isinstance(group, Sharded) or manual_axes() or 0 in axes:
         return None
     replicas = group.mesh.shape[group.batch]
     if group.mesh.size == 1:
         return None
     if x.shape[0] % replicas:
-        raise policy.indivisible_batch(x.shape[0], replicas)
-    size = None if policy.groups(replicas, group.size) == 1 else group.size
+        raise ValueError(
+            "The batch must be divisible by the number of replicas that the distribution has. Received: a batch of "
+            f"{x.shape[0]} for {replicas} replicas. Drop the remainder, or pad the batch and mask the padding."
+        )
+    size = None if validation.number_of_groups(replicas, group.size) == 1 else group.size
     return group._replace(size=size)
 
 
-def _replicas(x: jax.Array, group: policy.Group) -> Replicas:
-    """Who meets in the mapped form."""
-    if isinstance(group, policy.Sharded):
+def _replicas(x: jax.Array, group: Group) -> Replicas:
+    """The replicas of the mapped form."""
+    if isinstance(group, Sharded):
         if group.batch in manual_axes():
-            return replicas_of(policy.Axes((group.batch,), group.size))
+            return replicas_of(Axes((group.batch,), group.size))
         group = group.size
     if isinstance(group, int) and not on_one_device(x):
-        raise policy.groups_of_unknown_replicas(group)
+        raise ValueError(
+            "`group_size` must come with a way to tell the replicas that train. That is `axis_name`, or a keras.distribution "
+            f"whose batch axis is not a channel axis. Received: group_size={group} without. Give `axis_name`, set a "
+            "distribution, or leave `group_size` None."
+        )
     return replicas_of(group)

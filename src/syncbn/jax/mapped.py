@@ -1,6 +1,6 @@
-"""The two verbs among the replicas along named axes (`shard_map`, `pmap`, `vmap`), or for one replica alone.
+"""The verbs `moments` and `normalize` for the replicas along named axes (`shard_map`, `pmap`, `vmap`), or for one replica.
 
-JAX has no float64 unless it is asked for one: a mean is a pair (hi, lo) of the arithmetic's dtype.
+JAX has float64 only where it is enabled, so a mean is a pair (hi, lo) of the arithmetic's dtype.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from syncbn import maths
 from syncbn.contract import Moments
-from syncbn.jax.axes import Replicas, is_local, vary, varying
+from syncbn.jax._private import varying_axes
+from syncbn.jax.axes import Replicas, is_local, vary
 from syncbn.jax.xla import materialised, rounded, summed
 
-# What `jax.checkpoint` policies call the moments: where they are saved, recomputation sends nothing.
+# The name of the moments for policies of `jax.checkpoint`. Where moments are saved, recomputation sends nothing.
 MOMENTS = "syncbn_moments"
 # A pivot k is the mean of one value in so many, which saves a pass over x. The mean of any m of n values has (k − mean)² ≤
-# (n/m)·variance (Jensen), however the batch is ordered: sums about it lose five bits at the very most. Not of an array that
-# devices may share: of its beginning some of them hold nothing, and XLA would send it around.
+# (n/m)·variance (Jensen), in whatever order they are: sums about it lose five bits at most. An array that devices share has no
+# such pivot: some devices hold nothing of its beginning, and XLA would send it to them.
 VALUES_PER_PIVOTS_VALUE = 16
 
 
@@ -33,38 +34,38 @@ def arithmetic_dtype(x: jax.Array) -> Any:
 
 
 class Layout(NamedTuple):
-    """Where the channels of an input are, hashable."""
+    """Where the channels of an input are. Hashable."""
 
     axes: tuple[int, ...]
     shape: tuple[int, ...]
 
     def sum(self, v: jax.Array) -> jax.Array:
-        """Over all but the channels: [C]. XLA sums by a tree: no blocks are needed."""
+        """The sum over all axes but the channels: [C]. XLA sums by a tree, so no blocks are needed."""
         return jnp.sum(v, self.summed()).reshape(-1)
 
     def summed(self) -> list[int]:
-        """The axes without channels."""
+        """The axes that are not channel axes."""
         return [i for i in range(len(self.shape)) if i not in self.axes]
 
     def some(self) -> tuple[slice, ...]:
-        """Which of each channel's values a pivot is made of: the beginning of the longest axis."""
+        """The values of each channel whose mean is the pivot: the beginning of the longest axis."""
         if not self.summed():
             return ()
-        # A symbolic size compares with none.
+        # A symbolic size cannot be compared.
         longest = max(self.summed(), key=lambda i: self.shape[i] if isinstance(self.shape[i], int) else 0)
         return *[slice(None)] * longest, slice(-(-self.shape[longest] // VALUES_PER_PIVOTS_VALUE))
 
     def spread(self, v: jax.Array) -> jax.Array:
-        """[C] with 1 in the place of every other axis."""
+        """[C] with 1 in every other axis."""
         return v.reshape([n if i in self.axes else 1 for i, n in enumerate(self.shape)])
 
     def values(self) -> jax.Array:
-        """How many values a channel has; a size may be symbolic, while Keras infers shapes or in an export."""
+        """How many values a channel has. A size may be symbolic while Keras infers shapes, or in an export."""
         return jnp.asarray(math.prod(n for i, n in enumerate(self.shape) if i not in self.axes))
 
 
 def moments(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, replicas: Replicas) -> Moments:
-    """Measures the batch of all replicas: one gather of (n, k, r, m2); above 64 replicas two sums."""
+    """Measures the batch of all replicas by one gather of (n, k, r, m2); above 64 replicas by two sums."""
     sampled = mask is None and is_local(x)
     x = materialised(lax.stop_gradient(vary(x, frozenset(replicas.names) if replicas.checked else frozenset())))
     n, k, r, m2 = _local_moments(x, Layout(axes, x.shape), mask, sampled)
@@ -79,9 +80,9 @@ def moments(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, replica
 
 
 def _local_moments(x: jax.Array, layout: Layout, mask: jax.Array | None, sampled: bool) -> tuple[jax.Array, ...]:
-    """(n, k, r, m2) of this replica: an integer, and [C] each of the arithmetic's dtype, k + r its mean and k that rounded.
+    """(n, k, r, m2) of this replica: an integer count, and three [C] of the arithmetic's dtype.
 
-    sampled: the sums are about the mean of some values only.
+    k + r is the mean, and k is the mean rounded. sampled: the sums are about the mean of some values only.
     """
     wide = arithmetic_dtype(x)
     x = x.astype(wide)
@@ -93,7 +94,7 @@ def _local_moments(x: jax.Array, layout: Layout, mask: jax.Array | None, sampled
     k = _pivot(x, layout) if sampled else rounded(layout.sum(_where(mask, x)) / at_least_one)
     rest = _where(mask, x - layout.spread(k))
     s, q = summed(layout.sum(rest), layout.sum(rest * rest))
-    # The sums' pivot may be far away, and another replica's mean from it: what is said is about the mean.
+    # The pivot of the sums may be far from the means of all replicas, so the message is about this replica's mean.
     k, r = maths.two_sum(k, s / at_least_one)
     return n, k, r, maths.local_m2(n.astype(wide), s, q, maximum=jnp.maximum)
 
@@ -107,16 +108,16 @@ def _pivot(x: jax.Array, layout: Layout) -> jax.Array:
 def _merge_gathered(
     replicas: Replicas, n: jax.Array, k: jax.Array, r: jax.Array, m2: jax.Array, as_many: bool
 ) -> tuple[jax.Array, ...]:
-    """(count, hi, lo, variance), a row each group, from every replica's own; `as_many`: all replicas have this count."""
-    # Counts above 2²⁴ are not exact in float32, and an integer's bits in a float payload are a denormal that adding
-    # flushes to 0: so the floats travel as the bits of integers.
+    """(count, hi, lo, variance), a row per group, from every replica's own. as_many: all replicas have this count."""
+    # Counts above 2²⁴ are not exact in float32. An integer's bits in a float message may be a denormal, which adding flushes
+    # to 0. So the floats are sent as the bits of integers.
     bits = jnp.int64 if k.dtype == jnp.float64 else jnp.int32
     floats = lax.bitcast_convert_type(jnp.concatenate([k, r, m2]), bits)
     rows, members = replicas.by_group(replicas.gather(jnp.concatenate([n.astype(bits)[None], floats])))
-    counts = jnp.full_like(rows[..., :1], n) if as_many else rows[..., :1]  # a constant, where XLA can make use of it
+    counts = jnp.full_like(rows[..., :1], n) if as_many else rows[..., :1]  # a constant, which XLA can make use of
     counts = counts if members is True else jnp.where(members[..., None], counts, 0)
     ks, rs, m2s = jnp.split(lax.bitcast_convert_type(rows[..., 1:], k.dtype), 3, axis=-1)
-    # Of one that has as many as any other: the pivot of a few values may be √(N/n) standard deviations away, at the cost of r.
+    # The k of a replica with the largest count: the mean of a few values may be √(N/n) standard deviations away from the mean.
     pivot = ks[:, :1] if as_many else jnp.take_along_axis(ks, jnp.argmax(counts, 1, keepdims=True), 1)
     _, (hi, lo), variance = maths.merge(
         counts.astype(k.dtype), ks, rs, m2s, pivot, add=lambda v: v.sum(1, keepdims=True), maximum=jnp.maximum, where=jnp.where
@@ -125,7 +126,7 @@ def _merge_gathered(
 
 
 def _merge_by_two_sums(replicas: Replicas, n: jax.Array, k: jax.Array, r: jax.Array, m2: jax.Array) -> tuple[jax.Array, ...]:
-    """The same by two sums whose length does not depend on the number of replicas: the mean, then what lies around it."""
+    """The same by two sums whose length does not depend on the number of replicas: of the mean, then of squares about it."""
     unit, count = 4096, n.astype(k.dtype)
     parts = jnp.stack([n // unit, n % unit]).astype(k.dtype)  # each part's sum is exact
     first = replicas.sum_by_group(jnp.concatenate([parts, count * (k + r)]))
@@ -148,20 +149,20 @@ def _average(counts: jax.Array, hi: jax.Array, lo: jax.Array, variances: jax.Arr
 
 
 class Plan(NamedTuple):
-    """What JAX keeps static of one normalization."""
+    """The static part of one normalization."""
 
     layout: Layout
     epsilon: float
     replicas: Replicas
     dtype: Any  # of the output, and so of its gradient
-    scale_is_total: bool  # whether the gradient of a replicated scale is the total of all replicas'
+    scale_is_total: bool  # whether the gradient of a replicated scale is the total over replicas
     offset_is_total: bool
 
 
 class Measured(NamedTuple):
-    """Moments as the gradients need them: n a float, the mean in two parts."""
+    """Moments in the form that the gradients need: n a float, the mean in two parts."""
 
-    n: jax.Array  # a scalar or [C], as all are
+    n: jax.Array  # a scalar, or [C] as the others are
     hi: jax.Array
     lo: jax.Array
     variance: jax.Array
@@ -178,27 +179,27 @@ def normalize(
     replicas: Replicas,
     dtype: Any,
 ) -> jax.Array:
-    """scale·(x − mean)/√(variance + epsilon) + offset, rounded to `dtype`; one sum over replicas, in the backward pass."""
+    """scale·(x − mean)/√(variance + epsilon) + offset, rounded to `dtype`. The backward pass takes one sum over replicas."""
     wide, layout = arithmetic_dtype(x), Layout(axes, x.shape)
-    hi, lo = moments.mean if isinstance(moments.mean, tuple) else (moments.mean, jnp.zeros_like(moments.mean))
-    hi, lo, variance = (jnp.asarray(v, wide) for v in (hi, lo, moments.variance))
+    lo = 0.0 if moments.mean_lo is None else moments.mean_lo
+    hi, lo, variance = (jnp.asarray(v, wide) for v in (moments.mean_hi, lo, moments.variance))
     scale, offset = jnp.asarray(scale, wide), jnp.asarray(offset, wide)
     if moments.count is None:
         plan = Plan(layout, epsilon, replicas, dtype, False, False)
         return _affine(plan, x, Measured(jnp.zeros([], wide), hi, lo, variance), scale, offset)
     names = frozenset(replicas.names) if replicas.checked else frozenset()
-    everything = names.union(*(varying(v) for v in (x, scale, offset)))
-    # Outside our gradients: along axes that are not ours, what is replicated is summed by JAX as the trainer would.
+    everything = names.union(*(varying_axes(v) for v in (x, scale, offset)))
+    # Before the custom gradient: along other axes than `names`, JAX sums the gradient of a replicated value, as a trainer would.
     x, scale, offset = vary(x, everything), _parameter(scale, everything, names), _parameter(offset, everything, names)
     measured = Measured(moments.count.astype(wide), hi, lo, variance)
     measured = Measured(*(vary(v, everything - names) for v in measured))
-    replicated = [replicas.checked and not varying(v) & names for v in (scale, offset)]
+    replicated = [replicas.checked and not varying_axes(v) & names for v in (scale, offset)]
     return _normalized(Plan(layout, epsilon, replicas, dtype, *replicated), x, mask, measured, scale, offset)
 
 
 def _parameter(v: jax.Array, everything: frozenset[str], names: frozenset[str]) -> jax.Array:
-    """Along our own axes a parameter is replicated or varies, along all of them alike."""
-    return vary(v, everything if varying(v) & names else everything - names)
+    """v, typed as x is. Along `names` a parameter varies along all axes or along none."""
+    return vary(v, everything if varying_axes(v) & names else everything - names)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -217,9 +218,9 @@ def _forward(
 
 
 def _backward(plan: Plan, saved: Any, dy: jax.Array) -> tuple[Any, ...]:
-    """The gradients; made of differentiable operators, with the moments, which came in as constants, hung on x again."""
+    """The gradients, made of differentiable operators. The moments, which came in as constants, are attached to x again."""
     x, mask, measured, scale = saved
-    dy = materialised(dy).astype(scale.dtype)  # kept as it came: in half precision the wide one is twice as much to read
+    dy = materialised(dy).astype(scale.dtype)  # saved in its own dtype: wider, there would be twice as much to read
     layout, replicas = plan.layout, plan.replicas
     n, hi, lo, variance = _attach(plan, x, mask, measured)
     rstd = lax.rsqrt(variance + plan.epsilon)
@@ -257,7 +258,7 @@ def _affine(plan: Plan, x: jax.Array, measured: Measured, scale: jax.Array, offs
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attach(plan: Plan, x: jax.Array, mask: jax.Array | None, measured: Measured) -> Measured:
-    """The moments as they are, with their true derivative for x, itself differentiable; a message only where it is asked for."""
+    """The moments unchanged, with their true derivative for x, itself differentiable. Only the derivative sends a message."""
     return measured
 
 

@@ -1,4 +1,4 @@
-"""Which replicas a `keras.distribution` makes: those among which JAX's mesh shards the batch."""
+"""The replicas of a `keras.distribution`: those among which JAX's mesh shards the batch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 import keras
 
-from syncbn import policy
+from syncbn.groups import Group, Sharded
 
 
-def group_of(size: int | None, weight: Any) -> policy.Group:
-    """The group of a layer with this `group_size`; its `weight`, [C], tells whether a mesh axis shards the channels."""
+def group_of(size: int | None, weight: Any) -> Group:
+    """The group of a layer with this `group_size`. Its `weight`, [C], tells whether a mesh axis shards the channels."""
     found = keras.distribution.distribution()
     if found is None or found.batch_dim_name is None:
         return size
-    return policy.Sharded(found.device_mesh.backend_mesh, found.batch_dim_name, _channels(found, weight), size)
+    return Sharded(found.device_mesh.backend_mesh, found.batch_dim_name, _channels(found, weight), size)
 
 
 def _channels(found: Any, weight: Any) -> str | None:

@@ -16,6 +16,10 @@ KERAS_3_WEIGHTS, ARCHIVE = "a `.weights.h5` file, of weights alone", "a `.keras`
 SAVED_MODEL, CHECKPOINT = "a SavedModel", "a TensorFlow checkpoint, of weights alone"
 
 
+class Unreadable(ValueError):
+    """What a reader finds wrong with a file, in a few words: `reading` makes a whole error of it."""
+
+
 class FileError(ValueError):
     """A file that is refused. Users see a ValueError."""
 

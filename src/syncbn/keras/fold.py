@@ -1,4 +1,4 @@
-"""Keras models for inference: batch norms folded into the layer before them."""
+"""`fold` for Keras: batch norms folded into the layer before them, for inference."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from typing import Any
 import keras
 import numpy as np
 from keras import activations, layers, ops
-from keras.src.models.functional import Functional  # not public: what keras.Model(inputs, outputs) returns
 
-from syncbn import policy_migration as texts
 from syncbn.class_swap import known_ancestor
+from syncbn.keras import _private
 from syncbn.keras.layer import SyncBatchNormalization
 
-# Where each kernel has the channels of the output; separable and transposed ones apart.
+# Layers by the axis on which their kernels have the output channels.
 LAST = (layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D)
 TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
 BEFORE = (*LAST, *TRANSPOSED, *DEPTHWISE, *SEPARABLE)
+_FUNCTIONAL = _private.functional_class()
 
 
 def fold(model: Any) -> Any:
     """See `syncbn.fold`."""
     if not isinstance(model, keras.Sequential) and not _is_functional(model):
-        raise texts.fold_subclassed(model.name, type(model).__name__)
-    folded: dict[int, Any] = {}  # the batch norm of each layer that takes one in
-    gone: dict[int, Any] = {}
+        raise ValueError(
+            "syncbn.fold takes a Sequential or functional Keras model, whose graph it reads. Received: "
+            f"{model.name}, a {type(model).__name__}. Fold the Sequential or functional models in it."
+        )
+    folded: dict[int, Any] = {}  # by layer: the batch norm that is folded into it
+    gone: dict[int, Any] = {}  # by batch norm: that layer
     for layer, norm in _pairs(model):
         folded[id(layer)], gone[id(norm)] = norm, layer
 
@@ -35,7 +38,7 @@ def fold(model: Any) -> Any:
             return fold(layer)
         config = layer.get_config()
         if id(layer) in gone:
-            # A layer that does nothing but what the batch norm did last keeps its name and place.
+            # A layer with the batch norm's name and activation takes its place.
             activation = getattr(layer, "activation", activations.linear)
             return layers.Activation(activation, name=layer.name, dtype=layer.dtype_policy)
         return type(layer).from_config({**config, "use_bias": True} if id(layer) in folded else config)
@@ -43,21 +46,21 @@ def fold(model: Any) -> Any:
     names = {norm.name for norm in folded.values()}
 
     def call(layer: Any, *args: Any, **named: Any) -> Any:
-        # A batch norm takes a mask; what stands in its place does not.
+        # A batch norm takes a mask. The layer in its place does not.
         return layer(args[0]) if layer.name in names else layer(*args, **named)
 
     graph = {} if isinstance(model, keras.Sequential) else {"call_function": call}
     new = keras.models.clone_model(model, clone_function=copy, **graph)
-    _give_weights(model, new, folded, gone)
+    _set_weights(model, new, folded, gone)
     return new
 
 
 def _is_functional(model: Any) -> bool:
-    """Of that class itself: a subclass may call its layers otherwise than its graph says."""
-    return type(model) is Functional
+    """Whether it is of that class itself: a subclass may call its layers in another order than its graph."""
+    return type(model) is _FUNCTIONAL
 
 
-def _give_weights(model: Any, new: Any, folded: dict[int, Any], gone: dict[int, Any]) -> None:
+def _set_weights(model: Any, new: Any, folded: dict[int, Any], gone: dict[int, Any]) -> None:
     for layer in model.layers:
         if id(layer) in folded:
             new.get_layer(layer.name).set_weights(_folded_weights(layer, folded[id(layer)]))
@@ -66,7 +69,7 @@ def _give_weights(model: Any, new: Any, folded: dict[int, Any], gone: dict[int, 
 
 
 def _pairs(model: Any) -> list[tuple[Any, Any]]:
-    """Each layer and the batch norm that alone takes its output, both called once."""
+    """Each layer and the batch norm that is the only reader of its output, both called once."""
     if isinstance(model, keras.Sequential):
         found = list(zip(model.layers, model.layers[1:], strict=False))
         once = {id(layer): 1 for layer in model.layers}
@@ -74,7 +77,7 @@ def _pairs(model: Any) -> list[tuple[Any, Any]]:
         found, once = [], {}
         outputs = {id(t) for t in keras.tree.flatten(model.outputs)}
         consumers: dict[int, int] = {}
-        nodes = [node for depth in model._nodes_by_depth.values() for node in depth]
+        nodes = _private.nodes(model)
         for node in nodes:
             once[id(node.operation)] = once.get(id(node.operation), 0) + 1
             for t in node.input_tensors:
@@ -83,12 +86,12 @@ def _pairs(model: Any) -> list[tuple[Any, Any]]:
             if isinstance(node.operation, layers.BatchNormalization) and len(node.input_tensors) == 1:
                 (x,) = node.input_tensors
                 if consumers[id(x)] == 1 and id(x) not in outputs:
-                    found.append((x._keras_history.operation, node.operation))
+                    found.append((_private.producer(x), node.operation))
     return [(layer, norm) for layer, norm in found if once[id(layer)] == once[id(norm)] == 1 and _fits(layer, norm)]
 
 
 def _fits(layer: Any, norm: Any) -> bool:
-    """Whether the batch norm's channels are the layer's, and all of both is known."""
+    """Whether the batch norm has the layer's channels, and the behaviour of both is known."""
     if type(layer) not in BEFORE or layer.activation is not activations.linear:
         return False
     if not isinstance(norm, SyncBatchNormalization) and known_ancestor(type(norm), (layers.BatchNormalization,)) is None:
@@ -103,7 +106,7 @@ def _fits(layer: Any, norm: Any) -> bool:
 
 
 def _folded_weights(layer: Any, norm: Any) -> list[np.ndarray]:
-    """W ← s·W, b ← beta + s·(b − mean), s = gamma / √(variance + epsilon), in float64."""
+    """W ← s·W and b ← beta + s·(b − mean), with s = gamma / √(variance + epsilon), in float64."""
 
     def wide(v: Any, otherwise: float = 0.0) -> Any:
         return otherwise if v is None else np.asarray(ops.convert_to_numpy(v), np.float64)

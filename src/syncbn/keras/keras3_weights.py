@@ -11,7 +11,8 @@ import h5py
 import numpy as np
 from keras import layers, ops
 
-from syncbn.keras import hdf5
+from syncbn.keras import _private, hdf5
+from syncbn.keras.files import Unreadable
 from syncbn.keras.matching import do_not_fit, fits, number, numbers
 
 # TensorFlow 2.12's name for the list `layers`; numbers have gaps there.
@@ -42,7 +43,7 @@ def _check(path: Any, model: Any, groups: list[tuple[Any, Any]]) -> None:
     """FileError, by name, where the file's values are not the model's."""
     found = {id(held) for held, _ in groups}
     # Not public: what Keras itself walks models with, lists, wrappers and composite layers included.
-    missing = [layer.path or layer.name for layer in model._flatten_layers() if _own(layer) and id(layer) not in found]
+    missing = [layer.path or layer.name for layer in _private.flatten_layers(model) if _own(layer) and id(layer) not in found]
     unused = [_said(group) for held, group in groups if held is None]
     other = []
     for held, group in groups:
@@ -65,7 +66,7 @@ def _walk(group: Any, held: Any, seen: set[Any]) -> Iterator[tuple[Any, Any]]:
     """Each group that has values, with the object of the model that they are for; links are not followed."""
     address = h5py.h5o.get_info(group.id).addr
     if address in seen:
-        raise ValueError(f"{group.name} stands in it more than once")
+        raise Unreadable(f"{group.name} stands in it more than once")
     seen.add(address)
     groups = {key: item for key, item in hdf5.inside(group).items() if isinstance(item, h5py.Group)}
     if len(groups.pop("vars", ())):

@@ -8,18 +8,18 @@ from typing import Any
 
 import keras
 from keras import activations, ops
-from keras.src.backend.common.symbolic_scope import in_symbolic_scope  # not public: Keras does not say it otherwise
 
-from syncbn import maths, policy
+from syncbn import maths, validation
 from syncbn.contract import Moments, Operators, Statistics, are_usable, updated
-from syncbn.keras import backend, distribution
+from syncbn.groups import LOCAL, Activation, Group, group_of_arguments
+from syncbn.keras import _private, arguments, backend, distribution
 
 # Those that engines apply themselves, with Keras's slope; any other runs after them.
 FUSED_ACTIVATIONS = {
     activations.linear: None,
-    activations.relu: policy.Activation("relu"),
-    activations.silu: policy.Activation("silu"),
-    activations.leaky_relu: policy.Activation("leaky_relu", 0.2),
+    activations.relu: Activation("relu"),
+    activations.silu: Activation("silu"),
+    activations.leaky_relu: Activation("leaky_relu", 0.2),
 }
 OPERATORS = Operators(ops.where, ops.maximum, ops.isfinite, ops.all, ops.cast)
 
@@ -117,8 +117,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     ):
         # The base class takes one integer axis and numbers to clip with: it gets none of ours.
         super().__init__(
-            momentum=policy.fraction("momentum", momentum),
-            epsilon=policy.epsilon(epsilon),
+            momentum=arguments.check_momentum("momentum", momentum),
+            epsilon=validation.check_epsilon(epsilon),
             center=center,
             scale=scale,
             beta_initializer=beta_initializer,
@@ -129,17 +129,17 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             gamma_regularizer=gamma_regularizer,
             beta_constraint=beta_constraint,
             gamma_constraint=gamma_constraint,
-            renorm_momentum=policy.fraction("renorm_momentum", renorm_momentum),
+            renorm_momentum=arguments.check_momentum("renorm_momentum", renorm_momentum),
             trainable=trainable,
             name=name,
-            **policy.keywords(type(self).__name__, kwargs),
+            **arguments.check_keywords(type(self).__name__, kwargs),
         )
-        self.axis = policy.axis(axis)
+        self.axis = validation.check_axis(axis)
         self.renorm = bool(renorm)
-        self._clipping = _Untracked(policy.clipping(renorm_clipping))
+        self._clipping = _Untracked(validation.check_renorm_clipping(renorm_clipping))
         self.adjustment = adjustment
-        self.group_size = policy.group_size(group_size)
-        self.axis_name = policy.axis_name(axis_name)
+        self.group_size = validation.check_group_size(group_size)
+        self.axis_name = validation.check_axis_name(axis_name)
         self.activation = activations.get(activation)
         self._engine = backend.engine()
         self.supports_jit = self._engine.supports_jit()
@@ -152,7 +152,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
 
     @renorm_clipping.setter
     def renorm_clipping(self, value: dict[str, Any] | None) -> None:
-        self._clipping = _Untracked(policy.clipping(value))
+        self._clipping = _Untracked(validation.check_renorm_clipping(value))
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Makes the weights, in the order that saved models depend on."""
@@ -167,7 +167,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             self._add_renorm_statistics()
 
     def _learn_shape(self, input_shape: tuple[int | None, ...]) -> None:
-        self._channel_axes = policy.channel_axes(self.axis, input_shape)
+        self._channel_axes = validation.channel_axes(self.axis, input_shape)
         self._built_for = tuple(input_shape)
         self.supports_jit = self._engine.supports_jit()
 
@@ -178,24 +178,23 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """The input's shape."""
-        policy.channel_axes(self.axis, input_shape)
+        validation.channel_axes(self.axis, input_shape)
         return input_shape
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         """Normalises; see the class."""
-        training = policy.training(training) and self.trainable
-        policy.floating(keras.backend.standardize_dtype(inputs.dtype), keras.backend.is_float_dtype(inputs.dtype))
-        policy.input_shape(inputs.shape, self._built_for, self._channel_axes)
+        training = arguments.check_training(training) and self.trainable
+        validation.check_float_dtype(keras.backend.standardize_dtype(inputs.dtype), keras.backend.is_float_dtype(inputs.dtype))
+        arguments.check_input_shape(inputs.shape, self._built_for, self._channel_axes)
         mask = self._full_rank(mask, inputs.shape)
         if mask is not None:
             # Else a NaN in the padding would spread: NaN · 0 is NaN.
             inputs = ops.where(ops.logical_or(mask, ops.isfinite(inputs)), inputs, ops.zeros([], inputs.dtype))
         gamma, beta = self._gamma_and_beta(_float32_or_wider(inputs.dtype))
-        where = {"axes": self._channel_axes, "mask": mask, "group": self._group()}
+        where = {"axes": self._channel_axes, "mask": mask, "group": self._group(), "layer": self.name}
         fused = {"epsilon": self.epsilon, "activation": FUSED_ACTIVATIONS.get(self.activation)}
         if training:
             self._engine.check_variables(self.name, self.moving_mean.value, self.moving_variance.value)
-            self._engine.speak_as(self.name)
         if not training:
             mean, variance = (self._vector(v, gamma.dtype) for v in (self.moving_mean, self.moving_variance))
             y = self._engine.normalize(inputs, Moments(None, mean, variance), gamma, beta, **fused, **where)
@@ -231,34 +230,22 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         r, d = self._engine.materialize(*found)
         return r * scale, d * scale + offset
 
-    def _group(self) -> policy.Group:
+    def _group(self) -> Group:
         """Which replicas this layer meets."""
-        if in_symbolic_scope():
+        if _private.in_symbolic_scope():
             # While Keras infers shapes no replica runs, so none may be waited for.
-            return policy.ALONE
+            return LOCAL
         if self.axis_name is None and keras.backend.backend() == "jax":
             return distribution.group_of(self.group_size, self.weights[0])
-        return policy.group(self.axis_name, self.group_size)
+        return group_of_arguments(self.axis_name, self.group_size)
 
     def _renorm_correction(self, moments: Moments, result_dtype: Any) -> tuple[Any, Any]:
         """r and d, clipped, from the statistics before this step moves them."""
         dtype = moments.variance.dtype
-        r, d = maths.renorm_correction(
-            moments.mean_hi,
-            ops.sqrt(moments.variance + self.epsilon),
-            self._vector(self.renorm_mean, dtype),
-            self._vector(self.renorm_stddev, dtype),
-            self.epsilon**0.5,
-            maximum=ops.maximum,
-        )
-        given = {key: v() if callable(v) else v for key, v in (self.renorm_clipping or {}).items()}
-        bounds = {key: ops.convert_to_tensor(v, dtype) for key, v in given.items() if v is not None}
-        if "rmin" in bounds:
-            r = ops.maximum(r, bounds["rmin"])
-        if "rmax" in bounds:
-            r = ops.minimum(r, bounds["rmax"])
-        if "dmax" in bounds:
-            d = ops.maximum(ops.minimum(d, bounds["dmax"]), -bounds["dmax"])
+        stddev = ops.sqrt(moments.variance + self.epsilon)
+        current = self._vector(self.renorm_mean, dtype), self._vector(self.renorm_stddev, dtype)
+        given = {"as_array": lambda v: ops.convert_to_tensor(v, dtype), "maximum": ops.maximum, "minimum": ops.minimum}
+        r, d = maths.renorm_correction(moments.mean_hi, stddev, *current, self.epsilon**0.5, self.renorm_clipping, **given)
         return ops.cast(ops.stop_gradient(r), result_dtype), ops.cast(ops.stop_gradient(d), result_dtype)
 
     def _update_statistics(self, moments: Moments) -> None:
@@ -292,7 +279,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         flat = []
         for name, value in zip(("scale", "bias"), self.adjustment(tuple(ops.shape(inputs))), strict=True):
             value = ops.convert_to_tensor(value)
-            policy.adjusted_shape(name, value.shape, self._built_for, self._channel_axes)
+            arguments.check_adjustment_shape(name, value.shape, self._built_for, self._channel_axes)
             flat.append(ops.cast(ops.reshape(value, [-1]) if len(value.shape) else value, gamma.dtype))
         a, b = flat
         return a * gamma, b * gamma + beta
@@ -302,17 +289,17 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         if mask is None:
             return None
         mask = ops.convert_to_tensor(mask)
-        if policy.mask_omits_channels(mask.shape, shape, self._channel_axes):
+        if validation.mask_omits_channels(mask.shape, shape, self._channel_axes):
             mask = ops.expand_dims(mask, self._channel_axes)
         return ops.cast(mask, "bool")
 
     def _refuse_recomputed_renorm(self) -> None:
-        mode = getattr(self, "_remat_mode", None)
-        whole = mode is not None and (
+        mode = _private.remat_mode(self) if self.renorm else None
+        recomputed = mode is not None and (
             mode.mode in ("full", "larger_than") or (mode.mode == "list_of_layers" and self.name in mode.layer_names)
         )
-        if self.renorm and whole:
-            raise policy.recomputed_renorm()
+        mend = "Make it outside the scope, or with renorm=False."
+        validation.check_renorm_not_recomputed(recomputed, "a layer made in a keras.RematScope", mend)
 
     def _gamma_and_beta(self, dtype: Any) -> tuple[Any, Any]:
         """gamma and beta, flat, or what stands for them."""
@@ -404,6 +391,5 @@ def _serialized_bound(key: str, value: Any) -> Any:
 
 def _serialized(name: str, value: Any) -> Any:
     registered = value if isinstance(value, type) or hasattr(value, "__name__") else type(value)
-    if keras.saving.get_registered_object(keras.saving.get_registered_name(registered)) is not registered:
-        raise policy.unregistered(name, value)
+    arguments.check_registered(name, value, registered)
     return keras.saving.serialize_keras_object(value)

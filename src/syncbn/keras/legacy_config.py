@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
-from keras.src.backend.common import global_state  # not public: variables that were never made are forgotten
-from keras.src.legacy.saving import saving_options, saving_utils  # not public: load_model drops a list of axes
-from keras.src.saving.serialization_lib import SafeModeScope
 
+from syncbn.keras._private import SafeModeScope, global_state, saving_options, saving_utils
 from syncbn.keras.files import FileError
 from syncbn.keras.layer import SyncBatchNormalization
 from syncbn.keras.matching import plain

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import layers
 
-from syncbn.keras.files import FileError
+from syncbn.keras import _private
+from syncbn.keras.files import FileError, Unreadable
 
 # A list of one axis gave these weights the input's rank in some versions, and one dimension in others.
 BATCH_NORM_WEIGHTS = {
@@ -109,7 +110,7 @@ def assign(model: Any, match: Match) -> None:
     for variable, value in values:
         variable.assign(value)
     # Not public: what Keras itself walks models with.
-    for layer in model._flatten_layers():
+    for layer in _private.flatten_layers(model):
         if isinstance(layer, layers.Normalization):
             layer.finalize_state()  # it computes with a copy of its weights
 
@@ -118,7 +119,7 @@ def numbers(stored: Stored, shape: Sequence[int]) -> np.ndarray:
     """A value, read, in the shape of its variable."""
     value = np.asarray(stored.read())
     if value.dtype.kind not in "fiub" and value.dtype.name != "bfloat16":
-        raise TypeError(f"{stored.name} holds {value.dtype}, no numbers")
+        raise Unreadable(f"{stored.name} holds {value.dtype}, no numbers")
     return value.reshape(shape)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from syncbn.keras.files import Unreadable
+
 # In saved_model.pb: meta graph, object graph, its first node, the user object, its metadata.
 ROOT_METADATA = (2, 7, 1, 4, 3)
 
@@ -64,7 +66,7 @@ def _text(message: Any, wanted: int) -> str:
 
 def _bytes(value: Any) -> bytes:
     if not isinstance(value, bytes):
-        raise ValueError("a number stands where a message should")
+        raise Unreadable("a number stands where a message should")
     return value
 
 
@@ -82,9 +84,9 @@ def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
         elif tag & 7 in (1, 5):
             size = 8 if tag & 7 == 1 else 4
         else:
-            raise ValueError(f"wire type {tag & 7}")
+            raise Unreadable(f"wire type {tag & 7}")
         if at + size > len(message):
-            raise ValueError("a length points past the end")
+            raise Unreadable("a length points past the end")
         yield tag >> 3, message[at : at + size]
         at += size
 
@@ -94,10 +96,10 @@ def varint(message: bytes, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if at == len(message):
-            raise ValueError("a number has no end")
+            raise Unreadable("a number has no end")
         byte = message[at]
         value |= (byte & 127) << shift
         at += 1
         if byte < 128:
             return value, at
-    raise ValueError("a number of more than 10 bytes")
+    raise Unreadable("a number of more than 10 bytes")

@@ -10,7 +10,6 @@ from typing import Any
 import h5py
 from keras import layers
 
-from syncbn import policy_migration as texts
 from syncbn.keras import checkpoints, files, keras2_hdf5, keras3_weights, matching
 
 IN_ARCHIVE = "model.weights.h5"
@@ -56,7 +55,10 @@ def load_weights(model: Any, path: Any) -> Any:
         return not_weights(path, received)
 
     if not isinstance(model, layers.Layer):
-        raise texts.not_a_model("syncbn.load_weights", model)
+        raise TypeError(
+            f"syncbn.load_weights takes a Keras 3 layer or model. Received: {type(model).__module__}.{type(model).__qualname__}. "
+            "A torch module loads its own files by load_state_dict."
+        )
     kind, place = files.identify(Path(path), refuse)
     if kind in (files.CHECKPOINT, files.SAVED_MODEL):
         checkpoints.require_tensorflow(path, kind)

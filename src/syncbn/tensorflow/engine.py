@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from syncbn import maths, policy
+from syncbn import maths
 from syncbn.contract import (
     Moments,
     Operators,
@@ -17,8 +17,8 @@ from syncbn.contract import (
     materialize,
     record_or_replay,
     should_update_statistics,
-    speak_as,
 )
+from syncbn.groups import Activation, Group
 from syncbn.tensorflow import passes_cpu, passes_gpu
 from syncbn.tensorflow._private import compiled_by_xla, has_tangents
 from syncbn.tensorflow.passes_cpu import Fold, along_channels
@@ -32,7 +32,6 @@ __all__ = [
     "normalize",
     "record_or_replay",
     "should_update_statistics",
-    "speak_as",
     "supports_jit",
     "train_step",
 ]
@@ -83,7 +82,9 @@ def check_variables(name: str, *variables: Any) -> None:
 
 
 @tf.autograph.experimental.do_not_convert
-def moments(x: tf.Tensor, *, axes: tuple[int, ...], mask: tf.Tensor | None = None, group: policy.Group = None) -> Moments:
+def moments(
+    x: tf.Tensor, *, axes: tuple[int, ...], mask: tf.Tensor | None = None, group: Group = None, layer: str | None = None
+) -> Moments:
     """Measures the global batch: one all-reduce of (n, Σx, Σx²) in float64; on TPUs one gather of (n, k, s/n, m2)."""
     world, x = replicas_of(group), tf.stop_gradient(x)
     if not world.has_float64:
@@ -108,9 +109,10 @@ def normalize(
     axes: tuple[int, ...],
     epsilon: float,
     mask: tf.Tensor | None = None,
-    group: policy.Group = None,
-    activation: policy.Activation | None = None,
+    group: Group = None,
+    activation: Activation | None = None,
     residual: tf.Tensor | None = None,
+    layer: str | None = None,
 ) -> tf.Tensor:
     """activation(scale·(x − mean)/√(variance + epsilon) + offset + residual); one all-reduce, in the backward pass."""
     if moments.count is None:
@@ -133,9 +135,10 @@ def train_step(
     axes: tuple[int, ...],
     epsilon: float,
     mask: tf.Tensor | None = None,
-    group: policy.Group = None,
-    activation: policy.Activation | None = None,
+    group: Group = None,
+    activation: Activation | None = None,
     residual: tf.Tensor | None = None,
+    layer: str | None = None,
 ) -> tuple[tf.Tensor, Statistics | None]:
     """(y, the statistics after this step). On a GPU: two clusters forward and two backward; with one replica one each way."""
     world, passes = replicas_of(group), passes_for(x)
@@ -174,7 +177,7 @@ _train_step_by_verbs = default_train_step(
 )
 
 
-def _dtype_before(x: tf.Tensor, activation: policy.Activation | None, residual: tf.Tensor | None) -> tf.DType:
+def _dtype_before(x: tf.Tensor, activation: Activation | None, residual: tf.Tensor | None) -> tf.DType:
     """What a normalization returns: rounded once, after the residual and the activation."""
     return x.dtype if activation is None and residual is None else arithmetic_dtype(x)
 
@@ -188,7 +191,7 @@ def refuse_forward_mode(given: tuple[tf.Tensor, ...]) -> None:
         )
 
 
-def _finished(y: tf.Tensor, dtype: tf.DType, activation: policy.Activation | None, residual: tf.Tensor | None) -> tf.Tensor:
+def _finished(y: tf.Tensor, dtype: tf.DType, activation: Activation | None, residual: tf.Tensor | None) -> tf.Tensor:
     if residual is not None:
         y = y + tf.cast(residual, y.dtype)
     if activation is not None:

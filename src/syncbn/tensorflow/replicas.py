@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from syncbn import maths, policy
+from syncbn import maths
 from syncbn.contract import Moments
+from syncbn.groups import Group, Local
 from syncbn.tensorflow._private import compiled_by_xla
+from syncbn.validation import check_no_axis_name, number_of_groups
 
 # Up to this many replicas copy their messages to each other: each sends W − 1 copies, where an all-reduce sends two.
 COPIED_REPLICAS = 4
@@ -70,20 +72,21 @@ def _copies_for_all(strategy: tf.distribute.Strategy, message: Any) -> list[list
     return copies
 
 
-def replicas_of(group: policy.Group) -> Replicas:
+def replicas_of(group: Group) -> Replicas:
     """Who meets where this is called; raises where nobody can."""
-    if isinstance(group, policy.Alone):
+    if isinstance(group, Local):
         return Replicas(1, 1, True)
     strategy = tf.distribute.get_strategy()
     refuse_parameter_server(strategy)
     if tf.distribute.get_replica_context() is None:
-        raise policy.cross_replica()
+        raise RuntimeError(
+            "SyncBatchNormalization must train inside a replica. Received: a call with training=True in cross-replica context of "
+            "a tf.distribute strategy. Call the model inside strategy.run(...), or use model.fit."
+        )
     replicas = strategy.num_replicas_in_sync
     if replicas == 1:
         return Replicas(1, 1, has_float64(strategy))
-    if isinstance(group, policy.Axes | policy.Sharded):
-        raise policy.axis_name_elsewhere(group, "TensorFlow", replicas)
-    groups = policy.groups(replicas, group)
+    groups = number_of_groups(replicas, check_no_axis_name(group, "TensorFlow", replicas))
     return Replicas(replicas, groups, has_float64(strategy), groups == 1 and copies_messages(strategy))
 
 
@@ -91,7 +94,11 @@ def refuse_parameter_server(strategy: tf.distribute.Strategy) -> None:
     """Raises where workers do not train in step."""
     # By its type: its replica context reports one replica.
     if isinstance(strategy, tf.distribute.ParameterServerStrategy | tf.distribute.experimental.ParameterServerStrategy):
-        raise policy.parameter_server()
+        raise RuntimeError(
+            "SyncBatchNormalization must run under a strategy whose replicas train in step. Received: ParameterServerStrategy, "
+            "whose workers do not wait for each other. Use MirroredStrategy, MultiWorkerMirroredStrategy or "
+            "keras.layers.BatchNormalization."
+        )
 
 
 def has_float64(strategy: tf.distribute.Strategy) -> bool:

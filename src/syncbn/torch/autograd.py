@@ -8,22 +8,21 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from syncbn.policy import Activation
-from syncbn.torch import desync as debug
-from syncbn.torch import peer_memory as lanes
-from syncbn.torch import reference as eager
-from syncbn.torch.groups import DifferentiableSum, Link
-from syncbn.torch.passes import Normalization, kept_for_backward
+from syncbn.groups import Activation
+from syncbn.torch import desync, reference
+from syncbn.torch.groups import Communicator
+from syncbn.torch.reference import Normalization, saved_for_backward
+from syncbn.torch.transport import DifferentiableSum, global_sums
 
 
-class How(NamedTuple):
-    """What a normalization takes besides tensors."""
+class NormConfig(NamedTuple):
+    """What a normalization takes besides tensors. layer: its name in the model, for messages."""
 
     epsilon: float
     activation: Activation | None
-    link: Link | None
+    communicator: Communicator | None
     kernels: Any
-    layer: str
+    layer: str | None
 
 
 class Normalized(Function):
@@ -38,36 +37,36 @@ class Normalized(Function):
         residual: Tensor | None,
         mask: Tensor | None,
         count: Tensor,
-        mean: Any,
+        mean: Tensor,
+        mean_lo: Tensor | None,
         variance: Tensor,
-        how: How,
+        config: NormConfig,
     ) -> Tensor:
-        """y; keeps x and what is O(channels), besides with a residual and an activation one tensor more."""
-        norm = Normalization(mean, variance, scale, offset, how.epsilon, how.activation)
-        y = how.kernels.normalize(x, norm, residual)
-        pair = mean if isinstance(mean, tuple) else (mean, None)
-        ctx.save_for_backward(x, scale, offset, mask, count, *pair, variance, kept_for_backward(norm, y, residual))
-        ctx.how, ctx.residual_dtype = how, None if residual is None else residual.dtype
+        """y; saves x and what is O(channels), besides with a residual and an activation one tensor more."""
+        norm = Normalization(mean, variance, scale, offset, config.epsilon, config.activation, mean_lo)
+        y = config.kernels.normalize(x, norm, residual)
+        ctx.save_for_backward(x, scale, offset, mask, count, mean, mean_lo, variance, saved_for_backward(norm, y, residual))
+        ctx.config, ctx.residual_dtype = config, None if residual is None else residual.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        """(dx, dscale, doffset, dresidual): the last two sums are this replica's own."""
-        x, scale, offset, mask, count, hi, lo, variance, kept = ctx.saved_tensors
-        how: How = ctx.how
-        debug.announce(how.link, debug.backward(), how.layer, x.shape[1])
+        """(dx, dscale, doffset, dresidual): dscale and doffset are this replica's own sums."""
+        x, scale, offset, mask, count, mean, mean_lo, variance, saved = ctx.saved_tensors
+        config: NormConfig = ctx.config
+        desync.announce(config.communicator, desync.backward(), config.layer, x.shape[1])
         if torch.is_grad_enabled():
-            gradients = differentiable(dy, x, scale, offset, ctx.residual_dtype, mask, kept, count, how)
-            return *gradients, None, None, None, None, None
-        norm = Normalization(hi if lo is None else (hi, lo), variance, scale, offset, how.epsilon, how.activation)
+            gradients = differentiable(dy, x, scale, offset, ctx.residual_dtype, mask, saved, count, config)
+            return *gradients, *[None] * 6
+        norm = Normalization(mean, variance, scale, offset, config.epsilon, config.activation, mean_lo)
         needs_x, _, _, needs_residual = ctx.needs_input_grad[:4]
-        dz, sums, message = how.kernels.gradient_sums(dy, x, norm, kept, needs_residual)
+        dz, sums, partial_sums = config.kernels.gradient_sums(dy, x, norm, saved, needs_residual)
         # Sent whatever this replica needs: the others wait for it.
-        message = lanes.exchange_sums(message, how.link)
-        dx = how.kernels.input_gradient(dz, x, mask, norm, count, message) if needs_x else None
+        reduced_sums = global_sums(partial_sums, config.communicator)
+        dx = config.kernels.input_gradient(dz, x, mask, norm, count, reduced_sums) if needs_x else None
         doffset, dscale = sums.to(scale.dtype).chunk(2)
         dresidual = dz.to(ctx.residual_dtype) if needs_residual else None
-        return dx, dscale, doffset, dresidual, None, None, None, None, None
+        return dx, dscale, doffset, dresidual, *[None] * 6
 
 
 def differentiable(
@@ -77,46 +76,46 @@ def differentiable(
     offset: Tensor,
     residual_dtype: torch.dtype | None,
     mask: Tensor | None,
-    kept: Tensor | None,
+    saved: Tensor | None,
     count: Tensor,
-    how: How,
+    config: Any,
 ) -> list[Tensor | None]:
-    """(dx, dscale, doffset, dresidual) that can be differentiated again and again.
+    """(dx, dscale, doffset, dresidual) that can be differentiated again and again. config: a NormConfig, or what has its names.
 
     The moments, which came in as constants, are formed from x once more by differentiable sums, and y from them. What does not
     require a gradient on this replica (an empty input without a history) is made to, so that all replicas send the same messages.
     """
-    inputs = [_apart(v) for v in (x, scale, offset)]
+    inputs = [_without_history(v) for v in (x, scale, offset)]
     if residual_dtype is not None:
-        # Its value matters to silu alone, and is kept for it.
-        kept_residual = how.activation is not None and how.activation.name == "silu"
-        residual = kept if kept_residual else torch.zeros_like(x, dtype=residual_dtype)
+        # Its value matters to silu alone, and is saved for it.
+        is_saved = config.activation is not None and config.activation.name == "silu"
+        residual = saved if is_saved else torch.zeros_like(x, dtype=residual_dtype)
         assert residual is not None
-        inputs.append(_apart(residual))
-    y = _from_the_beginning(inputs, mask, None if kept is None else kept > 0, count, how)
+        inputs.append(_without_history(residual))
+    y = _from_the_beginning(inputs, mask, None if saved is None else saved > 0, count, config)
     gradients = torch.autograd.grad(y, inputs, dy.to(y.dtype), create_graph=True)
     return [*gradients, *[None] * (4 - len(inputs))]
 
 
-def _apart(v: Tensor) -> Tensor:
+def _without_history(v: Tensor) -> Tensor:
     """v for a gradient that must not walk from one input to another by a history that they share: the pass around it does."""
     return v.view_as(v) if v.requires_grad else v.detach().requires_grad_()
 
 
-def _from_the_beginning(inputs: list[Tensor], mask: Tensor | None, positive: Tensor | None, count: Tensor, how: How) -> Tensor:
-    x, scale, offset, *residual = (v.to(eager.wide_dtype(inputs[0])) for v in inputs)
+def _from_the_beginning(inputs: list[Tensor], mask: Tensor | None, positive: Tensor | None, count: Tensor, config: Any) -> Tensor:
+    x, scale, offset, *residual = (v.to(reference.wide_dtype(inputs[0])) for v in inputs)
     dims, column = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
     at_least_one = count.clamp_min(1)
 
     def mean_of(v: Tensor) -> Tensor:
         counted = v if mask is None else torch.where(mask, v, 0)
-        return (DifferentiableSum.apply(counted.sum(dims), how.link) / at_least_one).view(column)
+        return (DifferentiableSum.apply(counted.sum(dims), config.communicator) / at_least_one).view(column)
 
     centred = x - mean_of(x)
     variance = mean_of(centred * centred) + (1 - count).clamp_min(0)
-    z = scale.view(column) * centred * torch.rsqrt(variance + how.epsilon) + offset.view(column)
+    z = scale.view(column) * centred * torch.rsqrt(variance + config.epsilon) + offset.view(column)
     for v in residual:
         z = z + v
-    if how.activation is None or how.activation.name == "silu":
-        return eager.activated(z, how.activation)
-    return torch.where((z if positive is None else positive) > 0, z, z * how.activation.slope)
+    if config.activation is None or config.activation.name == "silu":
+        return reference.activated(z, config.activation)
+    return torch.where((z if positive is None else positive) > 0, z, z * config.activation.slope)

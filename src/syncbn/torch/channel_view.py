@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 
-class Fold:
+class ChannelView:
     """The channels on dim 1: as it is where they are there, [rows, C] where they come last, [A, C, B] between.
 
     axes: the channel axes, sorted. Channels that lie apart are moved to the end, which copies.
@@ -20,24 +20,24 @@ class Fold:
         self.is_needed = axes != (1,)
         self._apart = axes[-1] - axes[0] != len(axes) - 1
 
-    def fold(self, x: Tensor) -> Tensor:
+    def of(self, x: Tensor) -> Tensor:
         """x as the kernels take it."""
         if not self.is_needed:
             return x
         if self._apart:
             x = x.permute(self._order())
-        return x.reshape(self._folded(x.shape))
+        return x.reshape(self._sizes(x.shape))
 
-    def fold_mask(self, mask: Tensor | None) -> Tensor | None:
+    def of_mask(self, mask: Tensor | None) -> Tensor | None:
         """A mask of x's rank, 1 on the channel axes, as [N, 1, …]."""
         if mask is None or not self.is_needed:
             return mask
         mask = mask.expand([1 if i in self.axes else n for i, n in enumerate(self.shape)])
         if self._apart:
             mask = mask.permute(self._order())
-        return mask.reshape(self._folded(mask.shape))
+        return mask.reshape(self._sizes(mask.shape))
 
-    def unfold(self, y: Tensor) -> Tensor:
+    def restore(self, y: Tensor) -> Tensor:
         """Back to the shape of x."""
         if not self.is_needed:
             return y
@@ -49,7 +49,7 @@ class Fold:
     def _order(self) -> list[int]:
         return [i for i in range(self.rank) if i not in self.axes] + list(self.axes)
 
-    def _folded(self, shape: Sequence[Any]) -> list[int]:
+    def _sizes(self, shape: Sequence[Any]) -> list[int]:
         first = self.rank - len(self.axes) if self._apart else self.axes[0]
         last = first + len(self.axes)
         sizes = [math.prod(part) for part in (shape[:first], shape[first:last], shape[last:])]

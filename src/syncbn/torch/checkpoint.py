@@ -1,53 +1,24 @@
-"""What a torch forward pass runs inside of: `local_statistics`, or activation checkpointing, which runs it twice."""
+"""Activation checkpointing, which runs a forward pass twice: what the first pass recorded is replayed in the second.
+
+Here too: when moving statistics are updated, which depends on it.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from syncbn import policy, policy_torch
-
-# A plain module variable: the compiler guards on it, and recompiles inside `local_statistics`.
-_local_depth = 0
-
-
-@contextlib.contextmanager
-def local_statistics() -> Iterator[None]:
-    """Inside, no synchronised layer communicates and no moving statistic moves.
-
-    For a forward pass that some replicas run and others do not: a summary, a trace, a warm-up. Layers in training mode
-    normalise with the statistics of this replica's own batch, and the backward pass of what ran inside is local too, wherever
-    it is called. (A checkpointed block that ran inside must be recomputed inside, or have
-    `context_fn=syncbn.checkpoint_contexts`.)
-
-    Example:
-        >>> import torch, syncbn
-        >>> layer = syncbn.SyncBatchNorm(3)
-        >>> with syncbn.local_statistics():
-        ...     y = layer(torch.randn(4, 3))
-        >>> layer.running_mean
-        tensor([0., 0., 0.])
-    """
-    global _local_depth
-    _local_depth += 1
-    try:
-        yield
-    finally:
-        _local_depth -= 1
-
-
-def is_local() -> bool:
-    """Whether `local_statistics` is in force."""
-    return _local_depth > 0
+from syncbn.torch._private import current_graph_task_id
+from syncbn.torch.local import is_local
+from syncbn.validation import check_renorm_not_recomputed
 
 
 class _Recording:
-    """What the layers of a checkpointed block found out in its first pass, in the order of their calls."""
+    """What the layers of a checkpointed block measured in its first pass, in the order of their calls."""
 
     def __init__(self) -> None:
         self.found: list[Any] = []
@@ -63,17 +34,20 @@ class _Replay:
         try:
             return next(self._rest)
         except StopIteration:
-            raise policy_torch.replayed_too_often() from None
+            raise RuntimeError(
+                "A checkpointed block must call the same layers in its recomputation as in its first pass. Received: more calls "
+                "than were recorded. Make the block depend on its arguments alone."
+            ) from None
 
 
-class _Tapes(threading.local):
+class _Contexts(threading.local):
     """The recordings and replays in force in this thread, the innermost last."""
 
     def __init__(self) -> None:
         self.stack: list[_Recording | _Replay] = []
 
 
-_tapes = _Tapes()
+_contexts = _Contexts()
 
 
 def checkpoint_contexts() -> tuple[Any, Any]:
@@ -87,47 +61,42 @@ def checkpoint_contexts() -> tuple[Any, Any]:
     """
     recording = _Recording()
     # A graph that is retained is recomputed again, from the beginning.
-    return _Taped(lambda: recording), _Taped(lambda: _Replay(recording))
+    return _Context(lambda: recording), _Context(lambda: _Replay(recording))
 
 
-class _Taped:
+class _Context:
     """A context manager that can be entered again."""
 
     def __init__(self, make: Callable[[], _Recording | _Replay]):
         self._make = make
 
     def __enter__(self) -> None:
-        _tapes.stack.append(self._make())
+        _contexts.stack.append(self._make())
 
     def __exit__(self, *error: object) -> None:
-        _tapes.stack.pop()
+        _contexts.stack.pop()
 
 
-def found_once(find: Callable[[], Any]) -> Any:
+def record_or_replay(find: Callable[[], Any]) -> Any:
     """find(), or what it returned in the first pass, where a recomputation is given its record."""
-    if torch.compiler.is_compiling() or not _tapes.stack:
+    if torch.compiler.is_compiling() or not _contexts.stack:
         return find()
-    replayed = [tape.next() for tape in _tapes.stack if isinstance(tape, _Replay)]
+    replayed = [context.next() for context in _contexts.stack if isinstance(context, _Replay)]
     found = replayed[0] if replayed else find()
-    for tape in _tapes.stack:
-        if isinstance(tape, _Recording):
-            tape.found.append(found)
+    for context in _contexts.stack:
+        if isinstance(context, _Recording):
+            context.found.append(found)
     return found
 
 
-def is_taped() -> bool:
-    """Whether a checkpoint records or replays what the layers find out."""
-    return bool(_tapes.stack)
+def is_recording_or_replaying() -> bool:
+    """Whether a checkpoint records or replays what the layers measure."""
+    return bool(_contexts.stack)
 
 
-def is_replayed() -> bool:
+def is_replaying() -> bool:
     """Whether this recomputation is given the record of its first pass."""
-    return any(isinstance(tape, _Replay) for tape in _tapes.stack)
-
-
-def is_first_pass() -> bool:
-    """False in the recomputation of a checkpointed block: only that runs a forward pass inside a backward pass."""
-    return torch._C._current_graph_task_id() == -1
+    return any(isinstance(context, _Replay) for context in _contexts.stack)
 
 
 # In compiled code the question must be asked when the code runs, not when it is traced: a checkpoint may surround it.
@@ -136,9 +105,8 @@ _library.define("first_pass(Tensor like, bool required) -> Tensor")
 
 
 def _first_pass(like: Tensor, required: bool) -> Tensor:
-    first = is_first_pass()
-    if required and not first:
-        raise policy.recomputed_renorm("a compiled layer in a checkpoint", policy.RECORD_MOMENTS)
+    first = current_graph_task_id() == -1
+    check_renorm_not_recomputed(required and not first, "a compiled layer in a checkpoint")
     # On the CPU: a launch less, and compiled code takes it as a number.
     return torch.tensor(first, device="cpu")
 
@@ -152,3 +120,22 @@ torch.library.register_fake(
 def first_pass_when_compiled(like: Tensor, required: bool) -> Tensor:
     """bool []: whether this is the first pass, asked as the compiled code runs; raises in a recomputation if it must be."""
     return torch.ops.syncbn.first_pass(like, required)
+
+
+def should_update_statistics(like: Tensor, renorm: bool) -> Any:
+    """Whether moving statistics may be updated in this pass; compiled, a bool tensor.
+
+    Not in `local_statistics`, nor in the recomputation of a checkpointed block, where renorm needs the record of the first pass.
+    """
+    if torch.compiler.is_compiling():
+        return False if is_local() else first_pass_when_compiled(like, renorm)
+    return should_update_now(renorm)
+
+
+def should_update_now(renorm: bool) -> bool:
+    """The same, of code that is not compiled."""
+    if is_local():
+        return False
+    first = current_graph_task_id() == -1
+    check_renorm_not_recomputed(renorm and not first and not is_replaying(), "a layer in a checkpoint that keeps no record")
+    return first

@@ -1,28 +1,35 @@
-"""Torch modules: a batch norm object changes its class, and keeps all else."""
+"""`convert` and `revert` for torch: a batch norm object changes its class and stays otherwise the same."""
 
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer
 
-from syncbn import policy, policy_torch
-from syncbn import policy_migration as texts
-from syncbn.class_swap import known_ancestor, qualified, why_unknown
+from syncbn.class_swap import (
+    check_all_known,
+    check_revertible,
+    known_ancestor,
+    listed,
+    qualified,
+    warn_if_none,
+    why_unknown,
+)
+from syncbn.torch._private import _BatchNorm, _LazyNormBase
+from syncbn.torch.groups import check_one_group
 from syncbn.torch.lazy import LazySyncBatchNorm
 from syncbn.torch.module import RENORM_BUFFERS, SyncBatchNorm
+from syncbn.validation import check_group_size
 
 Filter = Callable[[str, Any], bool] | None
 
 
 class SyncBatchNormAct(SyncBatchNorm):
-    """What timm's `BatchNormAct2d` becomes: its dropout and activation follow the batch norm."""
+    """Takes the place of timm's `BatchNormAct2d`: its dropout and activation follow the batch norm."""
 
     def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalises, then `drop`, then `act`."""
@@ -45,8 +52,8 @@ TORCHS_OWN: dict[type, type] = {
 }
 BY_RANK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
-# Whose modules cannot be exchanged any more: the class's name, where it is defined, and what the model then is. By name,
-# because importing them is slow and a model of a class that nobody imported does not exist.
+# Classes whose modules cannot be converted any more: name, package, and the state of the model. They are found by name, because
+# importing them is slow. Where a class was not imported there is no model of it.
 STATES = {
     "OptimizedModule": ("torch._dynamo", "compiled"),
     "ScriptModule": ("torch.jit", "scripted"),
@@ -57,15 +64,24 @@ STATES = {
 }
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
-# Ours, of the instance, that no batch norm of torch's has.
+# What to do about each state.
+REMEDIES = {
+    "compiled": "Take the model that was given to torch.compile, and compile the result",
+    "scripted": "Take the Python model that was scripted, and export the result",
+    "quantised": "Take the model from before quantisation, and quantise the result",
+    "wrapped": "Take the bare model (`model.module`), and wrap the result",
+    "sharded": "Build the model again, and shard the result with fully_shard",
+}
+
+# Attributes of an instance that no batch norm of torch has.
 OWN_ATTRIBUTES = ("renorm", "renorm_clipping", "renorm_momentum", "_activation", "group_size", "_name_in_model", "_class_before")
 
 
 def convert(model: nn.Module, arguments: dict[str, Any], filter: Filter, on_unknown: str) -> nn.Module:
     """See `syncbn.convert`."""
-    arguments = {**arguments, "group_size": policy.group_size(arguments["group_size"])}
-    policy_torch.one_way_to_group(arguments["process_group"], arguments["group_size"])
-    _refuse_wrong_state("syncbn.convert", model)
+    arguments = {**arguments, "group_size": check_group_size(arguments["group_size"])}
+    check_one_group(arguments["process_group"], arguments["group_size"])
+    _check_state("syncbn.convert", model)
     known = _known()
     found = list(_batch_norms(model, filter))
     chosen, unknown = [], []
@@ -75,37 +91,33 @@ def convert(model: nn.Module, arguments: dict[str, Any], filter: Filter, on_unkn
             unknown.append((name, why_unknown(module, [*known, *OURS], "forward")))
         else:
             chosen.append((name, module, known[ancestor] if ancestor else type(module)))
-    if unknown and on_unknown == "error":
-        raise ValueError(texts.unknown_batch_norms(unknown))
-    if unknown and on_unknown == "warn":
-        warnings.warn(texts.unknown_batch_norms(unknown), stacklevel=3)
-    if arguments["renorm"]:
-        bare = [(name, "track_running_stats=False") for name, m, _ in chosen if m.running_mean is None]
-        if bare:
-            raise texts.renorm_without_statistics(bare)
-    if not found:
-        warnings.warn(texts.no_batch_norm("syncbn.convert", "batch norms", filter is not None), stacklevel=3)
+    check_all_known(unknown, on_unknown)
+    bare = [(name, "track_running_stats=False") for name, m, _ in chosen if arguments["renorm"] and m.running_mean is None]
+    if bare:
+        raise ValueError(
+            f"renorm=True starts from the moving statistics, so they must be kept. Received: {listed(bare)}. Leave these layers "
+            "out with `filter`, or convert with renorm=False."
+        )
+    warn_if_none(found, "syncbn.convert", "batch norms", filter is not None)
     for _, module, ours in chosen:
         if type(module) is not ours:
             vars(module)["_class_before"] = type(module)
             module.__class__ = ours
             if not module.num_features and ours is SyncBatchNorm:
-                # Torch's lazy layers leave 0 there where a checkpoint made their parameters.
+                # In torch's lazy layers it is 0 where a checkpoint made their parameters.
                 module.num_features = next((len(v) for v in (module.weight, module.running_mean) if v is not None), 0)
-        _give(module, **arguments)
+        _set_arguments(module, **arguments)
     return model
 
 
 def revert(model: nn.Module, filter: Filter, example: Any) -> nn.Module:
     """See `syncbn.revert`."""
-    _refuse_wrong_state("syncbn.revert", model)
+    _check_state("syncbn.revert", model)
     found = [(name, module) for name, module in _batch_norms(model, filter) if isinstance(module, SyncBatchNorm)]
-    if not found:
-        warnings.warn(texts.no_batch_norm("syncbn.revert", "batch norms of ours", filter is not None), stacklevel=3)
+    warn_if_none(found, "syncbn.revert", "synchronised batch norms", filter is not None)
     beyond = [(name, f"a {qualified(type(m))}") for name, m in found if type(m) not in OURS]
     beyond += [(name, f"activation={m.activation!r}") for name, m in found if m.activation is not None]
-    if beyond:
-        raise texts.no_place(beyond, "torch's batch norm")
+    check_revertible(beyond, "torch's batch norm")
     for module, target in _targets(model, found, example).items():
         for name in RENORM_BUFFERS:
             module._buffers.pop(name, None)
@@ -121,14 +133,14 @@ def revert(model: nn.Module, filter: Filter, example: Any) -> nn.Module:
 
 
 def _known() -> dict[type, type]:
-    """Each class that can be exchanged, and ours for it; timm's where timm is imported."""
+    """Each class that can be converted, and the synchronised one; timm's where timm is imported."""
     timm = sys.modules.get("timm.layers.norm_act")
     with_act = {getattr(timm, name): SyncBatchNormAct for name in ("BatchNormAct2d", "SyncBatchNormAct") if hasattr(timm, name)}
     return {**TORCHS_OWN, **with_act}
 
 
 def _batch_norms(model: nn.Module, filter: Filter) -> Iterator[tuple[str, Any]]:
-    """Every batch norm, once, under its first name."""
+    """Every batch norm, once, by its first name."""
     keras = sys.modules.get("keras")
     kinds: tuple[type, ...] = (_BatchNorm, nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
     if keras is not None:
@@ -138,7 +150,8 @@ def _batch_norms(model: nn.Module, filter: Filter) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _refuse_wrong_state(verb: str, model: nn.Module) -> None:
+def _check_state(function: str, model: nn.Module) -> None:
+    """Raises where the model is compiled, scripted, quantised or wrapped."""
     states: dict[type, str | None] = {}
     for name, module in model.named_modules():
         cls = type(module)
@@ -146,7 +159,8 @@ def _refuse_wrong_state(verb: str, model: nn.Module) -> None:
             states[cls] = _state(cls)
         state = "compiled" if module._compiled_call_impl is not None else states[cls]
         if state:
-            raise texts.wrong_state(verb, name, qualified(cls), state)
+            where = f"the submodule {name!r}, a {qualified(cls)}" if name else f"a {qualified(cls)}"
+            raise ValueError(f"{function} takes a plain model. Received: {where}, which is {state}. {REMEDIES[state]}.")
 
 
 def _state(cls: type) -> str | None:
@@ -159,8 +173,8 @@ def _state(cls: type) -> str | None:
     return None
 
 
-def _give(module: Any, process_group: Any, group_size: int | None, renorm: bool) -> None:
-    """The arguments that were given; the others stay as they are."""
+def _set_arguments(module: Any, process_group: Any, group_size: int | None, renorm: bool) -> None:
+    """Sets the arguments that were given. The others stay."""
     if process_group is not None:
         module.process_group, module.group_size = process_group, None
     if group_size is not None:
@@ -173,7 +187,7 @@ def _give(module: Any, process_group: Any, group_size: int | None, renorm: bool)
 
 @torch.no_grad()
 def _renorm_start(module: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """moving_stddev, renorm_mean and renorm_stddev, as the running statistics have them."""
+    """moving_stddev, renorm_mean and renorm_stddev, computed from the running statistics."""
     mean, variance = module.running_mean, module.running_var
     if isinstance(module, _LazyNormBase) and module.has_uninitialized_params():
         made = [UninitializedBuffer(device=mean.device, dtype=mean.dtype) for _ in RENORM_BUFFERS]  # type: ignore[call-arg]
@@ -183,22 +197,22 @@ def _renorm_start(module: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _targets(model: nn.Module, found: list[tuple[str, Any]], example: Any) -> dict[Any, type]:
-    """The class that each module gets: the one it had, or the one for the rank of its inputs."""
+    """The class that each module gets: its former class, or the class for the rank of its inputs."""
     targets: dict[Any, type] = {}
-    made_as_ours = []
+    not_converted = []
     for name, module in found:
         before = getattr(module, "_class_before", None)
         if before is None:
-            made_as_ours.append((name, module))
+            not_converted.append((name, module))
         elif issubclass(before, _LazyNormBase) and not isinstance(module, _LazyNormBase):
             targets[module] = before.cls_to_become
         else:
             targets[module] = before
-    if not made_as_ours:
+    if not not_converted:
         return targets
-    ranks = _ranks_seen(model, [m for _, m in made_as_ours], example) if example is not None else {}
+    ranks = _ranks_seen(model, [m for _, m in not_converted], example) if example is not None else {}
     unclear = []
-    for name, module in made_as_ours:
+    for name, module in not_converted:
         seen = ranks.get(module, set())
         classes = {BY_RANK.get(rank) for rank in seen}
         implied = classes.pop() if len(classes) == 1 else None
@@ -207,7 +221,10 @@ def _targets(model: nn.Module, found: list[tuple[str, Any]], example: Any) -> di
         else:
             unclear.append((name, f"inputs of ranks {sorted(seen)}" if seen else "no input seen"))
     if unclear:
-        raise texts.unknown_origin(unclear)
+        raise ValueError(
+            "A SyncBatchNorm that no conversion made becomes BatchNorm1d, 2d or 3d by the rank of its inputs, which must be "
+            f"known. Received: {listed(unclear)}. Give an input of the model that reaches them: syncbn.revert(model, example=x)."
+        )
     return targets
 
 

@@ -9,9 +9,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from syncbn import maths
-from syncbn.torch import reference as eager
-from syncbn.torch.passes import Normalization
-from syncbn.torch.reference import arithmetic_dtype, maximum, moments_of_sums, split
+from syncbn.torch import reference
+from syncbn.torch.reference import Normalization, arithmetic_dtype, maximum, moments_of_sums, split
 
 __all__ = ["gradient_sums", "input_gradient", "local_sums", "moments_of_sums", "normalize", "serves"]
 
@@ -43,11 +42,11 @@ def serves(x: Tensor, mask: Tensor | None) -> bool:
 def local_sums(x: Tensor, mask: Tensor | None) -> Tensor:
     """[1 + 2C] float64: n, Σx, Σx²."""
     x = x.to(arithmetic_dtype(x))
-    n = eager.count(x, None)
+    n = reference.count(x, None)
     k = x.sum([0, *range(2, x.dim())]) / n
     rest = _centred(x, k)
     q, s = _gradients(rest, rest, torch.zeros_like(k), _filled(x, 1.0), 0.0)
-    return eager.message_of(n, k, s, q)
+    return reference.message_of(n, k, s, q)
 
 
 def normalize(x: Tensor, norm: Normalization, residual: Tensor | None) -> Tensor:
@@ -66,13 +65,13 @@ def normalize(x: Tensor, norm: Normalization, residual: Tensor | None) -> Tensor
     return z.to(x.dtype)
 
 
-def gradient_sums(dy: Tensor, x: Tensor, norm: Normalization, kept: Tensor | None, whole: bool) -> tuple[Any, Tensor, Tensor]:
-    """(dz, this replica's Σdz and Σdz·x_hat, the same times scale); dz is whole in any case."""
+def gradient_sums(dy: Tensor, x: Tensor, norm: Normalization, saved: Tensor | None, full: bool) -> tuple[Any, Tensor, Tensor]:
+    """(dz, this replica's Σdz and Σdz·x_hat, the same times scale); dz is a tensor in any case."""
     x = x.to(arithmetic_dtype(x))
-    dz = _before_activation(_like(dy, x), x, norm, kept)
+    dz = _before_activation(_like(dy, x), x, norm, saved)
     hi, lo, rstd = split(norm, x)
     sum_dz_x_hat, sum_dz = _gradients(dz, x, hi, norm.variance.to(hi.dtype), norm.epsilon)
-    return dz, *eager.sums_and_message(norm, sum_dz.to(rstd.dtype), sum_dz_x_hat - lo * rstd * sum_dz)
+    return dz, *reference.sums_and_message(norm, sum_dz.to(rstd.dtype), sum_dz_x_hat - lo * rstd * sum_dz)
 
 
 def input_gradient(dz: Any, x: Tensor, mask: Tensor | None, norm: Normalization, count: Tensor, message: Tensor) -> Tensor:
@@ -110,15 +109,15 @@ def _affine(x: Tensor, norm: Normalization, hi: Tensor, rstd: Tensor, scale: Ten
     return torch.addcmul(_column(offset.to(hi.dtype), x), rest, _column((scale * rstd).to(hi.dtype), x))
 
 
-def _before_activation(dy: Tensor, x: Tensor, norm: Normalization, kept: Tensor | None) -> Tensor:
+def _before_activation(dy: Tensor, x: Tensor, norm: Normalization, saved: Tensor | None) -> Tensor:
     if norm.activation is None:
         return dy
     name, slope = norm.activation
     if name == "silu":
         z = _pre_activation(x, norm)
-        return torch.ops.aten.silu_backward(dy, z if kept is None else z.add_(kept))
+        return torch.ops.aten.silu_backward(dy, z if saved is None else z.add_(saved))
     # The output has the sign that the value before the activation had.
-    z = _pre_activation(x, norm) if kept is None else kept.to(dy.dtype)
+    z = _pre_activation(x, norm) if saved is None else saved.to(dy.dtype)
     if name == "relu":
         return torch.ops.aten.threshold_backward(dy, z, 0)
     return torch.ops.aten.leaky_relu_backward(dy, z, slope, False)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from syncbn import policy_torch
-from syncbn.torch.groups import Link, timeout_of
+from syncbn import settings
+from syncbn.torch._private import default_store, timeout_of
+from syncbn.torch.groups import Communicator
 
-_enabled = os.environ.get("SYNCBN_DEBUG", "0") not in ("", "0")
+_enabled = settings.debug()
 # How many messages each group has announced.
 _announced: dict[str, int] = {}
-_speaker = "a layer without a name"
 
 
 def debug(model: torch.nn.Module | None = None, enabled: bool = True) -> None:
@@ -42,17 +42,6 @@ def debug(model: torch.nn.Module | None = None, enabled: bool = True) -> None:
             module._name_in_model = name or type(module).__name__
 
 
-def speak_as(name: str | None) -> None:
-    """Whose messages come next."""
-    global _speaker
-    _speaker = name or "a layer without a name"
-
-
-def speaker() -> str:
-    """Whose messages these are."""
-    return _speaker
-
-
 def enabled() -> bool:
     """Whether messages are announced."""
     return _enabled
@@ -63,28 +52,41 @@ def backward() -> str:
     return "backward, to be differentiated" if torch.is_grad_enabled() else "backward"
 
 
-def announce(link: Link | None, direction: str, layer: str, channels: int, training: bool = True) -> None:
-    """Tells the group what comes, hears what the others say, and raises where they differ.
+def announce(communicator: Communicator | None, direction: str, layer: str | None, channels: int) -> None:
+    """Tells the group what comes, reads what the others say, and raises where they differ.
 
-    Through the group's store: a collective would meet whatever collective the other rank is in.
+    Through the group's store: a collective would be paired with whatever collective the other rank is in.
     """
-    if link is None or not _enabled:
+    if communicator is None or not _enabled:
         return
-    group, rank = link.process_group, dist.get_rank(link.process_group)
-    number = _announced[link.name] = _announced.get(link.name, -1) + 1
-    store = dist.PrefixStore(f"syncbn/{link.name}", dist.distributed_c10d._get_default_store())
-    said = {"direction": direction, "layer": layer, "call": number, "channels": channels, "training": training}
+    group, name = communicator.process_group, communicator.name
+    rank = dist.get_rank(group)
+    number = _announced[name] = _announced.get(name, -1) + 1
+    store = dist.PrefixStore(f"syncbn/{name}", default_store())
+    said = {"direction": direction, "layer": layer or "a layer without a name", "call": number, "channels": channels}
     store.set(f"{number}/{rank}", json.dumps(said))
-    keys = [f"{number}/{other}" for other in range(link.size)]
+    keys = [f"{number}/{other}" for other in range(communicator.size)]
     timeout = timeout_of(group)
     try:
         store.wait(keys, timeout)
     except Exception as error:
         absent = [dist.get_global_rank(group, other) for other, key in enumerate(keys) if not store.check([key])]
-        raise policy_torch.absent_ranks(said, absent, timeout.total_seconds()) from error
-    heard = [json.loads(value) for value in store.multi_get(keys)]
-    if any(other != said for other in heard):
-        raise policy_torch.ranks_differ({dist.get_global_rank(group, i): other for i, other in enumerate(heard)})
+        raise RuntimeError(
+            f"All ranks must run the same synchronised layers in the same order. Received: nothing from ranks {absent} within "
+            f"{timeout.total_seconds():g} s, while this one came to the {_described(said)}. Look for what those ranks do "
+            "instead, or raise the timeout of the process group."
+        ) from error
+    read = [json.loads(value) for value in store.multi_get(keys)]
+    if any(other != said for other in read):
+        each = "; ".join(f"rank {dist.get_global_rank(group, i)}: {_described(other)}" for i, other in enumerate(read))
+        raise RuntimeError(
+            f"All ranks must run the same synchronised layers in the same order. Received: {each}. Let every rank take the same "
+            "path (an empty batch is fine), or run what only one rank does in syncbn.local_statistics()."
+        )
     if number:
         # Every rank has read the last one: all of them have come here.
         store.delete_key(f"{number - 1}/{rank}")
+
+
+def _described(said: dict[str, Any]) -> str:
+    return f"{said['direction']} of {said['layer']} (message {said['call']}, {said['channels']} channels)"

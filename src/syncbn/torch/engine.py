@@ -5,39 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from syncbn import maths, policy
-from syncbn.contract import Moments
-from syncbn.torch import checkpoint as context
-from syncbn.torch import compiled
-from syncbn.torch import desync as debug
-from syncbn.torch import fused as torch_fused
-from syncbn.torch import peer_memory as lanes
-from syncbn.torch import reference as eager
-from syncbn.torch.autograd import How, Normalized
-from syncbn.torch.channel_view import Fold
-from syncbn.torch.dispatch import kernels_for
-from syncbn.torch.groups import Link, gather, link_of
+from syncbn import contract, maths
+from syncbn.contract import ASSIGNED, Operators, Statistics, check_variables
+from syncbn.groups import Activation
+from syncbn.torch import compiled, desync, dispatch, fused, reference
+from syncbn.torch.autograd import Normalized, NormConfig
+from syncbn.torch.channel_view import ChannelView
+from syncbn.torch.checkpoint import record_or_replay, should_update_now, should_update_statistics
+from syncbn.torch.groups import Communicator, GroupMoments, communicator_of, is_single_process
+from syncbn.torch.local import is_local
 from syncbn.torch.reference import arithmetic_dtype
+from syncbn.torch.transport import gather, global_moments
 
 __all__ = [
+    "OPERATORS",
     "arithmetic_dtype",
-    "found_once",
-    "is_alone",
-    "may_move",
+    "check_variables",
+    "is_single_process",
+    "materialize",
     "moments",
     "normalize",
-    "realized",
-    "replicas",
-    "speak_as",
+    "readable",
+    "record_or_replay",
+    "scale_and_offset",
+    "should_update_statistics",
     "supports_jit",
-    "whole",
+    "train_step",
 ]
 
-found_once, speak_as = context.found_once, debug.speak_as
-whole = torch_fused.whole
+CHANNELS = (1,)
+OPERATORS = Operators(torch.where, reference.maximum, torch.isfinite, torch.all, lambda v, dtype: v.to(dtype))
 
 
 def supports_jit() -> bool:
@@ -45,124 +44,179 @@ def supports_jit() -> bool:
     return True
 
 
-def replicas(group: Any = None) -> int:
-    """How many replicas meet in this group, now."""
-    if context.is_local():
-        return 1
-    if torch.compiler.is_compiling():
-        return _link_when_compiled(group)[0]
-    link = link_of(group)
-    return 1 if link is None else link.size
-
-
-def realized(*vectors: Tensor) -> Any:
+def materialize(*vectors: Tensor) -> Any:
     """The same vectors; compiled code has them in memory, and does not work them out anew in the backward pass."""
-    return compiled.realized(*vectors) if torch.compiler.is_compiling() else vectors
+    return compiled.materialize(*vectors) if torch.compiler.is_compiling() else vectors
 
 
-def is_alone() -> bool:
-    """Whether there is no other replica at all, in whatever group."""
-    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+def readable(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x, with 0 for what is masked and not finite. Else a NaN in the padding would spread: NaN · 0 is NaN."""
+    return x if mask is None else torch.where(mask | x.isfinite(), x, 0)
 
 
-def may_move(like: Tensor, renorm: bool) -> Any:
-    """Whether moving statistics may move in this pass; compiled, a bool tensor.
-
-    Not in `local_statistics`, nor in the recomputation of a checkpointed block, where renorm needs the record of the first pass.
-    """
-    if context.is_local():
-        return False
-    if torch.compiler.is_compiling():
-        return context.first_pass_when_compiled(like, renorm)
-    first = context.is_first_pass()
-    if renorm and not first and not context.is_replayed():
-        raise policy.recomputed_renorm("a layer in a checkpoint that keeps no record", policy.RECORD_MOMENTS)
-    return first
+def scale_and_offset(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias [C] in the arithmetic's dtype, or what stands for them; the channels of x are on dim 1."""
+    new: dict[str, Any] = {"dtype": arithmetic_dtype(x), "device": x.device}
+    scale = torch.ones(x.shape[1], **new) if weight is None else weight.to(new["dtype"])
+    return scale, torch.zeros(x.shape[1], **new) if bias is None else bias.to(new["dtype"])
 
 
 @torch.no_grad()
-def moments(x: Tensor, *, axes: tuple[int, ...] = (1,), mask: Tensor | None = None, group: Any = None) -> Moments:
+def moments(
+    x: Tensor, *, axes: tuple[int, ...] = CHANNELS, mask: Tensor | None = None, group: Any = None, layer: str | None = None
+) -> GroupMoments:
     """Measures the global batch: one all-reduce of (n, Σx, Σx²) in float64; without float64 one gather of (n, k, s/n, m2).
 
-    group: besides a `policy.Group`, a torch.distributed process group (or, compiled, its name). The channels are on `axes`.
+    group: besides a `groups.Group`, a torch.distributed process group (or, compiled, its name). The channels are on `axes`.
+    layer: its name in the model, for messages.
     """
-    fold = Fold(axes, x.shape)
-    x, mask = fold.fold(x), fold.fold_mask(mask)
+    view = ChannelView(axes, x.shape)
+    x, mask = view.of(x), view.of_mask(mask)
     if torch.compiler.is_compiling():
-        size, name = (1, "") if context.is_local() else _link_when_compiled(group)
-        if not eager.has_float64(x.device):
-            return _moments_in_pairs(x, mask, Link(size, name, None) if name else None)
-        return compiled.moments(x, mask, size, name)
-    return context.found_once(lambda: _measure(x, mask, None if context.is_local() else link_of(group)))
+        size, name = (1, "") if is_local() else compiled.communicator_when_compiled(group)
+        if reference.has_float64(x.device):
+            return compiled.moments(x, mask, size, name)
+        return _moments_in_pairs(x, mask, Communicator(size, name, None) if name else None)._replace(communicator=name)
+    return record_or_replay(lambda: _measure(x, mask, None if is_local() else communicator_of(group), layer))
 
 
-def _measure(x: Tensor, mask: Tensor | None, link: Link | None) -> Moments:
-    debug.announce(link, "forward", debug.speaker(), x.shape[1])
-    if not eager.has_float64(x.device):
-        return _moments_in_pairs(x, mask, link)
-    return Moments(*lanes.measured(x, mask, link), 1 if link is None else link.size)
+def _measure(x: Tensor, mask: Tensor | None, communicator: Communicator | None, layer: str | None) -> GroupMoments:
+    desync.announce(communicator, "forward", layer, x.shape[1])
+    if not reference.has_float64(x.device):
+        return _moments_in_pairs(x, mask, communicator)
+    size = 1 if communicator is None else communicator.size
+    return GroupMoments(*global_moments(x, mask, communicator), size, communicator=communicator)
 
 
 def normalize(
     x: Tensor,
-    moments: Moments,
+    moments: Any,
     scale: Tensor,
     offset: Tensor,
     *,
-    axes: tuple[int, ...] = (1,),
+    axes: tuple[int, ...] = CHANNELS,
     epsilon: float,
     mask: Tensor | None = None,
     group: Any = None,
-    activation: policy.Activation | None = None,
+    activation: Activation | None = None,
     residual: Tensor | None = None,
+    layer: str | None = None,
 ) -> Tensor:
-    """activation(scale·(x − mean)/√(variance + epsilon) + offset + residual); one all-reduce, in the backward pass."""
-    fold = Fold(axes, x.shape)
-    folded, mask, residual = fold.fold(x), fold.fold_mask(mask), None if residual is None else fold.fold(residual)
+    """activation(scale·(x − mean)/√(variance + epsilon) + offset + residual); one all-reduce, in the backward pass.
+
+    The group is that of the moments.
+    """
+    view = ChannelView(axes, x.shape)
+    x, mask, residual = view.of(x), view.of_mask(mask), None if residual is None else view.of(residual)
     if moments.count is None:
-        return fold.unfold(_with_constants(folded, moments, scale, offset, epsilon, activation, residual))
-    alone = moments.replicas == 1
-    if torch.compiler.is_compiling():
-        name = "" if alone else _link_when_compiled(group)[1]
-        return fold.unfold(compiled.normalize(folded, moments, scale, offset, residual, mask, epsilon, activation, name))
-    link = None if alone else link_of(group)
-    how = How(epsilon, activation, link, kernels_for(folded, mask), debug.speaker())
-    return fold.unfold(Normalized.apply(folded, scale, offset, residual, mask, *moments[:3], how))
+        y = _with_constants(x, moments, scale, offset, epsilon, activation, residual)
+    elif torch.compiler.is_compiling():
+        y = compiled.normalize(x, moments, scale, offset, residual, mask, epsilon, activation)
+    else:
+        config = NormConfig(epsilon, activation, moments.communicator, dispatch.kernels_for(x, mask), layer)
+        measured = (moments.count, moments.mean, moments.mean_lo, moments.variance)
+        y = Normalized.apply(x, scale, offset, residual, mask, *measured, config)
+    return view.restore(y)
 
 
-def _link_when_compiled(group: Any) -> tuple[int, str]:
-    return (1, "") if isinstance(group, policy.Alone) else compiled.link_at_trace_time(group)
+_by_the_other_verbs = contract.default_train_step(moments, normalize, should_update_statistics, OPERATORS)
+
+
+def train_step(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Statistics | None,
+    *,
+    axes: tuple[int, ...] = CHANNELS,
+    epsilon: float,
+    mask: Tensor | None = None,
+    group: Any = None,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+    layer: str | None = None,
+) -> tuple[Tensor, Statistics | None]:
+    """(y, new statistics): a training step, on CUDA in the fewest launches, on one replica by torch's own operator.
+
+    A masked value that is not finite is read as 0. weight and bias may be None, and of any float dtype.
+    """
+    assert axes == CHANNELS or (weight is not None and bias is not None)
+    if axes == CHANNELS and not torch.compiler.is_compiling():
+        communicator = None if is_local() else communicator_of(group)
+        given = (weight, bias)
+        if (weight is None) != (bias is None):
+            given = scale_and_offset(x, weight, bias)
+        kernels = fused.kernels_for(x, *given, statistics, mask, communicator)
+        if kernels is not None:
+            return fused.train_step(kernels, x, given, statistics, mask, residual, epsilon, activation, communicator, layer)
+        plain = communicator is None and mask is None and residual is None and activation is None
+        if plain and can_use_native(x, weight, bias, statistics):
+            return _native_train_step(x, weight, bias, statistics, epsilon)
+    scale, offset = scale_and_offset(x, weight, bias)
+    options = {"axes": axes, "mask": mask, "group": group, "activation": activation, "residual": residual, "layer": layer}
+    return _by_the_other_verbs(readable(x, mask), scale, offset, statistics, epsilon=epsilon, **options)
+
+
+def can_use_native(x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics | None) -> bool:
+    """Whether torch's own batch norm does a training step of one replica: it takes no mixtures of dtypes but these."""
+    if x.numel() <= x.shape[1]:
+        return False
+    dtype = x.dtype
+    return (
+        (weight is None or weight.dtype is dtype)
+        and (bias is None or bias.dtype is dtype)
+        and (statistics is None or statistics.mean.dtype is dtype)
+    )
+
+
+def _native_train_step(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics | None, epsilon: float
+) -> tuple[Tensor, Statistics | None]:
+    """By torch's operator, which updates the statistics itself."""
+    if statistics is None:
+        return torch.nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, epsilon), None
+    mean, variance, momentum, _, batches, _ = statistics
+    if not should_update_now(False):
+        # A recomputation must save as many tensors as the first pass.
+        mean, variance, momentum = mean.clone(), variance.clone(), momentum or 0.0
+    elif batches is not None:
+        batches.add_(1)
+    if momentum is None:
+        # As torch does, nothing is updated where nobody counts.
+        momentum = 0.0 if batches is None else 1.0 / float(batches)
+    y = torch.nn.functional.batch_norm(x, mean, variance, weight, bias, True, momentum, epsilon)
+    return y, ASSIGNED
 
 
 def _with_constants(
     x: Tensor,
-    moments: Moments,
+    moments: Any,
     scale: Tensor,
     offset: Tensor,
     epsilon: float,
-    activation: policy.Activation | None,
+    activation: Activation | None,
     residual: Tensor | None,
 ) -> Tensor:
     """Operators that tracing, export, vmap and jacrev know; their own gradients are right."""
     dtype = arithmetic_dtype(x)
-    mean, variance, scale, offset = (v.to(dtype) for v in (moments.mean, moments.variance, scale, offset))
+    mean, variance, scale, offset = (v.to(dtype) for v in (moments.mean_hi, moments.variance, scale, offset))
     y = torch.nn.functional.batch_norm(x, mean, variance, scale, offset, False, 0.0, epsilon)
     if residual is not None:
         y = y + residual.to(y.dtype)
-    return eager.activated(y, activation)
+    return reference.activated(y, activation)
 
 
-def _moments_in_pairs(x: Tensor, mask: Tensor | None, link: Link | None) -> Moments:
-    """Moments without float64: the mean is a pair (hi, lo)."""
-    n, k, s, q = eager.local_moments(x, mask)
+def _moments_in_pairs(x: Tensor, mask: Tensor | None, communicator: Communicator | None) -> GroupMoments:
+    """Moments without float64: the mean in two parts."""
+    n, k, s, q = reference.local_moments(x, mask)
     n = n if isinstance(n, Tensor) else torch.full((), n, dtype=torch.int64, device=x.device)
     count = n.to(k.dtype)
     at_least_one = count.clamp_min(1)
-    floats = torch.cat([k, s / at_least_one, maths.local_m2(count, s, q, maximum=eager.maximum)])
+    floats = torch.cat([k, s / at_least_one, maths.local_m2(count, s, q, maximum=reference.maximum)])
     # Counts above 2²⁴ are not exact in float32, and an integer's bits in a float payload are a denormal that arithmetic may
     # flush to 0: so the floats travel as the bits of integers.
     payload = torch.cat([n.to(torch.int32)[None], floats.view(torch.int32)])
-    rows = payload[None] if link is None else gather(payload, link)
+    rows = payload[None] if communicator is None else gather(payload, communicator)
     counts = rows[:, :1]
     ks, rs, m2s = rows[:, 1:].contiguous().view(k.dtype).chunk(3, dim=1)
     _, (hi, lo), variance = maths.merge(
@@ -172,7 +226,8 @@ def _moments_in_pairs(x: Tensor, mask: Tensor | None, link: Link | None) -> Mome
         m2s,
         ks.index_select(0, counts[:, 0].argmax()[None]),
         add=lambda v: v.sum(0, keepdim=True),
-        maximum=eager.maximum,
+        maximum=reference.maximum,
         where=torch.where,
     )
-    return Moments(counts.sum(), (hi[0], lo[0]), variance[0], 1 if link is None else link.size)
+    size = 1 if communicator is None else communicator.size
+    return GroupMoments(counts.sum(), hi[0], variance[0], size, mean_lo=lo[0], communicator=communicator)

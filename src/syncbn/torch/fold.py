@@ -1,4 +1,4 @@
-"""Torch models for inference: batch norms folded into the layer before them."""
+"""`fold` for torch: batch norms folded into the layer before them, for inference."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import policy_migration as texts
-from syncbn import policy_torch
 from syncbn.class_swap import known_ancestor
+from syncbn.torch._private import _BatchNorm
 from syncbn.torch.convert import SyncBatchNormAct, _known
 from syncbn.torch.module import SyncBatchNorm
 
-# The rank of the input that makes dim 1 the channels, and where the weight has them.
+# The rank of the input for which dim 1 is the channels, and the dim of the weight that is the output channels.
 BEFORE: dict[type, tuple[int, int]] = {
     nn.Linear: (2, 0),
     nn.Conv1d: (3, 0),
@@ -31,7 +29,7 @@ ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
 
 
 class Folded(nn.Module):
-    """What is left of a batch norm: a check that its channels were on dim 1, as the layer before it has them."""
+    """Takes the place of a batch norm, and checks that its channels were on dim 1, as in the layer before it."""
 
     def __init__(self, rank: int):
         super().__init__()
@@ -40,14 +38,21 @@ class Folded(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """The input."""
         if input.ndim != self.rank:
-            raise texts.folded_rank(self.rank, tuple(input.shape))
+            raise ValueError(
+                "A batch norm that was folded into the layer before it takes that layer's output with the channels on dim 1, so "
+                f"of rank {self.rank}. Received: shape {tuple(input.shape)}. Reshape the input of that layer, or run the model "
+                "from before folding."
+            )
         return input
 
 
 def fold(model: nn.Module) -> nn.Module:
     """See `syncbn.fold`."""
     if model.training:
-        raise texts.fold_in_training()
+        raise ValueError(
+            "syncbn.fold takes a model in eval mode, because in training the statistics are the batch's. Received: a model in "
+            "training mode. Call model.eval() first."
+        )
     model = copy.deepcopy(model)
     modules = dict(model.named_modules())
     names: dict[Any, list[str]] = {}
@@ -65,17 +70,20 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 class _Tracer(fx.Tracer):
-    """Batch norms of any class stay whole."""
+    """Treats batch norms of any class as one call."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _pairs(module: nn.Module) -> Iterator[tuple[Any, Any]]:
-    """Each layer and the batch norm that alone takes its output, both called once in the module's trace, or in its parts'."""
+    """Each layer and the batch norm that is the only reader of its output, both called once in a trace.
+
+    The trace is the module's, or, where it cannot be traced, those of its parts.
+    """
     try:
         graph = _Tracer().trace(module)
-    except Exception:  # whatever the model's own code does with a proxy of a tensor
+    except Exception:  # the model's own code may do anything with a proxy of a tensor
         for child in module.children():
             yield from _pairs(child)
         return
@@ -99,20 +107,20 @@ def _channels(layer: Any) -> int:
 
 
 def _is_known(norm: Any) -> bool:
-    """A batch norm in inference mode of which all is known."""
+    """Whether it is a batch norm of known behaviour, in inference mode."""
     known = type(norm) in (SyncBatchNorm, SyncBatchNormAct) or known_ancestor(type(norm), _known()) is not None
     return known and not norm.training and norm.running_mean is not None and "forward" not in vars(norm)
 
 
 def _is_plain(module: Any) -> bool:
-    """Nothing runs round it, as hooks and weight norm do."""
+    """Whether neither hooks, nor weight norm, nor a `forward` of its own change the module."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(hooks) and "forward" not in vars(module)
 
 
 @torch.no_grad()
 def _fold_into(layer: Any, norm: Any) -> None:
-    """W ← s·W, b ← beta + s·(b − mean), s = gamma / √(variance + epsilon), in float64."""
+    """W ← s·W and b ← beta + s·(b − mean), with s = gamma / √(variance + epsilon), in float64."""
     mean, variance = norm.running_mean.double(), norm.running_var.double()
     s = torch.rsqrt(variance + norm.eps) * (1 if norm.weight is None else norm.weight.double())
     b = -mean if layer.bias is None else layer.bias.double() - mean
@@ -121,7 +129,7 @@ def _fold_into(layer: Any, norm: Any) -> None:
     if dim == 0:
         folded = weight.double() * s.view(-1, *[1] * (weight.ndim - 1))
     else:
-        # A transposed convolution's weight is [in, out / groups, …], its groups along `in`.
+        # A transposed convolution's weight is [in, out / groups, …], with the groups along `in`.
         groups = s.view(layer.groups, 1, -1, *[1] * (weight.ndim - 2))
         folded = (weight.double().view(layer.groups, -1, *weight.shape[1:]) * groups).view(weight.shape)
     layer.weight = nn.Parameter(folded.to(weight.dtype), requires_grad=weight.requires_grad)
@@ -129,18 +137,18 @@ def _fold_into(layer: Any, norm: Any) -> None:
 
 
 def _what_follows(norm: Any, rank: int) -> nn.Module:
-    """The check, then the activation and dropout that were the batch norm's."""
+    """The check, then the batch norm's activation and dropout."""
     after: list[nn.Module] = [norm._modules[name] for name in ("drop", "act") if name in norm._modules]
     activation = getattr(norm, "activation", None)
     if isinstance(activation, str):
-        after.append(ACTIVATIONS[policy_torch.activation(activation).name]())  # type: ignore[union-attr]
+        after.append(ACTIVATIONS[activation]())
     elif activation is not None:
         after.insert(0, activation if isinstance(activation, nn.Module) else _Applied(activation))
     return nn.Sequential(Folded(rank), *after) if after else Folded(rank)
 
 
 class _Applied(nn.Module):
-    """A function as a module."""
+    """A module that calls a function."""
 
     def __init__(self, function: Any):
         super().__init__()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.nn.modules.batchnorm import _LazyNormBase  # not public: torch's lazy batch norms share it
-
+from syncbn.torch._private import _LazyNormBase
 from syncbn.torch.module import RENORM_BUFFERS, SyncBatchNorm
 
 

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import maths, policy, policy_torch
-from syncbn.contract import Moments
-from syncbn.torch import checkpoint as context
-from syncbn.torch import desync as debug
+from syncbn import contract, maths
+from syncbn.contract import Moments, Statistics
+from syncbn.groups import LOCAL, Activation
 from syncbn.torch import engine
+from syncbn.torch._private import _BatchNorm, tracing_state
+from syncbn.torch.groups import GroupMoments, check_one_group
+from syncbn.validation import check_float_dtype, check_group_size, check_renorm_clipping, mask_omits_channels
 
 RENORM_BUFFERS = ("moving_stddev", "renorm_mean", "renorm_stddev")
+# Those that the engine applies itself, with torch's slope.
+ACTIVATIONS = {
+    "relu": Activation("relu"),
+    "silu": Activation("silu"),
+    "leaky_relu": Activation("leaky_relu", 0.01),
+}
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -43,7 +51,7 @@ class SyncBatchNorm(_BatchNorm):
         momentum: weight of the new value in the running averages; None for a cumulative average.
         affine: whether there are a weight and a bias.
         track_running_stats: whether there are running statistics; without them eval uses this replica's own batch.
-        process_group: the replicas that meet; None for all of them, over a group of the library's own.
+        process_group: the replicas that communicate; None for all of them, over a group of the library's own.
         device, dtype: of parameters and buffers.
         bias: False for a weight alone.
         renorm: batch renormalization: x_hat·r + d takes the place of x_hat, r = stddev / renorm_stddev and
@@ -57,7 +65,7 @@ class SyncBatchNorm(_BatchNorm):
 
     Raises:
         TypeError: an input that is not of a float dtype.
-        ValueError: any argument, or shape, that does not fit; one value per channel in training of one process alone.
+        ValueError: any argument, or shape, that does not fit; one value per channel in training of a single process.
 
     Source: `torch.nn.SyncBatchNorm`; Ioffe and Szegedy 2015 (arXiv:1502.03167); Ioffe 2017 (arXiv:1702.03275) for renorm.
 
@@ -108,14 +116,17 @@ class SyncBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if affine and not bias:
             self.bias = None
-        policy_torch.one_way_to_group(process_group, policy.group_size(group_size))
-        self.process_group, self.group_size = process_group, policy.group_size(group_size)
-        self.renorm, self.renorm_clipping = bool(renorm), policy.clipping(renorm_clipping)
-        self.renorm_momentum = policy_torch.new_value_weight("renorm_momentum", renorm_momentum)
+        self.process_group, self.group_size = process_group, check_group_size(group_size)
+        check_one_group(process_group, self.group_size)
+        self.renorm, self.renorm_clipping = bool(renorm), check_renorm_clipping(renorm_clipping)
+        self.renorm_momentum = _weight_of_new("renorm_momentum", renorm_momentum)
         self.activation = activation
         if self.renorm:
             if not track_running_stats:
-                raise policy_torch.renorm_needs_statistics()
+                raise ValueError(
+                    "renorm=True corrects towards the moving statistics, so they must be kept. Received: track_running_stats="
+                    "False. Set it to True, or renorm=False."
+                )
             for name in RENORM_BUFFERS:
                 self.register_buffer(name, torch.empty_like(self.running_mean))
             self.reset_running_stats()
@@ -133,7 +144,7 @@ class SyncBatchNorm(_BatchNorm):
     def __setattr__(self, name: str, value: Any) -> None:
         """As torch does, which takes a module past the property; of a module before nothing stays."""
         if name == "activation":
-            policy_torch.activation(value)
+            check_activation(value)
             self._modules.pop(name, None)
         super().__setattr__(name, value)
 
@@ -156,76 +167,76 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalises; see the class."""
-        if input.is_cuda and self.training and not torch.compiler.is_compiling():
-            y = self._in_whole(input, mask, residual)
-            if y is not None:
-                return self._activated(y)
-        if not torch.jit.is_tracing():
-            policy_torch.input_shape(input.shape, self.num_features)
-        if not input.is_floating_point():
-            policy.floating(str(input.dtype), False)
-        if residual is not None:
-            policy_torch.residual_shape(residual.shape, input.shape)
-        if mask is not None:
-            mask = _full_rank(mask, input.shape)
-            # Else a NaN in the padding would spread: NaN · 0 is NaN.
-            input = torch.where(mask | input.isfinite(), input, 0)
-        fused = policy_torch.activation(self.activation)
-        y = self._normalize(input, mask, residual, fused)
-        return self._activated(y)
-
-    def _activated(self, y: Tensor) -> Tensor:
-        """What the kernels do not apply, applied."""
-        activation = self.activation
+        activation, uses_batch = self.activation, self.training or self.running_mean is None
+        fused = None if activation is None else check_activation(activation)
+        mask = self._checked(input, mask, residual, uses_batch)
+        if not uses_batch:
+            y = self._evaluate(input, mask, fused, residual)
+        elif self.renorm and self.training:
+            y = self._renorm_step(input, mask, fused, residual)
+        else:
+            y = self._train_step(input, mask, fused, residual)
         return activation(y) if callable(activation) else y
 
-    def _normalize(self, x: Tensor, mask: Tensor | None, residual: Tensor | None, fused: policy.Activation | None) -> Tensor:
-        # Statistics of this batch: in eval, of this replica's own.
-        group = self._group() if self.training else policy.ALONE
-        uses_batch = self.training or self.running_mean is None
-        if uses_batch and mask is None and engine.replicas(group) == 1:
-            if x.numel() == x.shape[1] and engine.is_alone():
-                raise policy_torch.one_value_per_channel(x.shape)
-            if residual is None and fused is None and self._suits_torchs_own(x):
-                return self._torchs_own(x)
-        extra: dict[str, Any] = {"epsilon": self.eps, "mask": mask, "activation": fused, "residual": residual}
-        if not uses_batch:
-            scale, offset = self._scale_and_offset(x)
-            return engine.normalize(x, Moments(None, self.running_mean, self.running_var), scale, offset, **extra)
-        debug.speak_as(self._name_in_model)
-        moments = engine.moments(x, mask=mask, group=group)
-        scale, offset = self._train(moments, *self._scale_and_offset(x)) if self.training else self._scale_and_offset(x)
-        return engine.normalize(x, moments, scale, offset, group=group, **extra)
-
-    def _in_whole(self, x: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor | None:
-        """A whole training step's forward pass in the fewest launches, with as little host work as there can be.
-
-        None where the engine has no such path, and where something is amiss, which the longer way says.
-        """
-        shape = x.shape
-        if self.renorm or len(shape) < 2 or shape[1] != self.num_features:
+    def _checked(self, x: Tensor, mask: Tensor | None, residual: Tensor | None, uses_batch: bool) -> Tensor | None:
+        """The mask, of the input's rank; raises where an argument does not fit."""
+        shape, channels = x.shape, self.num_features
+        # While tracing, sizes are not numbers to compare.
+        if tracing_state() is None and (len(shape) < 2 or shape[1] != channels or x.numel() <= channels):
+            check_input(x, channels, uses_batch and mask is None)
+        if not x.is_floating_point():
+            check_float_dtype(str(x.dtype), False)
+        if residual is not None and residual.shape != shape:
+            raise ValueError(
+                f"`residual` must have the input's shape. Received: residual of shape {tuple(residual.shape)} for an input of "
+                f"shape {tuple(shape)}. Expand or reshape it."
+            )
+        if mask is None:
             return None
-        if (residual is not None and residual.shape != shape) or not x.is_floating_point():
-            return None
-        if mask is not None:
-            mask = _full_rank(mask, shape)
+        if mask_omits_channels(mask.shape, shape, (1,)):
+            mask = mask.unsqueeze(1)
+        return mask.to(torch.bool)
+
+    def _evaluate(self, x: Tensor, mask: Tensor | None, activation: Activation | None, residual: Tensor | None) -> Tensor:
+        """With the running statistics."""
+        scale, offset = engine.scale_and_offset(x, self.weight, self.bias)
+        constants = Moments(None, self.running_mean, self.running_var)
+        given: dict[str, Any] = {"epsilon": self.eps, "activation": activation, "residual": residual}
+        return engine.normalize(engine.readable(x, mask), constants, scale, offset, mask=mask, **given)
+
+    def _train_step(self, x: Tensor, mask: Tensor | None, activation: Activation | None, residual: Tensor | None) -> Tensor:
+        """With this batch's statistics; in eval, for want of running ones, of this replica's own batch."""
         # Past nn.Module's __getattr__, which costs as much as a launch. A parametrized weight is not there.
         parameters, buffers = self._parameters, self._buffers
-        plain = "weight" in parameters and "bias" in parameters
-        weight: Tensor | None = parameters["weight"] if plain else self.weight
-        bias: Tensor | None = parameters["bias"] if plain else self.bias
-        if (weight is None) != (bias is None):
-            weight, bias = self._scale_and_offset(x)
-        moving = None
-        if buffers["running_mean"] is not None and self.track_running_stats and not context.is_local():
-            moving = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"], self.momentum
-        # The kernels take addresses.
-        if not _alike(x, weight, bias) or (moving and (moving[2] is None or not _alike(x, *moving[:2]))):
-            return None
-        engine.speak_as(self._name_in_model)
-        activation = self.activation
-        fused = policy_torch.ACTIVATIONS[activation] if isinstance(activation, str) else None
-        return engine.whole(x, weight, bias, mask, residual, fused, self.eps, self._group(), moving)
+        statistics, mean = None, buffers["running_mean"]
+        if mean is not None and self.training and self.track_running_stats:
+            statistics = Statistics(mean, buffers["running_var"], self.momentum, True, buffers["num_batches_tracked"])
+        y, new = engine.train_step(
+            x,
+            parameters.get("weight", self.weight),
+            parameters.get("bias", self.bias),
+            statistics,
+            epsilon=self.eps,
+            mask=mask,
+            group=self._group() if self.training else LOCAL,
+            activation=activation,
+            residual=residual,
+            layer=self._name_in_model,
+        )
+        if new is not None and not new.assigned:
+            self._assign(running_mean=new.mean, running_var=new.variance, num_batches_tracked=new.batches)
+        return y
+
+    def _renorm_step(self, x: Tensor, mask: Tensor | None, activation: Activation | None, residual: Tensor | None) -> Tensor:
+        """With r and d, from the statistics before this step updates them."""
+        x, where = engine.readable(x, mask), {"mask": mask, "group": self._group(), "layer": self._name_in_model}
+        moments = engine.moments(x, **where)
+        scale, offset = engine.scale_and_offset(x, self.weight, self.bias)
+        # Compilers would work them out anew in the backward pass, from statistics that have changed.
+        r, d = engine.materialize(*engine.record_or_replay(lambda: self._renorm_correction(moments, scale.dtype)))
+        self._update_renorm_statistics(moments)
+        given: dict[str, Any] = {"epsilon": self.eps, "activation": activation, "residual": residual}
+        return engine.normalize(x, moments, r * scale, d * scale + offset, **given, **where)
 
     def _group(self) -> Any:
         if self.process_group is None:
@@ -233,113 +244,53 @@ class SyncBatchNorm(_BatchNorm):
         # The compiler's constants are simple: a name.
         return self.process_group.group_name if torch.compiler.is_compiling() else self.process_group
 
-    def _scale_and_offset(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias in the arithmetic's dtype, or what stands for them."""
-        dtype = engine.arithmetic_dtype(x)
-        new: dict[str, Any] = {"dtype": dtype, "device": x.device}
-        scale = torch.ones(self.num_features, **new) if self.weight is None else self.weight.to(dtype)
-        return scale, torch.zeros(self.num_features, **new) if self.bias is None else self.bias.to(dtype)
-
-    def _suits_torchs_own(self, x: Tensor) -> bool:
-        """Whether torch's own operator does all that is asked for."""
-        if self.renorm or x.numel() <= x.shape[1] or torch.compiler.is_compiling():
-            return False
-        # Torch itself takes no other mixtures of dtypes. (Past nn.Module's __getattr__, which is slow.)
-        dtype, parameters = x.dtype, self._parameters
-        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401 (parametrized, it is not there)
-        for v in (weight, parameters.get("bias"), self._buffers["running_mean"]):
-            if v is not None and v.dtype is not dtype:
-                return False
-        return True
-
-    def _torchs_own(self, x: Tensor) -> Tensor:
-        """Torch's operator, which moves the statistics itself."""
-        keeps = self.training and self.running_mean is not None and self.track_running_stats and not context.is_local()
-        moves = keeps and context.is_first_pass()
-        weight = 0.0 if self.momentum is None else self.momentum
-        if moves and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                weight = 1.0 / float(self.num_batches_tracked)
-        mean, variance = (self.running_mean, self.running_var) if keeps else (None, None)
-        if keeps and not moves:
-            # A recomputation must save as many tensors as the first pass.
-            mean, variance = self.running_mean.clone(), self.running_var.clone()
-        return torch.nn.functional.batch_norm(x, mean, variance, self.weight, self.bias, True, weight, self.eps)
-
-    def _train(self, moments: Moments, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """The scale and offset of this step; moves the statistics."""
-        if not self.renorm:
-            self._move(moments)
-            return weight, bias
-        # Compilers would work them out anew in the backward pass, from statistics that have moved.
-        r, d = engine.realized(*context.found_once(lambda: self._renorm_correction(moments, weight.dtype)))
-        self._move(moments)
-        return r * weight, d * weight + bias
-
     @torch.no_grad()
-    def _renorm_correction(self, moments: Moments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """r and d, clipped, from the statistics before this step moves them."""
+    def _renorm_correction(self, moments: GroupMoments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """r and d, clipped."""
         wide = moments.variance.dtype
-        r, d = maths.renorm_correction(
-            _rounded(moments.mean),
-            torch.sqrt(moments.variance + self.eps),
-            self.renorm_mean.to(wide),
-            self.renorm_stddev.to(wide),
-            self.eps**0.5,
-            maximum=torch.clamp_min,
-        )
-        given = {key: v() if callable(v) else v for key, v in (self.renorm_clipping or {}).items()}
-        bounds = {key: torch.as_tensor(v, dtype=wide, device=r.device) for key, v in given.items() if v is not None}
-        if "rmin" in bounds:
-            r = torch.maximum(r, bounds["rmin"])
-        if "rmax" in bounds:
-            r = torch.minimum(r, bounds["rmax"])
-        if "dmax" in bounds:
-            d = torch.maximum(torch.minimum(d, bounds["dmax"]), -bounds["dmax"])
+        stddev = torch.sqrt(moments.variance + self.eps)
+        current = self.renorm_mean.to(wide), self.renorm_stddev.to(wide)
+        given = {
+            "as_array": lambda v: torch.as_tensor(v, dtype=wide, device=stddev.device),
+            "maximum": torch.maximum,
+            "minimum": torch.minimum,
+        }
+        r, d = maths.renorm_correction(moments.mean, stddev, *current, self.eps**0.5, self.renorm_clipping, **given)
         return r.to(dtype), d.to(dtype)
 
     @torch.no_grad()
-    def _move(self, moments: Moments) -> None:
-        """Moves the statistics towards this batch's, where it has any."""
+    def _update_renorm_statistics(self, moments: GroupMoments) -> None:
+        """Updates the statistics towards this batch's, where it has any."""
         # track_running_stats may be switched off later: torch's own layers read it at every call.
-        if self.running_mean is None or not self.track_running_stats:
+        if not self.track_running_stats:
             return
+        batches = self.num_batches_tracked
         # Asked about a tensor that lies in memory: compiled code would write the count there first.
-        tracked = self.num_batches_tracked
-        may_move = engine.may_move(self.running_mean if tracked is None else tracked, self.renorm)
-        if may_move is False:
+        may_update = engine.should_update_statistics(self.running_mean if batches is None else batches, True)
+        stddev = torch.sqrt(moments.variance + self.eps)
+        usable = contract.are_usable(moments, may_update, engine.OPERATORS)
+        if usable is False:
             return
-        count, mean, variance = moments.count, _rounded(moments.mean), moments.variance
-        sound = count > 0
-        if moments.replicas > 1:
-            # Every replica sees the same statistics, so all skip the same steps. One replica does as torch does.
-            sound = sound & (mean + variance).isfinite().all()
-        if may_move is not True:
-            sound = sound & may_move
-        weight: Any = self.momentum
-        if tracked is not None:
-            tracked.add_(sound)
-        if weight is None:
-            # As torch does, nothing moves where nobody counts.
-            weight = 0.0 if tracked is None else 1 / tracked.clamp_min(1).to(variance.dtype)
+        of_stddev = moments._replace(variance=stddev)
+        moving = Statistics(self.running_mean, self.moving_stddev, self.momentum, batches=batches)
+        renorm = Statistics(self.renorm_mean, self.renorm_stddev, self.renorm_momentum)
+        moving, renorm = (contract.updated(v, of_stddev, usable, engine.OPERATORS) for v in (moving, renorm))
+        biased = maths.variance_of_stddev(moving.variance.to(stddev.dtype), self.eps, maximum=torch.clamp_min)
+        self._assign(
+            running_mean=moving.mean,
+            moving_stddev=moving.variance,
+            num_batches_tracked=moving.batches,
+            renorm_mean=renorm.mean,
+            renorm_stddev=renorm.variance,
+            running_var=torch.where(usable, biased.to(self.running_var.dtype), self.running_var),
+        )
 
-        def move(statistic: Any, batch: Tensor, weight: Any) -> Tensor:
-            old = statistic.to(variance.dtype)
-            new = torch.where(sound, maths.moving_average(old, batch, 1 - weight), old)
-            statistic.copy_(new)
-            return new
-
-        move(self.running_mean, mean, weight)
-        if not self.renorm:
-            move(self.running_var, variance * (count / (count - 1).clamp_min(1)), weight)
-            return
-        stddev = torch.sqrt(variance + self.eps)
-        move(self.renorm_mean, mean, self.renorm_momentum)
-        move(self.renorm_stddev, stddev, self.renorm_momentum)
-        moved = move(self.moving_stddev, stddev, weight)
-        biased = maths.variance_of_stddev(moved, self.eps, maximum=torch.clamp_min)
-        self.running_var.copy_(torch.where(sound, biased.to(self.running_var.dtype), self.running_var))
+    @torch.no_grad()
+    def _assign(self, **values: Tensor | None) -> None:
+        """Writes new values into buffers of these names."""
+        for name, value in values.items():
+            if value is not None:
+                getattr(self, name).copy_(value)
 
     def extra_repr(self) -> str:
         """Torch's, and of ours what is not the default."""
@@ -374,20 +325,39 @@ class SyncBatchNorm(_BatchNorm):
         return {**self.__dict__, "process_group": None}
 
 
-def _full_rank(mask: Tensor, shape: Any) -> Tensor:
-    """The mask as bools of the input's rank."""
-    if policy.mask_omits_channels(mask.shape, shape, (1,)):
-        mask = mask.unsqueeze(1)
-    return mask.to(torch.bool)
+def check_input(x: Tensor, channels: int, needs_variance: bool) -> None:
+    """Raises where an input is not [N, channels, …]; or, `needs_variance`, has one value a channel in a single process."""
+    # Where torch's own layer has words for it, in those, which programs may look for.
+    shape = x.shape
+    if len(shape) < 2:
+        raise ValueError(f"expected at least 2D input (got {len(shape)}D input)")
+    if shape[1] == 0:
+        raise ValueError("SyncBatchNorm number of input channels should be non-zero")
+    if shape[1] != channels:
+        raise ValueError(
+            f"The input must have the layer's number of channels on dim 1. Received: shape {tuple(shape)} for num_features="
+            f"{channels}. Make a layer with num_features={shape[1]}."
+        )
+    if needs_variance and x.numel() == channels and engine.is_single_process():
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
 
 
-def _alike(x: Tensor, a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two vectors, or neither, lie close packed, in one dtype, on the device of x."""
-    if a is None or b is None:
-        return a is b
-    # get_device(): a number, where two devices take longer to compare.
-    return a.is_contiguous() and b.is_contiguous() and a.dtype is b.dtype and a.get_device() == b.get_device() == x.get_device()
+def check_activation(value: Any) -> Activation | None:
+    """What the engine applies itself; None for a callable, which runs after it. Raises for another name."""
+    if value is None or callable(value):
+        return None
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise ValueError(
+            f"`activation` must be None, a callable or one of {sorted(ACTIVATIONS)}. Received: activation={value!r}. Give "
+            "another activation as a callable, for example torch.nn.GELU()."
+        )
+    return ACTIVATIONS[value]
 
 
-def _rounded(mean: Any) -> Tensor:
-    return mean[0] + mean[1] if isinstance(mean, tuple) else mean
+def _weight_of_new(name: str, value: Any) -> float:
+    """A momentum in torch's convention."""
+    if not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise ValueError(
+            f"`{name}` must lie in [0, 1]: it is the weight of the new value. Received: {name}={value!r}. Give for example 0.01."
+        )
+    return float(value)

@@ -1,15 +1,65 @@
-"""Plain torch: the reference for every torch kernel, on any device, and what a compiler sees. Interface: see the package."""
+"""Plain torch: the reference for every torch kernel, on any device, and what a compiler sees.
+
+It is also the interface of one replica's arithmetic. No replica communicates in here, and nothing is differentiated. Three
+modules have these functions, which the engine calls in this order, and `dispatch.kernels_for(x, mask)` picks one: this one;
+cpu.py, on torch's fused CPU operators; triton/backend.py, for CUDA. A module may be faster than this one, and must agree with it.
+
+    local_sums(x, mask) -> message                      [1 + 2C] float64: n, Σx, Σx². The engine adds it up over replicas
+    moments_of_sums(message) -> (count, mean, variance)  [], [C], [C] float64, of the summed message; 0, 0 and 1 where n is 0
+    normalize(x, norm, residual) -> y                   activation(scale·(x − mean)/√(variance + ε) + offset + residual)
+    gradient_sums(dy, x, norm, saved, full) -> (dz, sums, message)
+                                                        dz: the gradient before the activation; sums: [2C] wide, this replica's
+                                                        Σdz and Σdz·x_hat; message: scale · each. The engine adds the message up
+    input_gradient(dz, x, mask, norm, count, message) -> dx
+                                                        scale·rstd·dz − [mask]·rstd·(Σg + x_hat·Σg·x_hat)/count, where
+                                                        message holds the sums over all replicas of g = scale·dz
+
+x         [N, C, …]: rank ≥ 2, channels on dim 1, any float dtype, any strides (N, or any other size but C, may be 0)
+mask      bool [N, 1, …], each axis full or 1, True where a value counts; or None. A masked value is finite
+residual  x's shape, any float dtype and strides; or None
+y, dx     x's shape, dtype and memory format; arithmetic in float32 (float64 for float64 x), rounded once
+dy        x's shape; strides may differ from x's
+saved     what `saved_for_backward` says the forward pass saved: y, the residual, or None
+dz        what `input_gradient` of the same module takes: it need not be a tensor, and may stand for dy and an activation still
+          to be applied, unless `full` is true: then a tensor of x's shape (the residual's gradient)
+wide      float64, or on devices without it the arithmetic's dtype: there the engine calls local_moments(x, mask) -> (n, k, s, q)
+          instead of local_sums, and `norm.mean_lo` is what rounding took from the mean
+
+Nothing here may wait for the device (no .item(), no shape that depends on data), except on the CPU after the message.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from syncbn import maths
-from syncbn.policy import Activation
-from syncbn.torch.passes import Normalization
+from syncbn.groups import Activation
+
+
+class Normalization(NamedTuple):
+    """What one normalization is, apart from its input.
+
+    mean, variance: [C] wide; scale, offset: [C], of the arithmetic's dtype. mean_lo: where there is no float64, what rounding
+    took from the mean.
+    """
+
+    mean: Any
+    variance: Any
+    scale: Any
+    offset: Any
+    epsilon: float
+    activation: Activation | None = None
+    mean_lo: Any = None
+
+
+def saved_for_backward(norm: Normalization, y: Any, residual: Any) -> Any:
+    """What the backward pass needs besides x to find the activation's slope: nothing where x alone tells it."""
+    if norm.activation is None or residual is None:
+        return None
+    return residual if norm.activation.name == "silu" else y
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
@@ -76,15 +126,15 @@ def pre_activation(x: Tensor, norm: Normalization, residual: Tensor | None) -> T
     return z if residual is None else z + residual.to(z.dtype)
 
 
-def gradient_sums(dy: Tensor, x: Tensor, norm: Normalization, kept: Tensor | None, whole: bool) -> tuple[Any, Tensor, Tensor]:
-    """(dz, this replica's Σdz and Σdz·x_hat, the same times scale); dz is whole in any case."""
-    dz, sum_dz, sum_dz_x_hat = local_gradients(dy, x, norm, kept)
+def gradient_sums(dy: Tensor, x: Tensor, norm: Normalization, saved: Tensor | None, full: bool) -> tuple[Any, Tensor, Tensor]:
+    """(dz, this replica's Σdz and Σdz·x_hat, the same times scale); dz is a tensor in any case."""
+    dz, sum_dz, sum_dz_x_hat = local_gradients(dy, x, norm, saved)
     return dz, *sums_and_message(norm, sum_dz, sum_dz_x_hat)
 
 
-def local_gradients(dy: Tensor, x: Tensor, norm: Normalization, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def local_gradients(dy: Tensor, x: Tensor, norm: Normalization, saved: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, this replica's Σdz, its Σdz·x_hat)."""
-    dz = before_activation(dy.to(arithmetic_dtype(x)), x, norm, kept)
+    dz = before_activation(dy.to(arithmetic_dtype(x)), x, norm, saved)
     hi, lo, rstd = split(norm, x)
     sum_dz = _sum(dz, rstd.dtype)
     return dz, sum_dz, maths.scale_gradient(lo, rstd, sum_dz, _sum(dz * (x - _column(hi, x)), rstd.dtype))
@@ -96,17 +146,17 @@ def sums_and_message(norm: Normalization, sum_dz: Tensor, sum_dz_x_hat: Tensor) 
     return sums.reshape(-1), (sums * norm.scale.to(sums.dtype)).reshape(-1)
 
 
-def before_activation(dy: Tensor, x: Tensor, norm: Normalization, kept: Tensor | None) -> Tensor:
+def before_activation(dy: Tensor, x: Tensor, norm: Normalization, saved: Tensor | None) -> Tensor:
     """The gradient before the activation, dy in the arithmetic's dtype."""
     if norm.activation is None:
         return dy
     name, slope = norm.activation
     if name == "silu":
-        z = pre_activation(x, norm, kept)
+        z = pre_activation(x, norm, saved)
         sigmoid = torch.sigmoid(z)
         return dy * (sigmoid * (1 + z * (1 - sigmoid)))
     # The output has the sign that the value before the activation had.
-    z = pre_activation(x, norm, None) if kept is None else kept
+    z = pre_activation(x, norm, None) if saved is None else saved
     return torch.where(z > 0, dy, dy * slope if slope else 0)
 
 
@@ -153,8 +203,8 @@ def count(x: Tensor, mask: Tensor | None) -> Any:
 def split(norm: Normalization, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(hi, lo, rstd): the mean as hi, of the arithmetic's dtype, and what it leaves."""
     rstd = torch.rsqrt(norm.variance + norm.epsilon)
-    if isinstance(norm.mean, tuple):
-        return *norm.mean, rstd
+    if norm.mean_lo is not None:
+        return norm.mean, norm.mean_lo, rstd
     hi = norm.mean.to(arithmetic_dtype(x))
     return hi, norm.mean - hi, rstd
 

@@ -1,7 +1,7 @@
-"""The kernels' interface (see the package) on Triton kernels, for CUDA tensors; and plans by call, for what does more at once.
+"""The kernels' interface (reference.py) on Triton kernels, for CUDA tensors; and plans by call, for whole training steps.
 
 Between `local_sums` and `normalize`, and between `gradient_sums` and `input_gradient`, the engine adds messages up. Where
-replicas meet inside the kernels, or there is one, the engine calls fused.py instead.
+replicas exchange inside the kernels, or there is one, fused.py calls ops.py instead.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.policy import Activation
-from syncbn.torch import reference as eager
-from syncbn.torch.passes import Normalization
-from syncbn.torch.triton import ops as fused
-from syncbn.torch.triton import plan as plans
-from syncbn.torch.triton import tiling
+from syncbn.torch import reference
+from syncbn.torch.reference import Normalization
+from syncbn.torch.triton import ops, tiling
 from syncbn.torch.triton.launch import INTERPRETED
+from syncbn.torch.triton.plan import DTYPES, Plan, PlanOptions
 
-_plans: dict[Any, plans.Plan] = {}
+# By what a plan depends on; of training steps also by what its options are made of.
+_plans: dict[Any, Plan] = {}
+_step_plans: dict[Any, Plan] = {}
 
 
 @cache
@@ -34,7 +34,7 @@ def serves(x: Tensor, mask: Tensor | None) -> bool:
     # Subclasses (fake tensors, distributed ones) have no memory of their own to point to.
     plain = type(x) is Tensor or type(x) is torch.nn.Parameter
     there = INTERPRETED or (x.is_cuda and runs_on(x.get_device()))
-    return plain and there and x.dtype in plans.DTYPES and x.dim() >= 2 and x.shape[1] > 0
+    return plain and there and x.dtype in DTYPES and x.dim() >= 2 and x.shape[1] > 0
 
 
 def dense_or_copy(x: Tensor) -> Tensor:
@@ -51,63 +51,61 @@ def with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def plan_for(
-    x: Tensor,
-    masked: bool = False,
-    scale: torch.dtype | None = None,
-    activation: str | None = None,
-    residual: torch.dtype | None = None,
-    moving: torch.dtype | None = None,
-    moves: int = 0,
-    replicas: int = 1,
-    gradients: torch.dtype | None = None,
-    sent: bool = False,
-    raw: bool = False,
-    at_once: bool = False,
-) -> plans.Plan:
-    """The plan of a call, made once for its shape, strides, dtypes and device; x is dense."""
+def plan_for(x: Tensor, options: PlanOptions) -> Plan:
+    """The plan of a kind of call, made once for the shape, strides, dtype and device of x, which is dense."""
+    key = (x.shape, x.stride(), x.dtype, x.get_device(), options)
+    found = _plans.get(key)
+    if found is None:
+        view = tiling.channel_view(x)
+        assert view is not None
+        found = _plans[key] = Plan(view, x.dtype, x.device, options)
+    return found
+
+
+def plan_of_step(x: Tensor, weight: Tensor | None, residual: Tensor | None, masked: bool, call: Any) -> Plan:
+    """The plan of a whole training step, x dense. call: a `fused.FusedCall`."""
+    statistics, mailbox, communicator, dtype = call.statistics, call.mailbox, call.communicator, None
+    if statistics is not None:
+        dtype = statistics.mean.dtype
+    replicas = 1 if mailbox is None else communicator.size
+    # All that the options are made of: making them costs the host as much as a launch.
     key = (
         x.shape,
         x.stride(),
         x.dtype,
-        x.device,
+        x.get_device(),
+        weight is None or weight.dtype,
+        residual is None or residual.dtype,
+        dtype,
         masked,
-        scale,
-        activation,
-        residual,
-        moving,
-        moves,
+        call.epsilon,
+        call.activation,
+        communicator is None,
         replicas,
-        gradients,
-        sent,
-        raw,
-        at_once,
+        call.single_launch,
     )
-    found = _plans.get(key)
+    found = _step_plans.get(key)
     if found is None:
-        f = tiling.fold(x)
-        assert f is not None
-        found = _plans[key] = plans.Plan(
-            f,
-            x.dtype,
-            x.device,
+        all_reduced = communicator is not None and mailbox is None
+        options = PlanOptions(
+            epsilon=call.epsilon,
             masked=masked,
-            scale=scale,
-            activation=activation,
-            residual=residual,
-            moving=moving,
-            moves=moves,
+            scale=None if weight is None else weight.dtype,
+            activation=call.activation,
+            residual=None if residual is None else residual.dtype,
+            statistics=dtype,
+            update=0 if statistics is None else 1 if communicator is None else 2,
             replicas=replicas,
-            gradients=gradients,
-            sent=sent,
-            raw=raw,
-            at_once=at_once,
+            partial_sums=all_reduced,
+            reduced_sums=all_reduced,
+            single_launch=call.single_launch,
         )
+        found = _step_plans[key] = plan_for(x, options)
     return found
 
 
-def keep_of(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """A mask [N, 1, …] as uint8 for each position of a channel, in the order in which both folds count them."""
+def mask_of(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """A mask [N, 1, …] as uint8 for each position of a channel, in the order in which both layouts count them."""
     if mask is None:
         return None
     return mask.expand(x.shape[0], 1, *x.shape[2:]).contiguous().view(torch.uint8)
@@ -116,10 +114,10 @@ def keep_of(mask: Tensor | None, x: Tensor) -> Tensor | None:
 def local_sums(x: Tensor, mask: Tensor | None) -> Tensor:
     """[1 + 2C] float64: n, Σx, Σx²."""
     x = dense_or_copy(x)
-    return fused.measure(plan_for(x, masked=mask is not None, sent=True), x, keep_of(mask, x))
+    return ops.measure(plan_for(x, PlanOptions(0.0, masked=mask is not None, partial_sums=True)), x, mask_of(mask, x))
 
 
-moments_of_sums = eager.moments_of_sums
+moments_of_sums = reference.moments_of_sums
 
 
 class Pending(NamedTuple):
@@ -133,80 +131,53 @@ def normalize(x: Tensor, norm: Normalization, residual: Tensor | None) -> Tensor
     """activation(scale·x_hat + offset + residual)."""
     x = dense_or_copy(x)
     if residual is not None:
-        residual = fused.in_layout_of(x, residual)
-    plan = plan_for(
-        x, scale=norm.scale.dtype, activation=_name(norm.activation), residual=None if residual is None else residual.dtype
-    )
-    slope = 0.0 if norm.activation is None else norm.activation.slope
-    return fused.normalize(plan, x, _stats(norm), norm.scale, norm.offset, norm.epsilon, residual=residual, slope=slope)
+        residual = ops.in_layout_of(x, residual)
+    dtype = None if residual is None else residual.dtype
+    options = PlanOptions(norm.epsilon, scale=norm.scale.dtype, activation=norm.activation, residual=dtype)
+    return ops.normalize(plan_for(x, options), x, _stats(norm), norm.scale, norm.offset, residual=residual)
 
 
-def gradient_sums(dy: Tensor, x: Tensor, norm: Normalization, kept: Tensor | None, whole: bool) -> tuple[Any, Tensor, Tensor]:
+def gradient_sums(dy: Tensor, x: Tensor, norm: Normalization, saved: Tensor | None, full: bool) -> tuple[Any, Tensor, Tensor]:
     """(dz, this replica's Σdz and Σdz·x_hat, the same times scale)."""
-    if whole and norm.activation is not None:
-        dy = eager.before_activation(dy.to(torch.float32), x, norm, kept)
-        norm, kept = norm._replace(activation=None), None
-    x, slope = dense_or_copy(x), 0.0 if norm.activation is None else norm.activation.slope
-    dy = fused.in_layout_of(x, dy.to(x.dtype) if not whole else dy)
-    if dy.dtype != x.dtype:
-        # The residual's gradient stays in float32; the sums are taken of what the input gradient will read.
-        whole_dz, dy = dy, dy.to(x.dtype)
-    else:
-        whole_dz = dy
-    saved = None if kept is None else fused.in_layout_of(x, kept)
+    if full and norm.activation is not None:
+        dy = reference.before_activation(dy.to(torch.float32), x, norm, saved)
+        norm, saved = norm._replace(activation=None), None
+    x = dense_or_copy(x)
+    dz = ops.in_layout_of(x, dy if full else dy.to(x.dtype))
+    # The residual's gradient stays in float32; the sums are taken of what the input gradient will read.
+    dy = dz.to(x.dtype)
+    if saved is not None:
+        saved = ops.in_layout_of(x, saved)
     plan = _backward_plan(x, norm, saved)
-    dscale, doffset, message = fused.gradient_sums(
-        plan, x, dy, _stats(norm), norm.scale, norm.offset, norm.epsilon, saved=saved, slope=slope, wide=True
-    )
+    dscale, doffset, message = ops.gradient_sums(plan, x, dy, _stats(norm), norm.scale, norm.offset, saved=saved)
     assert dscale is not None
     assert doffset is not None
     assert message is not None
-    return (whole_dz if whole else Pending(dy, saved)), torch.cat([doffset, dscale]), message
+    return (dz if full else Pending(dy, saved)), torch.cat([doffset, dscale]), message
 
 
 def input_gradient(dz: Any, x: Tensor, mask: Tensor | None, norm: Normalization, count: Tensor, message: Tensor) -> Tensor:
     """dx, from the sums over all replicas."""
     x = dense_or_copy(x)
     if not isinstance(dz, Pending):
-        dz, norm = Pending(fused.in_layout_of(x, dz.to(x.dtype)), None), norm._replace(activation=None)
-    plan = _backward_plan(x, norm, dz.saved, mask is not None)
-    slope = 0.0 if norm.activation is None else norm.activation.slope
-    # With a residual the kernel writes its gradient too; nobody asked for it here.
-    unused = torch.empty_like(x, dtype=_residual_dtype(dz.saved)) if dz.saved is not None else None
-    return fused.input_gradient(
-        plan,
-        x,
-        dz.dy,
-        message,
-        _stats(norm, count),
-        norm.scale,
-        norm.offset,
+        dz, norm = Pending(ops.in_layout_of(x, dz.to(x.dtype)), None), norm._replace(activation=None)
+    plan, stats = _backward_plan(x, norm, dz.saved, mask is not None), _stats(norm, count)
+    given = {"mask": mask_of(mask, x), "saved": dz.saved}
+    dx, _ = ops.input_gradient(plan, x, dz.dy, message, stats, norm.scale, norm.offset, **given)
+    return dx
+
+
+def _backward_plan(x: Tensor, norm: Normalization, saved: Tensor | None, masked: bool = False) -> Plan:
+    options = PlanOptions(
         norm.epsilon,
-        keep=keep_of(mask, x),
-        saved=dz.saved,
-        slope=slope,
-        dresidual=unused,
-    )
-
-
-def _backward_plan(x: Tensor, norm: Normalization, saved: Tensor | None, masked: bool = False) -> plans.Plan:
-    return plan_for(
-        x,
         masked=masked,
         scale=norm.scale.dtype,
-        activation=_name(norm.activation),
-        residual=_residual_dtype(saved),
+        activation=norm.activation,
+        residual=None if saved is None else saved.dtype,
         gradients=torch.float64,
-        sent=True,
+        partial_sums=True,
     )
-
-
-def _residual_dtype(saved: Tensor | None) -> torch.dtype | None:
-    return None if saved is None else saved.dtype
-
-
-def _name(activation: Activation | None) -> str | None:
-    return None if activation is None else activation.name
+    return plan_for(x, options)
 
 
 def _stats(norm: Normalization, count: Tensor | None = None) -> Tensor:

@@ -1,13 +1,15 @@
-"""Batch norm of one replica's CUDA tensor in two launches each way, or one; the replicas meet inside them, or not at all.
+"""Batch norm of one replica's CUDA tensor in two launches each way, or one; replicas exchange inside them, or not at all.
 
     measure(…)            moments, and over replicas where the plan says so
     normalize(…)          the output, and the moving statistics
     gradient_sums(…)      dscale, doffset and the coefficients of
     input_gradient(…)     dx
 
-and `forward(…)` and `backward(…)`, which do both, or, where registers hold the batch (`Plan.resident`), one launch instead.
+and `forward(…)` and `backward(…)`, which do both, or, where registers hold the batch (`Plan.single_launch`), one launch instead.
 
-No autograd and no group in here: `lane` is a table of addresses that the engine made.
+x, dy, residual and saved are [N, C, …] in one dense layout (`in_layout_of`). mask is uint8, one value a position. scale and
+offset are [C] or None. statistics are a `syncbn.contract.Statistics` that the launch updates, or None. No autograd and no group
+in here.
 """
 
 from __future__ import annotations
@@ -20,41 +22,59 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.torch.triton.device import peer_exchange as exchange
+from syncbn.contract import Statistics
+from syncbn.torch.triton._private import current_raw_stream
+from syncbn.torch.triton.device import peer_exchange
+from syncbn.torch.triton.exchange import Exchange
 from syncbn.torch.triton.launch import INTERPRETED, Launch, address
-from syncbn.torch.triton.plan import Plan
+from syncbn.torch.triton.plan import EXCHANGE, Plan
 from syncbn.torch.triton.scratch import scratch_for
 
+# How replicas communicate between the launches of a plan, or inside them: a function that adds a message up over the replicas, in
+# place, or an Exchange.
+Transport = Exchange | Callable[[Tensor], object] | None
 
-class Lane(NamedTuple):
-    """Where replicas exchange: the table of exchange.py, this replica's place in it, the bound of a wait, the call's tag."""
-
-    table: Tensor
-    rank: int
-    limit: int
-    tag: int
+NO_EXCHANGE = Exchange(None, 0, 0, 0)
 
 
-class Moving(NamedTuple):
-    """Moving statistics that the forward pass moves: buffers, and the weight of the new value (below 0: 1/batches)."""
+class Gradients(NamedTuple):
+    """What the backward pass returns. dresidual: where there are a residual and an activation."""
 
-    mean: Tensor
-    variance: Tensor
-    tracked: Tensor
-    weight: float
+    dx: Tensor | None
+    dscale: Tensor | None
+    doffset: Tensor | None
+    dresidual: Tensor | None
 
 
 def stream_of(device: torch.device) -> int:
     """The current stream's handle."""
-    return 0 if INTERPRETED else torch._C._cuda_getCurrentRawStream(device.index)
+    return 0 if INTERPRETED else current_raw_stream(device.index)
 
 
-def measure(plan: Plan, x: Tensor, keep: Tensor | None, lane: Lane | None = None) -> Tensor:
+def measure(plan: Plan, x: Tensor, mask: Tensor | None, exchange: Exchange | None = None) -> Tensor:
     """float64 [2C + 1 + …]: mean, variance and count, of x or of all replicas; behind them room for `gradient_sums`.
 
-    From a plan that sends, [2C + 1]: the message n, Σx, Σx².
+    From a plan of partial sums, [2C + 1]: the message n, Σx, Σx².
     """
-    return _measure(plan, stream_of(x.device), address(x), address(keep), x.device, lane)
+    device = x.device
+    stream = stream_of(device)
+    launch, parts, counters = plan.moments
+    stats = torch.empty(plan.stats_size, dtype=torch.float64, device=device)
+    parts_ptr, arrivals_ptr = scratch_for(device, stream, parts, counters)
+    mailboxes, rank, limit, tag = exchange or NO_EXCHANGE
+    launch.start(
+        stream,
+        x_ptr=x,
+        mask_ptr=mask,
+        parts_ptr=parts_ptr,
+        arrivals_ptr=arrivals_ptr,
+        stats_ptr=stats,
+        mailboxes_ptr=mailboxes,
+        limit=limit,
+        tag=tag,
+        rank=rank,
+    )
+    return stats
 
 
 def normalize(
@@ -63,90 +83,34 @@ def normalize(
     stats: Tensor,
     scale: Tensor | None,
     offset: Tensor | None,
-    epsilon: float,
     *,
-    keep: Tensor | None = None,
+    mask: Tensor | None = None,
     residual: Tensor | None = None,
-    slope: float = 0.0,
-    moving: Any = None,
+    statistics: Statistics | None = None,
 ) -> Tensor:
-    """activation(scale·(x − mean)·rstd + offset + residual), in x's dtype and layout. moving: a `Moving`."""
-    stream = stream_of(x.device)
-    return _normalize(plan, stream, x, address(x), address(keep), stats, scale, offset, epsilon, residual, slope, moving)
-
-
-def forward(
-    plan: Plan,
-    x: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    epsilon: float,
-    *,
-    keep: Tensor | None,
-    residual: Tensor | None,
-    slope: float,
-    moving: Any,
-    lane: Lane | None,
-    between: Callable[[Tensor], object] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(y, stats): `measure`, `between` (adds the message up over replicas) and `normalize`."""
-    device = x.device
-    stream, at_x, at_keep = stream_of(device), address(x), address(keep)
-    if plan.resident:
-        # Written by the launch that writes the output.
-        stats = torch.empty(plan.stats_size, dtype=torch.float64, device=device)
-    else:
-        stats = _measure(plan, stream, at_x, at_keep, device, lane)
-        if between is not None:
-            between(stats)
-    return _normalize(plan, stream, x, at_x, at_keep, stats, scale, offset, epsilon, residual, slope, moving), stats
-
-
-NO_LANE = (None, 0, 0, 0)
-NOT_MOVING = (None, None, None, 0.0)
-
-
-def _measure(plan: Plan, stream: int, x: Any, keep: Any, device: torch.device, lane: Lane | None) -> Tensor:
-    r, f = plan.moments, plan.fold
-    stats = torch.empty(plan.stats_size, dtype=torch.float64, device=device)
-    parts, arrivals = scratch_for(device, stream, r.parts, r.blocks)
-    table, rank, limit, tag = NO_LANE if lane is None else lane
-    r.launch(stream, x, keep, parts, arrivals, address(stats), address(table), f.A, r.splits, r.share, limit, tag, rank)
-    return stats
-
-
-def _normalize(
-    plan: Plan,
-    stream: int,
-    x: Tensor,
-    at_x: Any,
-    at_keep: Any,
-    stats: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    epsilon: float,
-    residual: Tensor | None,
-    slope: float,
-    moving: Any,
-) -> Tensor:
+    """activation(scale·(x − mean)·rstd + offset + residual), in x's dtype and layout. A single launch writes stats too."""
     y = torch.empty_like(x)
-    mean, variance, tracked, weight = moving or NOT_MOVING
-    plan.normalize(
-        stream,
-        at_x,
-        address(y),
-        address(residual),
-        at_keep,
-        address(stats),
-        address(scale),
-        address(offset),
-        address(mean),
-        address(variance),
-        address(tracked),
-        *plan.normalize_numbers,
-        epsilon,
-        *_halves(weight),
-        slope,
+    if statistics is None:
+        mean = variance = batches = None
+        weight = rest = 0.0
+    else:
+        mean, variance, new, _, batches, _ = statistics
+        # Below 0: 1/batches.
+        weight, rest = _halves(-1.0 if new is None else new)
+    plan.normalize.start(
+        stream_of(x.device),
+        x_ptr=x,
+        y_ptr=y,
+        residual_ptr=residual,
+        mask_ptr=mask,
+        stats_ptr=stats,
+        scale_ptr=scale,
+        offset_ptr=offset,
+        moving_mean_ptr=mean,
+        moving_variance_ptr=variance,
+        batches_ptr=batches,
+        weight=weight,
+        weight_rest=rest,
     )
     return y
 
@@ -158,6 +122,35 @@ def _halves(weight: float) -> tuple[float, float]:
     return rounded, weight - rounded
 
 
+def forward(
+    plan: Plan,
+    x: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    *,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    statistics: Statistics | None,
+    transport: Transport = None,
+) -> tuple[Tensor, Tensor]:
+    """(y, stats)."""
+    if plan.single_launch:
+        # Written by the launch that writes the output.
+        stats = torch.empty(plan.stats_size, dtype=torch.float64, device=x.device)
+    elif plan.options.partial_sums:
+        stats = measure(plan, x, mask)
+        _reduce(stats, transport)
+    else:
+        stats = measure(plan, x, mask, transport)  # type: ignore[arg-type]
+    return normalize(plan, x, stats, scale, offset, mask=mask, residual=residual, statistics=statistics), stats
+
+
+def _reduce(message: Tensor, transport: Transport) -> None:
+    # None: one replica that sends to nobody.
+    if transport is not None:
+        transport(message)  # type: ignore[operator]
+
+
 def gradient_sums(
     plan: Plan,
     x: Tensor,
@@ -165,68 +158,48 @@ def gradient_sums(
     stats: Tensor,
     scale: Tensor | None,
     offset: Tensor | None,
-    epsilon: float,
     *,
-    keep: Tensor | None = None,
+    mask: Tensor | None = None,
     saved: Tensor | None = None,
-    slope: float = 0.0,
-    lane: Lane | None = None,
-    wide: bool = False,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dscale, doffset, message); the first two in scale's dtype, or, `wide`, in float64.
+    """(dscale, doffset, message); the first two in the plan's dtype for gradients, or scale's.
 
-    From a plan that sends, the message, float64 [2C]: add it up over replicas. Otherwise what `input_gradient` needs lies behind
-    `stats`: an allocation less costs the host as much less as a launch.
+    From a plan of partial sums, the message, float64 [2C]: add it up over replicas. Otherwise what `input_gradient` needs lies
+    behind `stats`: an allocation less costs the host as much less as a launch.
     """
-    inputs = address(x), address(dy), address(saved), address(keep)
-    vectors = address(stats), address(scale), address(offset)
-    dscale = doffset = None
-    if wide:
-        dscale = torch.empty(plan.fold.C, dtype=torch.float64, device=x.device)
-        doffset = torch.empty_like(dscale)
+    device, C = x.device, plan.view.C
+    stream, dtype = stream_of(device), plan.options.gradients
+    launch, parts, counters = plan.sums
+    dscale = doffset = message = None
+    if dtype is not None:
+        dscale, doffset = torch.empty(C, dtype=dtype, device=device), torch.empty(C, dtype=dtype, device=device)
     elif scale is not None:
         dscale, doffset = torch.empty_like(scale), torch.empty_like(scale)
-    message = _sums(plan, stream_of(x.device), x.device, inputs, stats, vectors, dscale, doffset, epsilon, slope, lane)
-    return dscale, doffset, message
-
-
-def _sums(
-    plan: Plan,
-    stream: int,
-    device: torch.device,
-    inputs: tuple[Any, ...],
-    stats: Tensor,
-    vectors: tuple[Any, ...],
-    dscale: Tensor | None,
-    doffset: Tensor | None,
-    epsilon: float,
-    slope: float,
-    lane: Lane | None,
-) -> Tensor | None:
-    r, f = plan.sums, plan.fold
-    message = torch.empty(2 * f.C, dtype=torch.float64, device=device) if plan.sent else None
-    parts, arrivals = scratch_for(device, stream, r.parts, r.blocks)
-    table, rank, limit, tag = NO_LANE if lane is None else lane
-    r.launch(
+    if plan.options.partial_sums:
+        message = torch.empty(2 * C, dtype=torch.float64, device=device)
+    parts_ptr, arrivals_ptr = scratch_for(device, stream, parts, counters)
+    mailboxes, rank, limit, tag = exchange or NO_EXCHANGE
+    launch.start(
         stream,
-        *inputs,
-        *vectors,
-        parts,
-        arrivals,
-        address(dscale),
-        address(doffset),
-        coefficients_at(stats, f.C) if message is None else address(message),
-        address(table),
-        f.A,
-        r.splits,
-        r.share,
-        limit,
-        tag,
-        rank,
-        epsilon,
-        slope,
+        x_ptr=x,
+        dy_ptr=dy,
+        saved_ptr=saved,
+        mask_ptr=mask,
+        stats_ptr=stats,
+        scale_ptr=scale,
+        offset_ptr=offset,
+        parts_ptr=parts_ptr,
+        arrivals_ptr=arrivals_ptr,
+        dscale_ptr=dscale,
+        doffset_ptr=doffset,
+        coefficients_ptr=coefficients_at(stats, C) if message is None else address(message),
+        mailboxes_ptr=mailboxes,
+        limit=limit,
+        tag=tag,
+        rank=rank,
     )
-    return message
+    return dscale, doffset, message
 
 
 if INTERPRETED:
@@ -250,48 +223,30 @@ def input_gradient(
     stats: Tensor,
     scale: Tensor | None,
     offset: Tensor | None,
-    epsilon: float,
     *,
-    keep: Tensor | None = None,
+    mask: Tensor | None = None,
     saved: Tensor | None = None,
-    slope: float = 0.0,
-    dresidual: Tensor | None = None,
-) -> Tensor:
-    """dx; with a residual and an activation also the residual's gradient, into `dresidual`."""
-    inputs = address(x), address(dy), address(saved), address(keep)
-    vectors = address(stats), address(scale), address(offset)
-    return _input_gradient(plan, stream_of(x.device), x, inputs, message, stats, vectors, epsilon, slope, dresidual)
-
-
-def _input_gradient(
-    plan: Plan,
-    stream: int,
-    x: Tensor,
-    inputs: tuple[Any, ...],
-    message: Tensor | None,
-    stats: Tensor,
-    vectors: tuple[Any, ...],
-    epsilon: float,
-    slope: float,
-    dresidual: Tensor | None,
-) -> Tensor:
-    dx = torch.empty_like(x)
-    at_x, at_dy, at_saved, at_keep = inputs
-    plan.input_gradient(
-        stream,
-        at_x,
-        at_dy,
-        address(dx),
-        at_saved,
-        address(dresidual),
-        at_keep,
-        coefficients_at(stats, plan.fold.C) if message is None else address(message),
-        *vectors,
-        *plan.gradient_numbers,
-        epsilon,
-        slope,
+) -> tuple[Tensor, Tensor | None]:
+    """(dx, dresidual); the second where there are a residual and an activation. message: of all replicas."""
+    dx, dresidual = torch.empty_like(x), _dresidual(plan, x, saved)
+    plan.input_gradient.start(
+        stream_of(x.device),
+        x_ptr=x,
+        dy_ptr=dy,
+        dx_ptr=dx,
+        saved_ptr=saved,
+        dresidual_ptr=dresidual,
+        mask_ptr=mask,
+        coefficients_ptr=coefficients_at(stats, plan.view.C) if message is None else address(message),
+        stats_ptr=stats,
+        scale_ptr=scale,
+        offset_ptr=offset,
     )
-    return dx
+    return dx, dresidual
+
+
+def _dresidual(plan: Plan, x: Tensor, saved: Tensor | None) -> Tensor | None:
+    return None if saved is None else torch.empty_like(x, dtype=plan.options.residual)
 
 
 def backward(
@@ -301,35 +256,64 @@ def backward(
     stats: Tensor,
     scale: Tensor | None,
     offset: Tensor | None,
-    epsilon: float,
     *,
-    keep: Tensor | None,
+    mask: Tensor | None,
     saved: Tensor | None,
-    slope: float,
-    dresidual: Tensor | None,
-    lane: Lane | None,
-    between: Callable[[Tensor], object] | None = None,
+    transport: Transport = None,
     needs_dx: bool = True,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dscale, doffset): `gradient_sums`, `between` (adds the message up over replicas) and `input_gradient`."""
-    device = x.device
-    stream = stream_of(device)
-    inputs = at_x, at_dy, at_saved, at_keep = address(x), address(dy), address(saved), address(keep)
-    vectors = address(stats), address(scale), address(offset)
+) -> Gradients:
+    """The gradients; dx and dresidual only where they are needed, but the message is always sent."""
+    if plan.single_launch:
+        return _backward_in_a_single_launch(plan, x, dy, stats, scale, offset, mask, saved)
+    exchange = None if plan.options.partial_sums else transport
+    dscale, doffset, message = gradient_sums(
+        plan,
+        x,
+        dy,
+        stats,
+        scale,
+        offset,
+        mask=mask,
+        saved=saved,
+        exchange=exchange,  # type: ignore[arg-type]
+    )
+    if message is not None:
+        _reduce(message, transport)
+    if not needs_dx:
+        return Gradients(None, dscale, doffset, None)
+    dx, dresidual = input_gradient(plan, x, dy, message, stats, scale, offset, mask=mask, saved=saved)
+    return Gradients(dx, dscale, doffset, dresidual)
+
+
+def _backward_in_a_single_launch(
+    plan: Plan,
+    x: Tensor,
+    dy: Tensor,
+    stats: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    saved: Tensor | None,
+) -> Gradients:
+    dx, dresidual = torch.empty_like(x), _dresidual(plan, x, saved)
     dscale = doffset = None
     if scale is not None:
         dscale, doffset = torch.empty_like(scale), torch.empty_like(scale)
-    if plan.resident:
-        dx = torch.empty_like(x)
-        at_dx, at_dresidual, sums = address(dx), address(dresidual), (address(dscale), address(doffset))
-        plan.backward(stream, at_x, at_dy, at_dx, at_saved, at_dresidual, at_keep, *vectors, *sums, plan.fold.A, epsilon, slope)
-        return dx, dscale, doffset
-    message = _sums(plan, stream, device, inputs, stats, vectors, dscale, doffset, epsilon, slope, lane)
-    if message is not None and between is not None:
-        between(message)
-    if not needs_dx:
-        return None, dscale, doffset
-    return _input_gradient(plan, stream, x, inputs, message, stats, vectors, epsilon, slope, dresidual), dscale, doffset
+    plan.backward.start(
+        stream_of(x.device),
+        x_ptr=x,
+        dy_ptr=dy,
+        dx_ptr=dx,
+        saved_ptr=saved,
+        dresidual_ptr=dresidual,
+        mask_ptr=mask,
+        stats_ptr=stats,
+        scale_ptr=scale,
+        offset_ptr=offset,
+        dscale_ptr=dscale,
+        doffset_ptr=doffset,
+    )
+    return Gradients(dx, dscale, doffset, dresidual)
 
 
 def in_layout_of(x: Tensor, other: Any) -> Tensor:
@@ -342,17 +326,23 @@ def in_layout_of(x: Tensor, other: Any) -> Tensor:
 _exchanges: dict[Any, Launch] = {}
 
 
-def exchange_alone(kind: str, values: Tensor, lane: Lane, replicas: int) -> Tensor:
+def exchange_values(kind: str, values: Tensor, exchange: Exchange, replicas: int) -> Tensor:
     """`values` of all replicas: "moments", float64 [2C + 1] as `measure` returns them, or "sums", float64 [2C]."""
     C = values.numel() // 2
     key = (kind, C, replicas, values.device)
-    found = _exchanges.get(key)
-    if found is None:
-        X = exchange.block_channels(C)
-        kernel = exchange.exchange_moments_kernel if kind == "moments" else exchange.exchange_sums_kernel
-        types = (torch.float64, torch.float64, torch.int64, 1, 1, 1)
-        found = _exchanges[key] = Launch(kernel, types, {"C": C, "X": X, "W": replicas}, -(-C // X), 4, values.device)
-    table, rank, limit, tag = lane
+    launch = _exchanges.get(key) or _exchanges.setdefault(key, exchange_launch(kind, C, replicas, values.device))
     out = torch.empty_like(values)
-    found(stream_of(values.device), address(values), address(out), address(table), limit, tag, rank)
+    mailboxes, rank, limit, tag = exchange
+    launch.start(
+        stream_of(values.device), values_ptr=values, out_ptr=out, mailboxes_ptr=mailboxes, limit=limit, tag=tag, rank=rank
+    )
     return out
+
+
+def exchange_launch(kind: str, C: int, replicas: int, device: torch.device) -> Launch:
+    """The launch of an exchange alone, after arithmetic that other code did."""
+    block = peer_exchange.block_channels(C)
+    kernel = peer_exchange.exchange_moments_kernel if kind == "moments" else peer_exchange.exchange_sums_kernel
+    types = {"values_ptr": torch.float64, "out_ptr": torch.float64, "mailboxes_ptr": torch.int64, "limit": 1, "tag": 1, "rank": 1}
+    constants = {"C": C, "MERGE_C": block, "WORLD_SIZE": replicas}
+    return Launch(kernel, types, constants, programs=-(-C // block), warps=4, device=device, addresses=EXCHANGE)

@@ -2,285 +2,251 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
-from syncbn.torch.triton.device import gradient_sums as sums
-from syncbn.torch.triton.device import moments, pointwise
-from syncbn.torch.triton.device import peer_exchange as exchange
-from syncbn.torch.triton.device import single_launch as resident
+from syncbn.groups import Activation
+from syncbn.torch.triton.device import gradient_sums, moments, peer_exchange, pointwise, single_launch
 from syncbn.torch.triton.launch import INTERPRETED, Launch, power_of_2
-from syncbn.torch.triton.tiling import BESIDE, CHOICES, UNDER_WAY, Fold, Machine, Tile, order, resident_tile, tile_for
+from syncbn.torch.triton.tiling import (
+    BESIDE,
+    CHOICES,
+    L2_BYTES,
+    UNDER_WAY,
+    ChannelView,
+    Machine,
+    Tile,
+    order,
+    single_launch_tile,
+    tile_for,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Whether the kernels of one replica overlap their starts (tiles.follow), where the GPU can: from sm_90 on.
 PDL = True
-L2_BYTES = 60e6
+
+# Arguments of kernels that hold no tensor of their own, or one that lies behind another.
+ADDRESSES = frozenset({"parts_ptr", "arrivals_ptr", "coefficients_ptr", "mailboxes_ptr"})
+EXCHANGE = frozenset({"mailboxes_ptr", "limit", "tag", "rank"})
 
 
 def machine_of(device: torch.device) -> Machine:
     """What tiles depend on of a device."""
     if INTERPRETED:
         return Machine(4, UNDER_WAY + BESIDE, False)
-    found = torch.cuda.get_device_properties(device)
-    shared = getattr(found, "shared_memory_per_block_optin", 48 << 10)
-    return Machine(found.multi_processor_count, shared, (found.major, found.minor) >= (9, 0))
+    found: Any = torch.cuda.get_device_properties(device)
+    return Machine(
+        found.multi_processor_count,
+        getattr(found, "shared_memory_per_block_optin", 48 << 10),
+        (found.major, found.minor) >= (9, 0),
+        getattr(found, "L2_cache_size", L2_BYTES),
+    )
 
 
-class Reduction:
-    """Moments or gradient sums of one fold: a launch, and the scratch that it needs."""
+class PlanOptions(NamedTuple):
+    """What a kind of call asks of its launches.
 
-    def __init__(
-        self,
-        kernel: Any,
-        parts: int,
-        f: Fold,
-        types: tuple[Any, ...],
-        flags: dict[str, Any],
-        device: torch.device,
-        replicas: int,
-        tile: Tile,
-        messages: dict[str, bool],
-        overlap: bool,
-    ):
-        J = f.A * f.B
-        steps = -(-J // tile.T)
-        self.share = tile.share
-        self.splits = max(1, -(-steps // tile.share))
-        X = tile.K if replicas == 1 else exchange.block_channels(f.C)
-        # Eight values a thread: more would cost all programs the registers that only the last ones use.
-        rows = min(power_of_2(self.splits), max(1, 256 * tile.warps // X))
-        alone = self.splits == 1 and replicas == 1
-        channel_tiles = -(-f.C // tile.K)
-        self.blocks = -(-f.C // X)
-        self.parts = self.splits * parts * f.C
-        if alone:
-            self.blocks = self.parts = 0
-        constants = {
-            "C": f.C,
-            "B": f.B,
-            "T": tile.T,
-            "K": tile.K,
-            "X": X,
-            "R": rows,
-            **common(f, tile),
-            "U": tile.unroll,
-            "S": tile.stages,
-            **flags,
-            "PDL": overlap,
-            "ALONE": alone,
-            "W": replicas,
-            **messages,
-        }
-        programs = channel_tiles * self.splits
-        self.launch = Launch(kernel, types, constants, programs, tile.warps, device)
+    scale, residual, statistics, gradients: the dtypes of scale and offset, of the residual, of the moving statistics, and of the
+    gradients of scale and offset; None where there are none (gradients: as scale).
+    update: when moving statistics are updated: 0 never, 1 always, 2 where all of the batch's are finite.
+    replicas: how many exchange inside the kernels; 1: none does.
+    partial_sums: what moments and gradient sums write is a message, which replicas add up before the next launch.
+    reduced_sums: the moments come in as that sum.
+    single_launch: nobody comes between the moments and the output.
+    """
+
+    epsilon: float
+    masked: bool = False
+    scale: torch.dtype | None = None
+    activation: Activation | None = None
+    residual: torch.dtype | None = None
+    statistics: torch.dtype | None = None
+    update: int = 0
+    replicas: int = 1
+    gradients: torch.dtype | None = None
+    partial_sums: bool = False
+    reduced_sums: bool = False
+    single_launch: bool = False
 
 
-def common(f: Fold, tile: Tile) -> dict[str, bool]:
-    """EVEN: no tile is cut off. WIDE: addresses do not fit 32 bits."""
-    J = f.A * f.B
-    return {"EVEN": J > 0 and J % tile.T == 0, "WIDE": (J + tile.T) * f.C >= 2**31}
+class Reduction(NamedTuple):
+    """Moments or gradient sums of one view: a launch, and the scratch that it needs, in float32 and in counters."""
+
+    launch: Launch
+    parts: int
+    counters: int
 
 
 class Plan:
-    """All launches of one kind of call. `replicas` of them exchange inside the kernels; 1: none does.
+    """All launches of one kind of call.
 
-    sent: what moments and gradient sums write is a message, which replicas add up before the next launch. raw: the moments come
-    in as that sum. at_once: nobody comes between the moments and the output; then `resident` says whether it is one launch
-    each way, `normalize`, which measures too, and `backward`, which are then all that the plan has.
-    scale, residual, moving, gradients: the dtypes of scale and offset, of the residual, of the moving statistics and of scale's
-    and offset's gradients; None where there are none (gradients: scale's).
+    `single_launch` says whether it is one launch each way: `normalize`, which measures too, and `backward`, which are then all
+    that the plan has. tiles: in place of those that `tiling` chooses.
     """
+
+    backward: Launch
 
     def __init__(
         self,
-        f: Fold,
+        view: ChannelView,
         dtype: torch.dtype,
         device: torch.device,
-        *,
-        masked: bool = False,
-        scale: torch.dtype | None = None,
-        activation: str | None = None,
-        residual: torch.dtype | None = None,
-        moving: torch.dtype | None = None,
-        moves: int = 0,
-        replicas: int = 1,
-        gradients: torch.dtype | None = None,
-        sent: bool = False,
-        raw: bool = False,
-        at_once: bool = False,
+        options: PlanOptions,
         tiles: dict[str, Tile] | None = None,
     ):
-        self.fold, self.device, self.sent = f, device, sent
-        assert not at_once or (replicas == 1 and not sent and not raw and moves < 2), "one launch: of one replica alone"
-        machine = machine_of(device)
-        self.overlap = PDL and machine.overlaps
-        held = ((tiles or {}).get("resident") or resident_tile(f, dtype.itemsize, machine)) if at_once else None
-        self.resident = held is not None
+        o, tiles = options, tiles or {}
+        self.view, self.dtype, self.device, self.options = view, dtype, device, o
+        one_replica = o.replicas == 1 and not o.partial_sums and not o.reduced_sums and o.update < 2
+        assert not o.single_launch or one_replica, "a single launch is of one replica"
+        self._machine = machine_of(device)
+        tile = None
+        if o.single_launch:
+            tile = tiles.get("single_launch") or single_launch_tile(view, dtype.itemsize, self._machine)
+        self.single_launch = tile is not None
         # The moments, and room for five float32 coefficients a channel where a launch leaves them for the next.
-        self.stats_size = 2 * f.C + 1 if sent or self.resident else 2 * f.C + 2 + -(-5 * f.C // 2)
-        if held is not None:
-            self._hold(held, dtype, masked, scale, activation, residual, moving, moves)
-            return
-        # The activation's slope needs the output (x's dtype) or, for silu, the residual.
-        saved = (residual or dtype) if activation == "silu" else dtype
-        read = {"sums": 2 * dtype.itemsize + (saved.itemsize if activation and residual else 0)}
-        chosen = {k: (tiles or {}).get(k) or tile_for(k, f, dtype.itemsize, machine, read.get(k)) for k in CHOICES}
-        of_moments, of_sums = chosen["moments"], chosen["sums"]
-        forward, backward = chosen["normalize"], chosen["input_gradient"]
-        byte, f32, f64, i32, i64 = torch.uint8, torch.float32, torch.float64, torch.int32, torch.int64
-        vector = scale or f32
-        other = residual or dtype
-        act = {"ACTIVATION": pointwise.ACTIVATIONS[activation], "RESIDUAL": residual is not None}
-        self.moments = Reduction(
-            moments.moments_kernel,
-            4,
-            f,
-            (dtype, byte, f32, i32, f64, i64, 1, 1, 1, 1, 1, 1),
-            {"MASKED": masked},
-            device,
-            replicas,
-            of_moments,
-            {"SENT": sent},
-            self.overlap,
-        )
+        room = 0 if o.partial_sums or self.single_launch else 1 + -(-5 * view.C // 2)
+        self.stats_size = 2 * view.C + 1 + room
+        self._types, self._absent, self._flags = types_of(dtype, o), absent_of(o), self._flags_of(o)
+        if tile is not None:
+            self._plan_single_launch(tile)
+        else:
+            self._plan_launches(tiles)
+
+    def _flags_of(self, o: PlanOptions) -> dict[str, Any]:
+        """The constants that do not depend on a tile."""
         # Tensors that L2 holds: let it forget first what nobody reads again. Larger ones are the slower for it.
-        drop = "evict_first" if f.A * f.C * f.B * dtype.itemsize < L2_BYTES else ""
-        self.normalize_numbers: tuple[int, ...] = (f.A, forward.share, *order(f, forward, of_moments))
-        self.normalize = Launch(
-            pointwise.normalize_kernel,
-            (dtype, dtype, other, byte, f64, vector, vector, moving or f32, moving or f32, i64, 1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5),
-            {
-                "C": f.C,
-                "B": f.B,
-                "T": forward.T,
-                "K": forward.K,
-                **even(f, forward, of_moments),
-                "DROP": drop,
-                "PDL": self.overlap,
-                "MASKED": masked,
-                "SCALE": scale is not None,
-                **act,
-                "MOVES": moves,
-                "RAW": raw,
-            },
-            pointwise_programs(f, forward, of_moments),
-            forward.warps,
-            device,
-        )
-        self.sums = Reduction(
-            sums.sums_kernel,
-            2,
-            f,
-            (
-                dtype,
-                dtype,
-                saved,
-                byte,
-                f64,
-                vector,
-                vector,
-                f32,
-                i32,
-                gradients or vector,
-                gradients or vector,
-                f64 if sent else f32,
-                i64,
-                1,
-                1,
-                1,
-                1,
-                1,
-                1,
-                0.5,
-                0.5,
-            ),
-            {"MASKED": masked, "SCALE": scale is not None, **act, "LOCAL": scale is not None or gradients is not None},
-            device,
-            replicas,
-            of_sums,
-            {"SENT": sent, "RAW": raw},
-            self.overlap,
-        )
-        self.gradient_numbers = (f.A, backward.share, *order(f, backward, of_sums))
-        self.input_gradient = Launch(
-            pointwise.input_gradient_kernel,
-            (dtype, dtype, dtype, saved, other, byte, f64 if sent else f32, f64, vector, vector, 1, 1, 1, 1, 0.5, 0.5),
-            {
-                "C": f.C,
-                "B": f.B,
-                "T": backward.T,
-                "K": backward.K,
-                **even(f, backward, of_sums),
-                "DROP": drop,
-                "PDL": self.overlap,
-                "MASKED": masked,
-                **act,
-                "SCALE": scale is not None,
-                "SENT": sent,
-                "RAW": raw,
-            },
-            pointwise_programs(f, backward, of_sums),
-            backward.warps,
-            device,
-        )
-
-    def _hold(
-        self,
-        tile: Tile,
-        dtype: torch.dtype,
-        masked: bool,
-        scale: torch.dtype | None,
-        activation: str | None,
-        residual: torch.dtype | None,
-        moving: torch.dtype | None,
-        moves: int,
-    ) -> None:
-        """One launch each way, of a fold that registers hold."""
-        f, byte, f32, f64 = self.fold, torch.uint8, torch.float32, torch.float64
-        vector, other = scale or f32, residual or dtype
-        saved = other if activation == "silu" else dtype
-        constants = {
-            "C": f.C,
-            "B": f.B,
-            "T": tile.T,
-            "K": tile.K,
-            "EVEN": f.A * f.B == tile.T,
-            "PDL": self.overlap,
-            "MASKED": masked,
-            "SCALE": scale is not None,
-            "ACTIVATION": pointwise.ACTIVATIONS[activation],
-            "RESIDUAL": residual is not None,
+        fits = self.view.A * self.view.C * self.view.B * self.dtype.itemsize < self._machine.l2
+        return {
+            "C": self.view.C,
+            "B": self.view.B,
+            "EVICTION": "evict_first" if fits else "",
+            "PDL": PDL and self._machine.overlaps,
+            "MASKED": o.masked,
+            "SCALE": o.scale is not None,
+            "ACTIVATION": pointwise.ACTIVATIONS[o.activation and o.activation.name],
+            "RESIDUAL": o.residual is not None,
+            "UPDATE": o.update,
+            "LOCAL": o.scale is not None or o.gradients is not None,
+            "WORLD_SIZE": o.replicas,
+            "PARTIAL_SUMS": o.partial_sums,
+            "REDUCED_SUMS": o.reduced_sums,
         }
-        programs, moved = -(-f.C // tile.K), (moving or f32, moving or f32, torch.int64)
-        self.normalize_numbers = (f.A,)
-        self.normalize = Launch(
-            resident.forward_kernel,
-            (dtype, dtype, other, byte, f64, vector, vector, *moved, 1, 0.5, 0.5, 0.5, 0.5),
-            {**constants, "MOVES": moves},
-            programs,
-            tile.warps,
-            self.device,
-        )
-        self.backward = Launch(
-            resident.backward_kernel,
-            (dtype, dtype, dtype, saved, other, byte, f64, vector, vector, vector, vector, 1, 0.5, 0.5),
-            constants,
-            programs,
-            tile.warps,
-            self.device,
+
+    def _launch(self, kernel: Any, tile: Tile, programs: int, constants: dict[str, Any], numbers: Mapping[str, float]) -> Launch:
+        o = self.options
+        numbers = {"A": self.view.A, "epsilon": o.epsilon, "slope": o.activation.slope if o.activation else 0.0, **numbers}
+        return Launch(
+            kernel,
+            self._types,
+            {**self._flags, "BLOCK_P": tile.block_p, "BLOCK_C": tile.block_c, **constants},
+            programs=programs,
+            warps=tile.warps,
+            device=self.device,
+            numbers={name: value for name, value in numbers.items() if name in kernel.arg_names},
+            absent=self._absent,
+            addresses=ADDRESSES,
         )
 
+    def _plan_launches(self, tiles: dict[str, Tile]) -> None:
+        """Two launches each way: a reduction, and what writes a tensor."""
+        view, itemsize, o = self.view, self.dtype.itemsize, self.options
+        # The activation's slope needs x, dy and, with a residual, one tensor more.
+        saved = self._types["saved_ptr"].itemsize if o.activation and o.residual else 0
+        read = {"sums": 2 * itemsize + saved}
+        chosen = {k: tiles.get(k) or tile_for(k, view, itemsize, self._machine, read.get(k)) for k in CHOICES}
+        self.moments = self._reduction(moments.moments_kernel, int(moments.PARTS.value), chosen["moments"])
+        self.normalize = self._pointwise(pointwise.normalize_kernel, chosen["normalize"], chosen["moments"])
+        self.sums = self._reduction(gradient_sums.sums_kernel, 2, chosen["sums"])
+        self.input_gradient = self._pointwise(pointwise.input_gradient_kernel, chosen["input_gradient"], chosen["sums"])
 
-def even(f: Fold, tile: Tile, before: Tile) -> dict[str, bool]:
-    """`common`, for turns: no turn is one too many either."""
-    across, length = order(f, tile, before)
-    found = common(f, tile)
-    return {**found, "EVEN": found["EVEN"] and across * length % tile.share == 0}
+    def _reduction(self, kernel: Any, parts: int, tile: Tile) -> Reduction:
+        C, replicas = self.view.C, self.options.replicas
+        steps = -(-self.view.A * self.view.B // tile.block_p)
+        splits = max(1, -(-steps // tile.tiles_per_program))
+        merged = tile.block_c if replicas == 1 else peer_exchange.block_channels(C)
+        single_program = splits == 1 and replicas == 1
+        constants = {
+            "MERGE_C": merged,
+            # Eight values a thread: more would cost all programs the registers that only the last ones use.
+            "MERGE_S": min(power_of_2(splits), max(1, 256 * tile.warps // merged)),
+            **common(self.view, tile),
+            "UNROLL": tile.unroll,
+            "STAGES": tile.stages,
+            "SINGLE_PROGRAM": single_program,
+        }
+        numbers = {"splits": splits, "tiles_per_program": tile.tiles_per_program}
+        launch = self._launch(kernel, tile, -(-C // tile.block_c) * splits, constants, numbers)
+        return Reduction(launch, 0, 0) if single_program else Reduction(launch, splits * parts * C, -(-C // merged))
+
+    def _pointwise(self, kernel: Any, tile: Tile, before: Tile) -> Launch:
+        across, length = order(self.view, tile, before)
+        numbers = {"tiles_per_program": tile.tiles_per_program, "across": across, "length": length}
+        programs = pointwise_programs(self.view, tile, before)
+        return self._launch(kernel, tile, programs, even(self.view, tile, before), numbers)
+
+    def _plan_single_launch(self, tile: Tile) -> None:
+        """One launch each way, of a view that registers hold."""
+        constants = {"EVEN": tile.block_p == self.view.A * self.view.B}
+        programs = -(-self.view.C // tile.block_c)
+        self.normalize = self._launch(single_launch.forward_kernel, tile, programs, constants, {})
+        self.backward = self._launch(single_launch.backward_kernel, tile, programs, constants, {})
 
 
-def pointwise_programs(f: Fold, tile: Tile, before: Tile) -> int:
-    """How many programs write a tensor; at least one, which moves the statistics."""
-    across, length = order(f, tile, before)
-    return -(-f.C // tile.K) * -(-across * length // tile.share)
+def types_of(dtype: torch.dtype, o: PlanOptions) -> dict[str, Any]:
+    """By the name of a kernel's argument, the dtype that a pointer points to, or a number of its kind."""
+    f32, f64, i32, i64 = torch.float32, torch.float64, torch.int32, torch.int64
+    vector, residual = o.scale or f32, o.residual or dtype
+    return {
+        **dict.fromkeys(("x_ptr", "y_ptr", "dy_ptr", "dx_ptr"), dtype),
+        **dict.fromkeys(("residual_ptr", "dresidual_ptr"), residual),
+        # The activation's slope needs the output or, for silu, the residual.
+        "saved_ptr": residual if o.activation and o.activation.name == "silu" else dtype,
+        "mask_ptr": torch.uint8,
+        **dict.fromkeys(("scale_ptr", "offset_ptr"), vector),
+        **dict.fromkeys(("dscale_ptr", "doffset_ptr"), o.gradients or vector),
+        **dict.fromkeys(("moving_mean_ptr", "moving_variance_ptr"), o.statistics or f32),
+        "batches_ptr": i64,
+        "stats_ptr": f64,
+        "parts_ptr": f32,
+        "arrivals_ptr": i32,
+        "coefficients_ptr": f64 if o.partial_sums else f32,
+        "mailboxes_ptr": i64,
+        **dict.fromkeys(("A", "splits", "tiles_per_program", "across", "length", "limit", "tag", "rank"), 1),
+        **dict.fromkeys(("epsilon", "slope", "weight", "weight_rest"), 0.5),
+    }
+
+
+def absent_of(o: PlanOptions) -> frozenset[str]:
+    """The arguments that no kernel of such a call looks at."""
+    absent = set() if o.replicas > 1 else set(EXCHANGE)
+    for names, there in (
+        ("mask_ptr", o.masked),
+        ("scale_ptr offset_ptr", o.scale),
+        ("dscale_ptr doffset_ptr", o.scale or o.gradients),
+        ("residual_ptr", o.residual),
+        ("saved_ptr dresidual_ptr", o.residual and o.activation),
+        ("moving_mean_ptr moving_variance_ptr batches_ptr weight weight_rest", o.update),
+    ):
+        absent |= set() if there else set(names.split())
+    return frozenset(absent)
+
+
+def common(view: ChannelView, tile: Tile) -> dict[str, bool]:
+    """EVEN: no tile is cut off. WIDE: addresses do not fit 32 bits."""
+    J = view.A * view.B
+    return {"EVEN": J > 0 and J % tile.block_p == 0, "WIDE": (J + tile.block_p) * view.C >= 2**31}
+
+
+def even(view: ChannelView, tile: Tile, before: Tile) -> dict[str, bool]:
+    """`common`, for steps: no step is one too many either."""
+    across, length = order(view, tile, before)
+    found = common(view, tile)
+    return {**found, "EVEN": found["EVEN"] and across * length % tile.tiles_per_program == 0}
+
+
+def pointwise_programs(view: ChannelView, tile: Tile, before: Tile) -> int:
+    """How many programs write a tensor; at least one, which updates the statistics."""
+    across, length = order(view, tile, before)
+    return -(-view.C // tile.block_c) * -(-across * length // tile.tiles_per_program)

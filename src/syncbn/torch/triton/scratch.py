@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from syncbn.torch.triton._private import is_current_stream_capturing
 from syncbn.torch.triton.launch import INTERPRETED, address
 
 # Counters per stream: one a block of channels.
@@ -35,6 +36,8 @@ class Scratch:
 
 _streams: dict[Any, Scratch] = {}
 _slabs: dict[Any, Tensor] = {}
+# Slabs that others have replaced. Captured graphs hold addresses in them, so their memory must not be given to other tensors.
+_replaced: list[Tensor] = []
 
 
 def counters(device: torch.device, blocks: int) -> Tensor:
@@ -55,7 +58,7 @@ def scratch_for(device: torch.device, stream: int, parts: int, blocks: int) -> t
     if not blocks:
         # No program waits for another to arrive.
         return address(None), address(None)
-    if not INTERPRETED and torch._C._cuda_isCurrentStreamCapturing():
+    if not INTERPRETED and is_current_stream_capturing():
         # In the graph's own memory, as any other temporary of a captured launch.
         own, arrivals = torch.empty(parts, dtype=torch.float32, device=device), counters(device, blocks)
         return address(own), address(arrivals)
@@ -65,6 +68,8 @@ def scratch_for(device: torch.device, stream: int, parts: int, blocks: int) -> t
         found = _streams[key] = Scratch(device)
     slab = _slabs.get(device.index)
     if slab is None or slab.numel() < SLAB // 2:
+        if slab is not None:
+            _replaced.append(slab)
         _slabs[device.index] = torch.zeros(SLAB, dtype=torch.int32, device=device)
     if parts > found.size:
         found.grow(2 * parts, device)

@@ -1,6 +1,6 @@
-"""How an input is cut: folds, tiles and splits. Here is what was tuned.
+"""How an input is cut: views, tiles and splits. Here is what was tuned.
 
-Fold: an input [N, C, …] is seen as [A, C, B] without a copy where it is contiguous (A = N) or has its channels last (B = 1).
+An input [N, C, …] is seen as [A, C, B] without a copy where it is contiguous (A = N) or has its channels last (B = 1).
 """
 
 from __future__ import annotations
@@ -12,19 +12,25 @@ from torch import Tensor
 
 from syncbn.torch.triton.launch import power_of_2
 
-# A program's share of values: float32 counts stay exact, and it is plenty.
+# The values of one program: float32 counts stay exact, and it is plenty.
 MOST_VALUES = 1 << 23
 
 
+# Where torch does not say: about what an H100 and an H200 have.
+L2_BYTES = 60_000_000
+
+
 class Machine(NamedTuple):
-    """What matters of a GPU: its processors, the bytes of shared memory that a program may have, whether starts overlap."""
+    """What matters of a GPU: its processors, the bytes of shared memory that a program may have, whether starts overlap, and the
+    bytes of L2."""
 
     processors: int
     shared: int
     overlaps: bool
+    l2: int = L2_BYTES
 
 
-class Fold(NamedTuple):
+class ChannelView(NamedTuple):
     """An input as [A, C, B]."""
 
     A: int
@@ -33,24 +39,24 @@ class Fold(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """T positions of K channels a step, by so many warps, `share` steps a program; `unroll` of them at a time, or the loads of
-    `stages` under way at once."""
+    """block_p positions of block_c channels a step, by so many warps, so many steps a program; `unroll` of them at a time, or the
+    loads of `stages` under way at once."""
 
-    T: int
-    K: int
+    block_p: int
+    block_c: int
     warps: int
-    share: int
+    tiles_per_program: int
     unroll: int = 1
     stages: int = 1
 
 
-def fold(x: Tensor) -> Fold | None:
+def channel_view(x: Tensor) -> ChannelView | None:
     """How x [N, C, …] lies in memory; None where it must be copied first."""
     N, C, rest = x.shape[0], x.shape[1], x.shape[2:].numel()
     if x.is_contiguous():
-        return Fold(N * rest, C, 1) if rest == 1 else Fold(N, C, rest)
+        return ChannelView(N * rest, C, 1) if rest == 1 else ChannelView(N, C, rest)
     if is_channels_last(x):
-        return Fold(N * rest, C, 1)
+        return ChannelView(N * rest, C, 1)
     return None
 
 
@@ -63,11 +69,11 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 class Choice(NamedTuple):
-    """T·K values a step, by so many warps; `waves`: programs a processor, 0 for one split, where that is enough programs, or, in
-    the kernels that write, steps a program less one."""
+    """block_p·block_c values a step, by so many warps; `waves`: programs a processor, 0 for one split, where that is enough
+    programs, or, in the kernels that write, steps a program less one."""
 
-    T: int
-    K: int
+    block_p: int
+    block_c: int
     warps: int
     waves: int = 0
     unroll: int = 1
@@ -120,32 +126,32 @@ CHOICES = {
 UNDER_WAY, BESIDE = 1 << 17, 1 << 12
 
 
-def tile_for(kernel: str, f: Fold, itemsize: int, machine: Machine, read: int | None = None) -> Tile:
-    """The tile of a kernel for a fold; what is no multiple of it is masked. read: bytes of a value, of all tensors together."""
-    J = f.A * f.B
-    kind = "last" if f.B == 1 else "planes" if f.B >= 512 else "small planes"
+def tile_for(kernel: str, view: ChannelView, itemsize: int, machine: Machine, read: int | None = None) -> Tile:
+    """The tile of a kernel for a view; what is no multiple of it is masked. read: bytes of a value, of all tensors together."""
+    J = view.A * view.B
+    kind = "last" if view.B == 1 else "planes" if view.B >= 512 else "small planes"
     few = f"{kind}, few"
-    if kind == "last" and f.C <= 64:
+    if kind == "last" and view.C <= 64:
         kind = "last, narrow"
     elif kind == "last" and J <= SHORT and kernel in ("moments", "sums"):
         kind = "last, short"
     # Few values a channel and enough channels for all processors, or a tensor so small that splits would cost more.
     most = FEW // 4 if kernel == "moments" and kind == "small planes" else FEW
-    if few in CHOICES[kernel] and most >= J and (J * f.C <= 1 << 20 or (f.B > 1 and machine.processors <= f.C)):
+    if few in CHOICES[kernel] and most >= J and (J * view.C <= 1 << 20 or (view.B > 1 and machine.processors <= view.C)):
         kind = few
-    T, K, warps, waves, unroll, stages = CHOICES[kernel][kind][itemsize == 4]
-    channels = power_of_2(f.C)
-    if channels < K:
-        T, K = T * (K // channels), channels
-    T = min(T, power_of_2(J))
-    steps = max(1, -(-J // T))
+    block_p, block_c, warps, waves, unroll, stages = CHOICES[kernel][kind][itemsize == 4]
+    channels = power_of_2(view.C)
+    if channels < block_c:
+        block_p, block_c = block_p * (block_c // channels), channels
+    block_p = min(block_p, power_of_2(J))
+    steps = max(1, -(-J // block_p))
     if kernel in ("normalize", "input_gradient"):
-        return Tile(T, K, warps, waves + 1)
+        return Tile(block_p, block_c, warps, waves + 1)
     room = min(UNDER_WAY, machine.shared - BESIDE)
-    stages = max(1, min(stages, 1 + room // (T * K * (read or itemsize))))
-    splits = 1 if not waves else max(1, min(steps, round(machine.processors * waves / -(-f.C // K))))
+    stages = max(1, min(stages, 1 + room // (block_p * block_c * (read or itemsize))))
+    splits = 1 if not waves else max(1, min(steps, round(machine.processors * waves / -(-view.C // block_c))))
     splits = max(splits, min(steps, -(-J // MOST_VALUES)))
-    return Tile(T, K, warps, -(-steps // splits), unroll, stages)
+    return Tile(block_p, block_c, warps, -(-steps // splits), unroll, stages)
 
 
 # The most positions of a channel that registers hold, and of a row of memory where a sector is all that a program reads of it.
@@ -154,22 +160,22 @@ LONGEST = {"planes": 8192, "last": 512}
 HELD = 1024
 
 
-def resident_tile(f: Fold, itemsize: int, machine: Machine) -> Tile | None:
-    """The tile that is all of its channels; None for a fold that registers cannot hold."""
-    J, longest = f.A * f.B, LONGEST["last" if f.B == 1 else "planes"]
-    if J == 0 or longest < J or J * f.C >= 2**31:
+def single_launch_tile(view: ChannelView, itemsize: int, machine: Machine) -> Tile | None:
+    """The tile that is all of its channels; None for a view that registers cannot hold."""
+    J, longest = view.A * view.B, LONGEST["last" if view.B == 1 else "planes"]
+    if J == 0 or longest < J or J * view.C >= 2**31:
         return None
-    T = power_of_2(J)
-    K = 32 // itemsize if f.B == 1 else max(1, min(4 * HELD // T, power_of_2(f.C // (4 * machine.processors))))
-    K = min(K, power_of_2(f.C))
-    return Tile(T, K, max(1, T * K // HELD), 1)
+    block_p = power_of_2(J)
+    block_c = 32 // itemsize if view.B == 1 else max(1, min(4 * HELD // block_p, power_of_2(view.C // (4 * machine.processors))))
+    block_c = min(block_c, power_of_2(view.C))
+    return Tile(block_p, block_c, max(1, block_p * block_c // HELD), 1)
 
 
-def order(f: Fold, tile: Tile, before: Tile) -> tuple[int, int]:
-    """(across, length): see pointwise.tile_in_order. Its turns must be the tiles, each once, or tiles that do not exist."""
-    J = f.A * f.B
-    steps = max(1, -(-J // tile.T))
-    stretch = before.T * before.share
-    if J and stretch % tile.T == 0 and J % stretch == 0:
-        return J // stretch, stretch // tile.T
+def order(view: ChannelView, tile: Tile, before: Tile) -> tuple[int, int]:
+    """(across, length): see pointwise.tile_in_order. Its steps must be the tiles, each once, or tiles that do not exist."""
+    J = view.A * view.B
+    steps = max(1, -(-J // tile.block_p))
+    stretch = before.block_p * before.tiles_per_program
+    if J and stretch % tile.block_p == 0 and J % stretch == 0:
+        return J // stretch, stretch // tile.block_p
     return 1, steps

@@ -1,8 +1,8 @@
 """The two passes that write a tensor: normalize, and the input gradient.
 
 y = activation(a·(x − hi) + b + residual), with hi = float32(mean), lo = mean − hi, a = scale·rstd and b = offset − lo·a:
-exact to float32 where mean/std = 1e4, where (x − mean)·a in one rounding is not. The moving statistics ride on the first
-pass: its first program moves them.
+exact to float32 where mean/std = 1e4, where (x − mean)·a in one rounding is not. The first program of the first
+pass also updates the moving statistics.
 """
 
 from __future__ import annotations
@@ -17,56 +17,67 @@ ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3}
 
 
 # May lie anywhere, as a parameter in a flat buffer does; tensors must be aligned for wide loads.
-VECTORS = ["keep", "stats", "scale", "offset", "moving_mean", "moving_variance", "tracked", "coefficients"]
+VECTORS = [
+    "mask_ptr",
+    "stats_ptr",
+    "scale_ptr",
+    "offset_ptr",
+    "moving_mean_ptr",
+    "moving_variance_ptr",
+    "batches_ptr",
+    "coefficients_ptr",
+]
 
 
 @triton.jit
-def moments_at(stats, c, C: tl.constexpr, RAW: tl.constexpr):
-    """(mean, variance) of channels c in float64. stats: mean, variance, n; RAW: n, Σx, Σx², as replicas add them up."""
+def moments_at(stats_ptr, c, C: tl.constexpr, REDUCED_SUMS: tl.constexpr):
+    """(mean, variance) of channels c in float64. stats: mean, variance, n; REDUCED_SUMS: n, Σx, Σx², as replicas add them up."""
     inside = c < C
-    if RAW:
-        n = tl.load(stats)
+    if REDUCED_SUMS:
+        n = tl.load(stats_ptr)
         at_least_one = tl.where(n == 0, 1.0, n)
-        mean = tl.load(stats + 1 + c, mask=inside, other=0.0) / at_least_one
-        variance = tl.load(stats + 1 + C + c, mask=inside, other=0.0) / at_least_one - mean * mean
+        mean = tl.load(stats_ptr + 1 + c, mask=inside, other=0.0) / at_least_one
+        variance = tl.load(stats_ptr + 1 + C + c, mask=inside, other=0.0) / at_least_one - mean * mean
         # Not maximum(variance, 0), which would turn NaN into 0.
         variance = tl.where(variance < 0, 0.0, variance)
         return mean, tl.where(n == 0, 1.0, variance)
-    return tl.load(stats + c, mask=inside, other=0.0), tl.load(stats + C + c, mask=inside, other=1.0)
+    return tl.load(stats_ptr + c, mask=inside, other=0.0), tl.load(stats_ptr + C + c, mask=inside, other=1.0)
 
 
 @triton.jit
-def count_of(stats, C: tl.constexpr, RAW: tl.constexpr):
+def count_of(stats_ptr, C: tl.constexpr, REDUCED_SUMS: tl.constexpr):
     """n."""
-    if RAW:
-        return tl.load(stats)
-    return tl.load(stats + 2 * C)
+    if REDUCED_SUMS:
+        return tl.load(stats_ptr)
+    return tl.load(stats_ptr + 2 * C)
 
 
 @triton.jit
-def moments_near(stats, c, C: tl.constexpr, RAW: tl.constexpr):
+def moments_near(stats_ptr, c, C: tl.constexpr, REDUCED_SUMS: tl.constexpr):
     """The same with one division, and to the last bits: for what every program works out anew."""
-    if RAW:
+    if REDUCED_SUMS:
         inside = c < C
-        n = tl.load(stats)
+        n = tl.load(stats_ptr)
         each = 1.0 / tl.where(n == 0, 1.0, n)
-        mean = tl.load(stats + 1 + c, mask=inside, other=0.0) * each
-        variance = tl.load(stats + 1 + C + c, mask=inside, other=0.0) * each - mean * mean
+        mean = tl.load(stats_ptr + 1 + c, mask=inside, other=0.0) * each
+        variance = tl.load(stats_ptr + 1 + C + c, mask=inside, other=0.0) * each - mean * mean
         variance = tl.where(variance < 0, 0.0, variance)
         return mean, tl.where(n == 0, 1.0, variance)
-    return moments_at(stats, c, C, RAW)
+    return moments_at(stats_ptr, c, C, REDUCED_SUMS)
 
 
 @triton.jit
-def affine_coefficients(stats, scale, offset, c, epsilon, C: tl.constexpr, SCALE: tl.constexpr, RAW: tl.constexpr):
+def affine_coefficients(
+    stats_ptr, scale_ptr, offset_ptr, c, epsilon, C: tl.constexpr, SCALE: tl.constexpr, REDUCED_SUMS: tl.constexpr
+):
     """(hi, a, b) in float32 for channels c."""
-    mean, variance = moments_near(stats, c, C, RAW)
-    hi, _, _, a, b = affine(mean, variance, scale, offset, c, epsilon, C, SCALE)
+    mean, variance = moments_near(stats_ptr, c, C, REDUCED_SUMS)
+    hi, _, _, a, b = affine(mean, variance, scale_ptr, offset_ptr, c, epsilon, C, SCALE)
     return hi, a, b
 
 
 @triton.jit
-def affine(mean, variance, scale, offset, c, epsilon, C: tl.constexpr, SCALE: tl.constexpr):
+def affine(mean, variance, scale_ptr, offset_ptr, c, epsilon, C: tl.constexpr, SCALE: tl.constexpr):
     """(hi, lo, rstd, a, b) in float32, from moments in float64."""
     inside = c < C
     hi = mean.to(tl.float32)
@@ -75,19 +86,19 @@ def affine(mean, variance, scale, offset, c, epsilon, C: tl.constexpr, SCALE: tl
     a = rstd
     b = -lo * a
     if SCALE:
-        a *= tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(offset + c, mask=inside, other=0.0).to(tl.float32) - lo * a
+        a *= tl.load(scale_ptr + c, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(offset_ptr + c, mask=inside, other=0.0).to(tl.float32) - lo * a
     return hi, lo, rstd, a, b
 
 
 @triton.jit
-def gradient_coefficients(stats, scale, offset, c, g, gx_hat, epsilon, C: tl.constexpr, SCALE: tl.constexpr):
+def gradient_coefficients(stats_ptr, scale_ptr, offset_ptr, c, g, gx_hat, epsilon, C: tl.constexpr, SCALE: tl.constexpr):
     """(hi, a, b, through, rest) in float32, from Σscale·g and Σscale·g·x_hat of all replicas."""
-    mean, variance = moments_at(stats, c, C, False)
+    mean, variance = moments_at(stats_ptr, c, C, False)
     lo = mean - mean.to(tl.float32).to(tl.float64)
-    n = tl.maximum(count_of(stats, C, False), 1.0)
+    n = tl.maximum(count_of(stats_ptr, C, False), 1.0)
     through, rest = path_coefficients(g / n, gx_hat / n, lo, 1.0 / tl.sqrt(variance + epsilon))
-    hi, a, b = affine_coefficients(stats, scale, offset, c, epsilon, C, SCALE, False)
+    hi, a, b = affine_coefficients(stats_ptr, scale_ptr, offset_ptr, c, epsilon, C, SCALE, False)
     return hi, a, b, through.to(tl.float32), rest.to(tl.float32)
 
 
@@ -99,14 +110,14 @@ def path_coefficients(mean_g, mean_gx, lo, rstd):
 
 
 @triton.jit
-def tile_in_order(turn, across, length):
-    """The tile of a turn: `across` stretches of `length` tiles side by side, each from its end to its start.
+def tile_in_order(step, across, length):
+    """The tile of a step: `across` stretches of `length` tiles side by side, each from its end to its start.
 
     The kernel before this one swept the same stretches side by side from start to end: what it read last is still in L2.
     """
-    # A turn too many would be a tile before the first: past the last one nothing exists either.
-    last = length - 1 - turn // across
-    return tl.where(last < 0, across * length, turn % across * length + last)
+    # A step too many would be a tile before the first: past the last one nothing exists either.
+    last = length - 1 - step // across
+    return tl.where(last < 0, across * length, step % across * length + last)
 
 
 @triton.jit
@@ -123,7 +134,7 @@ def activate(z, slope, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def with_saved(z, saved, ACTIVATION: tl.constexpr):
+def with_residual(z, saved, ACTIVATION: tl.constexpr):
     """z, or something of its sign, where a residual was added: from the residual for silu, else from the output."""
     if ACTIVATION == 3:
         return z + saved
@@ -147,16 +158,16 @@ def before_activation(
     v,
     a,
     b,
-    saved,
+    saved_ptr,
     j,
     c,
     J,
     slope,
     C: tl.constexpr,
     B: tl.constexpr,
-    K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     EVEN: tl.constexpr,
-    DROP: tl.constexpr,
+    EVICTION: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
@@ -165,179 +176,188 @@ def before_activation(
         return g
     z = v * a[None, :] + b[None, :]
     if RESIDUAL:
-        z = with_saved(z, tiles.load(saved, j, c, J, C, B, K, EVEN, DROP), ACTIVATION)
+        z = with_residual(z, tiles.load(saved_ptr, j, c, J, C, B, BLOCK_C, EVEN, EVICTION), ACTIVATION)
     return g * slope_at(z, slope, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=["A", "share", "across", "length"], do_not_specialize_on_alignment=VECTORS)
+@triton.jit(do_not_specialize=["A", "tiles_per_program", "across", "length"], do_not_specialize_on_alignment=VECTORS)
 def normalize_kernel(
-    x,  # [A, C, B], any float dtype
-    y,  # [A, C, B], the same
-    residual,  # [A, C, B] where RESIDUAL
-    keep,  # uint8 [A, B] where MASKED
-    stats,  # float64 [2C + 1]: see `moments_at`
-    scale,  # [C] where SCALE, any float dtype
-    offset,  # [C] where SCALE
-    moving_mean,  # [C] where MOVES
-    moving_variance,  # [C] where MOVES
-    tracked,  # int64 [1] where MOVES: batches that moved them
+    x_ptr,  # [A, C, B], any float dtype
+    y_ptr,  # [A, C, B], the same
+    residual_ptr,  # [A, C, B] where RESIDUAL
+    mask_ptr,  # uint8 [A, B] where MASKED
+    stats_ptr,  # float64 [2C + 1]: see `moments_at`
+    scale_ptr,  # [C] where SCALE, any float dtype
+    offset_ptr,  # [C] where SCALE
+    moving_mean_ptr,  # [C] where UPDATE
+    moving_variance_ptr,  # [C] where UPDATE
+    batches_ptr,  # int64 [1] where UPDATE: updates so far
     A,
-    share,  # tiles a program
+    tiles_per_program,  # tiles a program
     across,  # the order of the tiles: see `tile_in_order`
     length,
     epsilon,
-    momentum,  # weight of the new value; below 0: 1 / tracked
-    momentum_rest,  # what float32 leaves of it: replicas whose statistics other code moves must get the same bits
+    weight,  # weight of the new value; below 0: 1 / batches_ptr
+    weight_rest,  # what float32 leaves of it: replicas whose statistics other code updates must get the same bits
     slope,
     C: tl.constexpr,
     B: tl.constexpr,
-    T: tl.constexpr,
-    K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
-    DROP: tl.constexpr,  # how soon L2 may forget what this kernel reads and writes
+    EVICTION: tl.constexpr,  # how soon L2 may forget what this kernel reads and writes
     PDL: tl.constexpr,
     MASKED: tl.constexpr,
     SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    MOVES: tl.constexpr,  # 0 no; 1 always; 2 where all statistics are finite
-    RAW: tl.constexpr,
+    UPDATE: tl.constexpr,  # 0 no; 1 always; 2 where all statistics are finite
+    REDUCED_SUMS: tl.constexpr,
 ):
     """y = activation(a·(x − hi) + b + residual), and the moving statistics."""
     if PDL:
         tiles.follow(1)
-    channel_tiles: tl.constexpr = (C + K - 1) // K
+    channel_tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     channel_tile = pid % channel_tiles
-    c = channel_tile * K + tl.arange(0, K)
-    hi, a, b = affine_coefficients(stats, scale, offset, c, epsilon, C, SCALE, RAW)
+    c = channel_tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    hi, a, b = affine_coefficients(stats_ptr, scale_ptr, offset_ptr, c, epsilon, C, SCALE, REDUCED_SUMS)
     J = tiles.positions_of(A, B, WIDE)
-    first = pid // channel_tiles * share
-    for turn in range(first, first + share):
-        # Past the last tile nothing exists; EVEN promises that there is no such turn.
-        j = tiles.positions(tile_in_order(turn, across, length), T, WIDE)
-        v = tiles.load(x, j, c, J, C, B, K, EVEN, DROP)
+    first = pid // channel_tiles * tiles_per_program
+    for step in range(first, first + tiles_per_program):
+        # Past the last tile nothing exists; EVEN promises that there is no such step.
+        j = tiles.positions(tile_in_order(step, across, length), BLOCK_P, WIDE)
+        v = tiles.load(x_ptr, j, c, J, C, B, BLOCK_C, EVEN, EVICTION)
         if MASKED:
-            v = tiles.without_stray(v, tiles.load_kept(keep, j, J, EVEN))
+            v = tiles.finite_or_0(v, tiles.load_mask(mask_ptr, j, J, EVEN))
         z = (v - hi[None, :]) * a[None, :] + b[None, :]
         if RESIDUAL:
-            z += tiles.load(residual, j, c, J, C, B, K, EVEN, DROP)
-        tiles.store(y, activate(z, slope, ACTIVATION), j, c, J, C, B, K, EVEN, DROP)
-    if MOVES:
+            z += tiles.load(residual_ptr, j, c, J, C, B, BLOCK_C, EVEN, EVICTION)
+        tiles.store(y_ptr, activate(z, slope, ACTIVATION), j, c, J, C, B, BLOCK_C, EVEN, EVICTION)
+    if UPDATE:
         if pid == 0:
-            weight = tl.full([], 0.0, tl.float64) + momentum + momentum_rest
-            move(stats, moving_mean, moving_variance, tracked, weight, C, MOVES, RAW)
+            wide_weight = tl.full([], 0.0, tl.float64) + weight + weight_rest
+            update_statistics(stats_ptr, moving_mean_ptr, moving_variance_ptr, batches_ptr, wide_weight, C, UPDATE, REDUCED_SUMS)
 
 
 @triton.jit
-def move(stats, moving_mean, moving_variance, tracked, weight, C: tl.constexpr, MOVES: tl.constexpr, RAW: tl.constexpr):
+def update_statistics(
+    stats_ptr,
+    moving_mean_ptr,
+    moving_variance_ptr,
+    batches_ptr,
+    weight,
+    C: tl.constexpr,
+    UPDATE: tl.constexpr,
+    REDUCED_SUMS: tl.constexpr,
+):
     """moving = moving·(1 − weight) + batch·weight, with the unbiased variance, unless the batch says nothing."""
     P: tl.constexpr = 512
-    n = count_of(stats, C, RAW)
-    # NaN moves too, unless only finite statistics may.
-    moves = (n != 0).to(tl.int32)
-    if MOVES == 2:
+    n = count_of(stats_ptr, C, REDUCED_SUMS)
+    # NaN is taken too, unless only finite statistics may.
+    updates = (n != 0).to(tl.int32)
+    if UPDATE == 2:
         finite = tl.zeros([P], tl.int32) + 1
         for start in range(0, C, P):
             c = start + tl.arange(0, P)
-            mean, variance = moments_at(stats, c, C, RAW)
+            mean, variance = moments_at(stats_ptr, c, C, REDUCED_SUMS)
             finite &= ((tl.abs(mean) < float("inf")) & (tl.abs(variance) < float("inf"))).to(tl.int32)
-        moves = moves * tl.min(finite, 0)
-    batches = tl.load(tracked) + moves.to(tl.int64)
-    tl.store(tracked, batches)
+        updates = updates * tl.min(finite, 0)
+    batches = tl.load(batches_ptr) + updates.to(tl.int64)
+    tl.store(batches_ptr, batches)
     weight = tl.where(weight < 0, 1.0 / tl.maximum(batches, 1).to(tl.float64), weight)
     for start in range(0, C, P):
         c = start + tl.arange(0, P)
-        there = (c < C) & (moves > 0)
-        mean, variance = moments_at(stats, c, C, RAW)
-        move_channels(mean, variance, n, moving_mean, moving_variance, weight, c, there)
+        there = (c < C) & (updates > 0)
+        mean, variance = moments_at(stats_ptr, c, C, REDUCED_SUMS)
+        update_channels(mean, variance, n, moving_mean_ptr, moving_variance_ptr, weight, c, there)
 
 
 @triton.jit
-def move_channels(mean, variance, n, moving_mean, moving_variance, weight, c, there):
+def update_channels(mean, variance, n, moving_mean_ptr, moving_variance_ptr, weight, c, there):
     """The same for channels c, from their moments in float64."""
     variance *= n / tl.maximum(n - 1, 1.0)
-    old = tl.load(moving_mean + c, mask=there, other=0.0).to(tl.float64)
-    tl.store(moving_mean + c, tiles.narrowed(old * (1 - weight) + mean * weight, moving_mean), mask=there)
-    old = tl.load(moving_variance + c, mask=there, other=0.0).to(tl.float64)
-    tl.store(moving_variance + c, tiles.narrowed(old * (1 - weight) + variance * weight, moving_variance), mask=there)
+    old = tl.load(moving_mean_ptr + c, mask=there, other=0.0).to(tl.float64)
+    tl.store(moving_mean_ptr + c, tiles.narrowed(old * (1 - weight) + mean * weight, moving_mean_ptr), mask=there)
+    old = tl.load(moving_variance_ptr + c, mask=there, other=0.0).to(tl.float64)
+    tl.store(moving_variance_ptr + c, tiles.narrowed(old * (1 - weight) + variance * weight, moving_variance_ptr), mask=there)
 
 
-@triton.jit(do_not_specialize=["A", "share", "across", "length"], do_not_specialize_on_alignment=VECTORS)
+@triton.jit(do_not_specialize=["A", "tiles_per_program", "across", "length"], do_not_specialize_on_alignment=VECTORS)
 def input_gradient_kernel(
-    x,  # [A, C, B], any float dtype
-    dy,  # [A, C, B]
-    dx,  # [A, C, B], x's dtype
-    saved,  # [A, C, B]: the output (relu, leaky_relu) or the residual (silu) where RESIDUAL and ACTIVATION
-    dresidual,  # [A, C, B] where RESIDUAL and ACTIVATION
-    keep,  # uint8 [A, B] where MASKED
-    coefficients,  # float32 [5, C]: `gradient_coefficients`; SENT: float64 [2C], Σscale·g and Σscale·g·x_hat of all replicas
-    stats,  # float64 [2C + 1] where SENT: see `moments_at`
-    scale,  # [C] where SENT and SCALE
-    offset,  # [C] where SENT and SCALE
+    x_ptr,  # [A, C, B], any float dtype
+    dy_ptr,  # [A, C, B]
+    dx_ptr,  # [A, C, B], x's dtype
+    saved_ptr,  # [A, C, B]: the output (relu, leaky_relu) or the residual (silu) where RESIDUAL and ACTIVATION
+    dresidual_ptr,  # [A, C, B] where RESIDUAL and ACTIVATION
+    mask_ptr,  # uint8 [A, B] where MASKED
+    coefficients_ptr,  # float32 [5, C]: `gradient_coefficients`; PARTIAL_SUMS: float64 [2C], the message of all replicas
+    stats_ptr,  # float64 [2C + 1] where PARTIAL_SUMS: see `moments_at`
+    scale_ptr,  # [C] where PARTIAL_SUMS and SCALE
+    offset_ptr,  # [C] where PARTIAL_SUMS and SCALE
     A,
-    share,  # tiles a program
+    tiles_per_program,  # tiles a program
     across,  # the order of the tiles: see `tile_in_order`
     length,
     epsilon,
     slope,
     C: tl.constexpr,
     B: tl.constexpr,
-    T: tl.constexpr,
-    K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
-    DROP: tl.constexpr,  # how soon L2 may forget what this kernel reads and writes
+    EVICTION: tl.constexpr,  # how soon L2 may forget what this kernel reads and writes
     PDL: tl.constexpr,
     MASKED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     SCALE: tl.constexpr,
-    SENT: tl.constexpr,  # whether the sums come as the message that replicas added up
-    RAW: tl.constexpr,
+    PARTIAL_SUMS: tl.constexpr,  # whether the sums come as the message that replicas added up
+    REDUCED_SUMS: tl.constexpr,
 ):
     """dx = [read]·a·g + [counted]·(through·(x − hi) + rest), g = dy·activation'(z); the residual's gradient is g."""
     if PDL:
         tiles.follow(1)
-    channel_tiles: tl.constexpr = (C + K - 1) // K
+    channel_tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     channel_tile = pid % channel_tiles
-    c = channel_tile * K + tl.arange(0, K)
+    c = channel_tile * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
-    if SENT:
+    if PARTIAL_SUMS:
         # As `gradient_coefficients`, but in float32 where that is enough: every program does it, and float64 would cost more than
         # the tensor.
-        mean, variance = moments_near(stats, c, C, RAW)
-        hi, lo, rstd, a, b = affine(mean, variance, scale, offset, c, epsilon, C, SCALE)
-        each = 1.0 / tl.maximum(count_of(stats, C, RAW), 1.0)
-        mean_g = (tl.load(coefficients + c, mask=inside, other=0.0) * each).to(tl.float32)
-        mean_gx = (tl.load(coefficients + C + c, mask=inside, other=0.0) * each).to(tl.float32)
+        mean, variance = moments_near(stats_ptr, c, C, REDUCED_SUMS)
+        hi, lo, rstd, a, b = affine(mean, variance, scale_ptr, offset_ptr, c, epsilon, C, SCALE)
+        each = 1.0 / tl.maximum(count_of(stats_ptr, C, REDUCED_SUMS), 1.0)
+        mean_g = (tl.load(coefficients_ptr + c, mask=inside, other=0.0) * each).to(tl.float32)
+        mean_gx = (tl.load(coefficients_ptr + C + c, mask=inside, other=0.0) * each).to(tl.float32)
         through, rest = path_coefficients(mean_g, mean_gx, lo, rstd)
     else:
-        hi = tl.load(coefficients + c, mask=inside, other=0.0)
-        a = tl.load(coefficients + C + c, mask=inside, other=0.0)
-        b = tl.load(coefficients + 2 * C + c, mask=inside, other=0.0)
-        through = tl.load(coefficients + 3 * C + c, mask=inside, other=0.0)
-        rest = tl.load(coefficients + 4 * C + c, mask=inside, other=0.0)
+        hi = tl.load(coefficients_ptr + c, mask=inside, other=0.0)
+        a = tl.load(coefficients_ptr + C + c, mask=inside, other=0.0)
+        b = tl.load(coefficients_ptr + 2 * C + c, mask=inside, other=0.0)
+        through = tl.load(coefficients_ptr + 3 * C + c, mask=inside, other=0.0)
+        rest = tl.load(coefficients_ptr + 4 * C + c, mask=inside, other=0.0)
     J = tiles.positions_of(A, B, WIDE)
-    first = pid // channel_tiles * share
-    for turn in range(first, first + share):
-        # Past the last tile nothing exists; EVEN promises that there is no such turn.
-        j = tiles.positions(tile_in_order(turn, across, length), T, WIDE)
-        v = tiles.load(x, j, c, J, C, B, K, EVEN, DROP)
-        g = tiles.load(dy, j, c, J, C, B, K, EVEN, DROP)
+    first = pid // channel_tiles * tiles_per_program
+    for step in range(first, first + tiles_per_program):
+        # Past the last tile nothing exists; EVEN promises that there is no such step.
+        j = tiles.positions(tile_in_order(step, across, length), BLOCK_P, WIDE)
+        v = tiles.load(x_ptr, j, c, J, C, B, BLOCK_C, EVEN, EVICTION)
+        g = tiles.load(dy_ptr, j, c, J, C, B, BLOCK_C, EVEN, EVICTION)
         if MASKED:
-            kept = tiles.load_kept(keep, j, J, EVEN)
-            read = tiles.is_read(v, kept)
+            counted = tiles.load_mask(mask_ptr, j, J, EVEN)
+            read = tiles.is_read(v, counted)
             v = tl.where(read, v, 0.0)
         v -= hi[None, :]
-        g = before_activation(g, v, a, b, saved, j, c, J, slope, C, B, K, EVEN, DROP, ACTIVATION, RESIDUAL)
+        g = before_activation(g, v, a, b, saved_ptr, j, c, J, slope, C, B, BLOCK_C, EVEN, EVICTION, ACTIVATION, RESIDUAL)
         if ACTIVATION != 0:
             if RESIDUAL:
-                tiles.store(dresidual, g, j, c, J, C, B, K, EVEN, DROP)
+                tiles.store(dresidual_ptr, g, j, c, J, C, B, BLOCK_C, EVEN, EVICTION)
         path = v * through[None, :] + rest[None, :]
         if MASKED:
-            path = tl.where(kept[:, None], path, 0.0)
+            path = tl.where(counted[:, None], path, 0.0)
             g = tl.where(read, g, 0.0)
-        tiles.store(dx, g * a[None, :] + path, j, c, J, C, B, K, EVEN, DROP)
+        tiles.store(dx_ptr, g * a[None, :] + path, j, c, J, C, B, BLOCK_C, EVEN, EVICTION)

@@ -1,4 +1,4 @@
-"""How every kernel walks over a tensor: tiles of [positions, channels] over an input folded to [A, C, B].
+"""How every kernel walks over a tensor: tiles of [positions, channels] over an input seen as [A, C, B].
 
 Channels first (N, C, H, W) is A = N, B = H·W; channels last is A = N·H·W, B = 1. A channel has J = A·B positions; position j
 lies at (j // B)·C·B + c·B + j % B. C and B are compile-time constants, so that the division is a multiplication and Triton
@@ -11,14 +11,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def follow(W: tl.constexpr):
+def follow(WORLD_SIZE: tl.constexpr):
     """Programmatic dependent launch: this kernel's programs may be on the GPU before the kernel ahead has ended.
 
     Waits for its end; all programs of this kernel being there by then, the next one's may come. Behind a kernel that waits for a
-    peer (W > 1) only when the peer has come (`lead`): its successor would fill the GPU and wait too.
+    peer (WORLD_SIZE > 1) only when the peer has come (`lead`): its successor would fill the GPU and wait too.
     """
     gdc_wait()
-    if W == 1:
+    if WORLD_SIZE == 1:
         gdc_launch_dependents()
 
 
@@ -29,13 +29,13 @@ def lead():
 
 
 @triton.jit
-def positions(tile, T: tl.constexpr, WIDE: tl.constexpr):
-    """The positions of one tile, [T]: int64 where the tensor needs it."""
+def positions(tile, BLOCK_P: tl.constexpr, WIDE: tl.constexpr):
+    """The positions of one tile, [BLOCK_P]: int64 where the tensor needs it."""
     if WIDE:
-        first = tile.to(tl.int64) * T
+        first = tile.to(tl.int64) * BLOCK_P
     else:
-        first = tile * T
-    return first + tl.arange(0, T)
+        first = tile * BLOCK_P
+    return first + tl.arange(0, BLOCK_P)
 
 
 @triton.jit
@@ -50,34 +50,36 @@ def positions_of(A, B: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def addresses(j, c, C: tl.constexpr, B: tl.constexpr):
-    """Offsets of positions j [T] of channels c [K] in a folded tensor, [T, K]."""
+    """Offsets of positions j [BLOCK_P] of channels c [BLOCK_C] in such a tensor, [BLOCK_P, BLOCK_C]."""
     if B == 1:
         return j[:, None] * C + c[None, :]
     return ((j // B) * (C * B) + j % B)[:, None] + c[None, :] * B
 
 
 @triton.jit
-def load(pointer, j, c, J, C: tl.constexpr, B: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr):
-    """A tile of positions j [T] and channels c [K] in float32; 0 where nothing exists. EVEN: T divides J."""
+def load(pointer, j, c, J, C: tl.constexpr, B: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr, EVICTION: tl.constexpr):
+    """A tile of positions j [BLOCK_P] and channels c [BLOCK_C] in float32; 0 where nothing exists. EVEN: BLOCK_P divides J."""
     at = pointer + addresses(j, c, C, B)
-    if EVEN and C % K == 0:
-        return tl.load(at, eviction_policy=EVICT).to(tl.float32)
+    if EVEN and C % BLOCK_C == 0:
+        return tl.load(at, eviction_policy=EVICTION).to(tl.float32)
     if EVEN:
-        return tl.load(at, mask=(c < C)[None, :], other=0.0, eviction_policy=EVICT).to(tl.float32)
-    return tl.load(at, mask=(j < J)[:, None] & (c < C)[None, :], other=0.0, eviction_policy=EVICT).to(tl.float32)
+        return tl.load(at, mask=(c < C)[None, :], other=0.0, eviction_policy=EVICTION).to(tl.float32)
+    return tl.load(at, mask=(j < J)[:, None] & (c < C)[None, :], other=0.0, eviction_policy=EVICTION).to(tl.float32)
 
 
 @triton.jit
-def store(pointer, value, j, c, J, C: tl.constexpr, B: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr):
+def store(
+    pointer, value, j, c, J, C: tl.constexpr, B: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr, EVICTION: tl.constexpr
+):
     """Stores a tile, rounded once."""
     at = pointer + addresses(j, c, C, B)
     value = value.to(pointer.dtype.element_ty)
-    if EVEN and C % K == 0:
-        tl.store(at, value, eviction_policy=EVICT)
+    if EVEN and C % BLOCK_C == 0:
+        tl.store(at, value, eviction_policy=EVICTION)
     elif EVEN:
-        tl.store(at, value, mask=(c < C)[None, :], eviction_policy=EVICT)
+        tl.store(at, value, mask=(c < C)[None, :], eviction_policy=EVICTION)
     else:
-        tl.store(at, value, mask=(j < J)[:, None] & (c < C)[None, :], eviction_policy=EVICT)
+        tl.store(at, value, mask=(j < J)[:, None] & (c < C)[None, :], eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -89,20 +91,20 @@ def narrowed(value, pointer):
 
 
 @triton.jit
-def load_kept(pointer, j, J, EVEN: tl.constexpr):
-    """The mask of a tile's positions, [T] of 0 and 1: what counts. pointer: uint8 [A, B]."""
+def load_mask(pointer, j, J, EVEN: tl.constexpr):
+    """The mask of a tile's positions, [BLOCK_P] of 0 and 1: what counts. pointer: uint8 [A, B]."""
     if EVEN:
         return tl.load(pointer + j) != 0
     return tl.load(pointer + j, mask=j < J, other=0) != 0
 
 
 @triton.jit
-def is_read(x, kept):
+def is_read(x, counted):
     """Where x counts or is finite; elsewhere it is read as 0, and nothing depends on it: nothing may spread from it."""
-    return kept[:, None] | (tl.abs(x) < float("inf"))
+    return counted[:, None] | (tl.abs(x) < float("inf"))
 
 
 @triton.jit
-def without_stray(x, kept):
+def finite_or_0(x, counted):
     """x, with 0 for what is not read."""
-    return tl.where(is_read(x, kept), x, 0.0)
+    return tl.where(is_read(x, counted), x, 0.0)

@@ -1,0 +1,90 @@
+"""Checks of what the Keras layer takes: constructor arguments, call arguments, and values that it saves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import keras
+
+# What a Keras layer takes besides our own arguments.
+KERAS_KEYWORDS = frozenset({"activity_regularizer", "autocast", "dtype", "input_dim", "input_shape"})
+NOT_APPLICABLE = {
+    "fused": "the layer always takes its own fast path",
+    "virtual_batch_size": "statistics come from the batches of all replicas, or of `group_size` of them",
+}
+
+
+def check_momentum(name: str, value: Any) -> float:
+    """A momentum, the weight of the old value."""
+    if not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise ValueError(
+            f"`{name}` must lie in [0, 1]: it is the weight of the old value. Received: {name}={value!r}. Give for example 0.99."
+        )
+    return float(value)
+
+
+def check_keywords(owner: str, received: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that the Keras base class may see."""
+    received = dict(received)
+    for name, why in NOT_APPLICABLE.items():
+        value = received.pop(name, None)
+        if value not in (None, False):
+            raise ValueError(f"`{name}` is not applicable to {owner}: {why}. Received: {name}={value!r}. Drop it.")
+    if not received.pop("synchronized", True):
+        raise ValueError(
+            f"{owner} always synchronises. Received: synchronized=False. For local statistics use "
+            "keras.layers.BatchNormalization."
+        )
+    unknown = sorted(set(received) - KERAS_KEYWORDS)
+    if unknown:
+        raise ValueError(
+            f"{owner} takes no other keywords than its own and {sorted(KERAS_KEYWORDS)}. Received: {unknown}. Drop or rename "
+            "them."
+        )
+    return received
+
+
+def check_training(value: Any) -> bool:
+    """`training` as a Python bool: it decides which program is built."""
+    try:
+        return bool(value)
+    except Exception as error:
+        raise TypeError(
+            f"`training` must be known when the layer is called: True, False or None. Received: {value!r}. Call the layer "
+            "twice, once for each, and choose between the results."
+        ) from error
+
+
+def check_input_shape(shape: Sequence[int | None], built: Sequence[int | None], axes: tuple[int, ...]) -> None:
+    """Raises where an input does not have the rank and the channels that the layer was built for."""
+    if len(shape) != len(built) or any(shape[a] not in (None, built[a]) for a in axes):
+        raise ValueError(
+            f"The input must have the rank and the number of channels that the layer was built for. Received: shape "
+            f"{tuple(shape)}, built for {tuple(built)} with the channels on {list(axes)}. Make another layer for this input."
+        )
+
+
+def check_adjustment_shape(
+    name: str, shape: Sequence[int | None], input_shape: Sequence[int | None], axes: tuple[int, ...]
+) -> None:
+    """Raises where a result of `adjustment` is neither one value, nor one a channel."""
+    channels = [input_shape[a] for a in axes]
+    broad = [size if i in axes else 1 for i, size in enumerate(input_shape)]
+    per_channel = len(axes) == 1 and len(shape) == 1 and shape[0] in (None, channels[0])
+    with_ones = len(shape) == len(broad) and all(s in (None, b) for s, b in zip(shape, broad, strict=True))
+    if len(shape) and not per_channel and not with_ones:
+        raise ValueError(
+            f"`adjustment` must return (scale, bias), each a scalar, of shape {channels} where there is one channel axis, or of "
+            f"shape {broad}. Received: {name} of shape {tuple(shape)} for an input of shape {tuple(input_shape)}. Reshape it."
+        )
+
+
+def check_registered(name: str, value: Any, registered: Any) -> None:
+    """Raises where a file could not bring a callable back."""
+    if keras.saving.get_registered_object(keras.saving.get_registered_name(registered)) is not registered:
+        raise ValueError(
+            f"`{name}` can only be saved where it is registered with Keras. Received: {value!r}. Decorate the function, or its "
+            "class with `get_config`, with @keras.saving.register_keras_serializable()."
+        )
