@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from syncbn.keras.files import Unreadable
+from syncbn.keras.files import UnreadableError
 from syncbn.keras.protobuf import fields, varint
 
 # A table of LevelDB: the last 48 bytes say where its index is, and end with this number.
@@ -32,7 +32,7 @@ def read_index(prefix: Path) -> dict[str, Entry]:
     """The tensors of a checkpoint by their keys. ValueError where one is not inside its file, or its size is not its shape's."""
     table = Path(f"{prefix}.index").read_bytes()
     if len(table) < FOOTER or struct.unpack("<Q", table[-8:])[0] != MAGIC:
-        raise Unreadable("the index has another format")
+        raise UnreadableError("the index has another format")
     footer = table[-FOOTER:]
     _, at = varint(footer, 0)
     _, at = varint(footer, at)
@@ -42,7 +42,7 @@ def read_index(prefix: Path) -> dict[str, Entry]:
     sizes = {file: file.stat().st_size for file in {entry.file for entry in entries.values()}}
     for name, entry in entries.items():
         if entry.offset + entry.size > sizes[entry.file]:
-            raise Unreadable(f"{name} points past the end of its file")
+            raise UnreadableError(f"{name} points past the end of its file")
     return entries
 
 
@@ -53,7 +53,7 @@ def read_string(entry: Entry) -> bytes:
         held = file.read(entry.size)
     length, at = varint(held, 0)
     if at + 4 + length != entry.size:
-        raise Unreadable(f"a string claims {length} bytes, of {entry.size}")
+        raise UnreadableError(f"a string claims {length} bytes, of {entry.size}")
     return held[at + 4 :]
 
 
@@ -62,7 +62,7 @@ def _block(table: bytes, handle: bytes) -> Iterator[tuple[bytes, bytes]]:
     offset, at = varint(handle, 0)
     size, _ = varint(handle, at)
     if offset + size + 1 > len(table) - FOOTER or size < 4 or table[offset + size] != 0:
-        raise Unreadable("a block of the index lies outside of it, or is compressed")
+        raise UnreadableError("a block of the index lies outside of it, or is compressed")
     block = table[offset : offset + size]
     end = size - 4 - 4 * struct.unpack("<I", block[-4:])[0]
     key, at = b"", 0
@@ -71,7 +71,7 @@ def _block(table: bytes, handle: bytes) -> Iterator[tuple[bytes, bytes]]:
         own, at = varint(block, at)
         length, at = varint(block, at)
         if shared > len(key) or at + own + length > end:
-            raise Unreadable("an entry of the index lies outside of its block")
+            raise UnreadableError("an entry of the index lies outside of its block")
         key = key[:shared] + block[at : at + own]
         yield key, block[at + own : at + own + length]
         at += own + length
@@ -84,10 +84,10 @@ def _entry(message: bytes, prefix: Path, shards: int) -> Entry:
         if number == 2 and isinstance(value, bytes):
             shape = [int(dict(fields(dim)).get(1, 0)) for at, dim in fields(value) if at == 2 and isinstance(dim, bytes)]
         elif number == 7:
-            raise Unreadable("it holds variables in parts")
+            raise UnreadableError("it holds variables in parts")
         elif number in found and isinstance(value, int):
             found[number] = value
     dtype, size, count = found[1], found[5], math.prod(shape)
     if count > size if dtype not in ITEM_SIZES else count * ITEM_SIZES[dtype] != size:
-        raise Unreadable(f"a tensor of dtype {dtype} and shape {shape} has {size} bytes")
+        raise UnreadableError(f"a tensor of dtype {dtype} and shape {shape} has {size} bytes")
     return Entry(dtype, tuple(shape), Path(f"{prefix}.data-{found[3]:05d}-of-{shards:05d}"), found[4], size)

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from syncbn.keras import checkpoint_index, protobuf
-from syncbn.keras.files import FileError, Unreadable, no_tensorflow
+from syncbn.keras.files import FileError, UnreadableError, no_tensorflow
 from syncbn.keras.matching import RENAMED, Match, Stored, check, pair_layers, plain
 
 GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
@@ -61,7 +61,7 @@ class Checkpoint:
 
         self.entries = checkpoint_index.read_index(prefix)
         if GRAPH not in self.entries:
-            raise Unreadable("it names variables, as TensorFlow 1's Saver does, and no objects")
+            raise UnreadableError("it names variables, as TensorFlow 1's Saver does, and no objects")
         self.nodes = protobuf.object_graph(checkpoint_index.read_string(self.entries[GRAPH]))
         self.reader = tf.train.load_checkpoint(str(prefix))
 
@@ -117,7 +117,7 @@ class Checkpoint:
 
         def read() -> Any:
             if entry.dtype not in checkpoint_index.ITEM_SIZES:
-                raise Unreadable(f"{node.key} holds no numbers")
+                raise UnreadableError(f"{node.key} holds no numbers")
             return self.reader.get_tensor(node.key)
 
         return Stored(node.key.partition("/.ATTRIBUTES")[0], entry.shape, read)

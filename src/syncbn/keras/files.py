@@ -16,7 +16,7 @@ KERAS_3_WEIGHTS, ARCHIVE = "a `.weights.h5` file, of weights alone", "a `.keras`
 SAVED_MODEL, CHECKPOINT = "a SavedModel", "a TensorFlow checkpoint, of weights alone"
 
 
-class Unreadable(ValueError):
+class UnreadableError(ValueError):
     """What a reader finds wrong with a file, in a few words: `reading` makes a whole error of it."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import h5py
 import ml_dtypes
 
-from syncbn.keras.files import Unreadable
+from syncbn.keras.files import UnreadableError
 from syncbn.keras.matching import Stored
 
 # Bytes that one byte of a compressed file can stand for, at most.
@@ -24,20 +24,20 @@ def child(parent: Any, path: str, cls: type) -> Any:
     """The group or dataset at a path, which passes through no link."""
     for part in path.split("/"):
         if not isinstance(parent, h5py.Group) or not isinstance(parent.get(part, getlink=True), h5py.HardLink):
-            raise Unreadable(f"{path} is missing, or a link")
+            raise UnreadableError(f"{path} is missing, or a link")
         parent = parent[part]
     if not isinstance(parent, cls):
-        raise Unreadable(f"{path} is no {cls.__name__.lower()}")
+        raise UnreadableError(f"{path} is no {cls.__name__.lower()}")
     return parent
 
 
 def stored(name: str, dataset: Any) -> Stored:
     """A dataset as a value that is read later."""
     if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
-        raise Unreadable(f"{name} is no dataset, or takes its values from another file")
+        raise UnreadableError(f"{name} is no dataset, or takes its values from another file")
     claimed, held = math.prod(dataset.shape) * dataset.dtype.itemsize, dataset.id.get_storage_size()
     if claimed > MOST_COMPRESSED * held:
-        raise Unreadable(f"{name} claims {claimed} bytes, and has {held}")
+        raise UnreadableError(f"{name} claims {claimed} bytes, and has {held}")
 
     def read() -> Any:
         value = dataset[()]

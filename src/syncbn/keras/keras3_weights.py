@@ -12,7 +12,7 @@ import numpy as np
 from keras import layers, ops
 
 from syncbn.keras import _private, hdf5
-from syncbn.keras.files import Unreadable
+from syncbn.keras.files import UnreadableError
 from syncbn.keras.matching import do_not_fit, fits, number, numbers
 
 # TensorFlow 2.12's name for the list `layers`; numbers have gaps there.
@@ -66,7 +66,7 @@ def _walk(group: Any, held: Any, seen: set[Any]) -> Iterator[tuple[Any, Any]]:
     """Each group that has values, with the object of the model that they are for; links are not followed."""
     address = h5py.h5o.get_info(group.id).addr
     if address in seen:
-        raise Unreadable(f"{group.name} stands in it more than once")
+        raise UnreadableError(f"{group.name} stands in it more than once")
     seen.add(address)
     groups = {key: item for key, item in hdf5.inside(group).items() if isinstance(item, h5py.Group)}
     if len(groups.pop("vars", ())):

@@ -9,7 +9,7 @@ import numpy as np
 from keras import layers
 
 from syncbn.keras import _private
-from syncbn.keras.files import FileError, Unreadable
+from syncbn.keras.files import FileError, UnreadableError
 
 # A list of one axis gave these weights the input's rank in some versions, and one dimension in others.
 BATCH_NORM_WEIGHTS = {
@@ -119,7 +119,7 @@ def numbers(stored: Stored, shape: Sequence[int]) -> np.ndarray:
     """A value, read, in the shape of its variable."""
     value = np.asarray(stored.read())
     if value.dtype.kind not in "fiub" and value.dtype.name != "bfloat16":
-        raise Unreadable(f"{stored.name} holds {value.dtype}, no numbers")
+        raise UnreadableError(f"{stored.name} holds {value.dtype}, no numbers")
     return value.reshape(shape)
 
 

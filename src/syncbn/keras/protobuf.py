@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from syncbn.keras.files import Unreadable
+from syncbn.keras.files import UnreadableError
 
 # In saved_model.pb: meta graph, object graph, its first node, the user object, its metadata.
 ROOT_METADATA = (2, 7, 1, 4, 3)
@@ -66,7 +66,7 @@ def _text(message: Any, wanted: int) -> str:
 
 def _bytes(value: Any) -> bytes:
     if not isinstance(value, bytes):
-        raise Unreadable("a number stands where a message should")
+        raise UnreadableError("a number stands where a message should")
     return value
 
 
@@ -84,9 +84,9 @@ def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
         elif tag & 7 in (1, 5):
             size = 8 if tag & 7 == 1 else 4
         else:
-            raise Unreadable(f"wire type {tag & 7}")
+            raise UnreadableError(f"wire type {tag & 7}")
         if at + size > len(message):
-            raise Unreadable("a length points past the end")
+            raise UnreadableError("a length points past the end")
         yield tag >> 3, message[at : at + size]
         at += size
 
@@ -96,10 +96,10 @@ def varint(message: bytes, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if at == len(message):
-            raise Unreadable("a number has no end")
+            raise UnreadableError("a number has no end")
         byte = message[at]
         value |= (byte & 127) << shift
         at += 1
         if byte < 128:
             return value, at
-    raise Unreadable("a number of more than 10 bytes")
+    raise UnreadableError("a number of more than 10 bytes")
