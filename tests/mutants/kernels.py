@@ -32,6 +32,8 @@ MUTANTS = [
            "statistics_are_torchs"),
     Mutant("a recomputation in one launch, the first pass in two", "torch/fused.py", "    updated = statistics if",
            "    single_launch = single_launch or not should_update_now(False)\n    updated = statistics if", KERNELS, "recomputation"),
+    Mutant("a biased variance by the kernels", "torch/fused.py", "not statistics.unbiased or ", "", KERNELS, "only_torchs_moving"),
+    Mutant("counters of graphs given away", "torch/triton/scratch.py", "_replaced.append(slab)", "pass", KERNELS, "stay_alive"),
     Mutant("loads under way past the shared memory", "torch/triton/tiling.py", "min(stages, 1 + room //", "min(stages, 5 + room //", "torch/test_kernels_compile.py", "fits"),
     Mutant("float32 into float64 parameters' gradients", "torch/triton/device/tiles.py", "return value.to(tl.float64)", "return value", "torch/test_kernels_compile.py", "fits"),
     Mutant("an infinite mean as NaN", RESIDENT, "mean, pivot.to(tl.float64))", "mean, mean)", KERNELS, "registers_what"),

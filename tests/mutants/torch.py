@@ -48,6 +48,8 @@ MUTANTS = [
     Mutant("inputs with a history in a second derivative", "torch/autograd.py", "v.view_as(v) if v.requires_grad", "v if v.requires_grad", "torch/test_layer_torch.py", "share_a_history"),
     Mutant("a module as activation hidden", LAYER, "self._activation if module is None else module", "self._activation", "torch/test_layer_torch.py", "module_as_activation"),
     Mutant("r and d compiled anew", LAYER, "r, d = engine.materialize(*engine.record_or_replay(lambda: self._renorm_correction(moments, scale.dtype)))", "r, d = self._renorm_correction(moments, scale.dtype)", "torch/test_layer_torch.py", "compiled_in_float64"),
+    Mutant("a biased variance by torch's operator", "torch/engine.py", "(statistics.unbiased and statistics.mean.dtype is dtype)", "statistics.mean.dtype is dtype",
+           ENGINE_TESTS, "biased_moving"),
     Mutant("Keras's r and d compiled anew", KERAS, "r, d = self._engine.materialize(*found)", "r, d = found", "keras/test_layer_keras_torch.py", "renorm_compiled"),
     Mutant("fake constants kept", "torch/cpu.py", "if type(x) is not Tensor:", "if False:", "torch/test_layer_torch.py", "fake_tensors"),
     Mutant("one tensor twice in a compiled function", "torch/compiled.py", "if residual is x:", "if False:", "torch/test_layer_torch.py", "compiled_in_float64"),

@@ -333,3 +333,12 @@ def test_nothing_is_copied_where_there_is_a_view():
         view = ChannelView(axes, x.shape)
         assert view.of(x).data_ptr() == x.data_ptr()
         assert torch.equal(view.restore(view.of(x)), x)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_biased_moving_variance(counted):
+    """Keras's, which neither torch's own operator nor the kernels compute."""
+    x, vectors = torch.randn(4, 3, 5), [torch.ones(3), torch.zeros(3)]
+    batches = torch.zeros((), dtype=torch.int64) if counted else None
+    _, new = engine.train_step(x, *vectors, Statistics(torch.zeros(3), torch.ones(3), 0.1, False, batches), epsilon=EPSILON)
+    torch.testing.assert_close(new.variance, 0.9 + 0.1 * x.var((0, 2), unbiased=False))

@@ -366,3 +366,11 @@ def test_counters_that_were_given_stay_alive(monkeypatch):
     scratch.scratch_for(device, 0, 1, 1)
     assert scratch._slabs[device.index].untyped_storage().data_ptr() != given
     assert [slab.untyped_storage().data_ptr() for slab in scratch._replaced] == [given]
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_the_kernels_take_only_torchs_moving_variance(unbiased, monkeypatch):
+    monkeypatch.setattr(dispatch, "fused_kernels", lambda x, mask: backend)
+    statistics = Statistics(torch.zeros(3), torch.ones(3), 0.1, unbiased, torch.zeros((), dtype=torch.int64))
+    found = fused.kernels_for(torch.randn(4, 3, 5), None, None, statistics, None, None)
+    assert found is (backend if unbiased else None)

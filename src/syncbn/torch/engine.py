@@ -158,14 +158,14 @@ def train_step(
 
 
 def can_use_native(x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics | None) -> bool:
-    """Whether torch's own batch norm does a training step of one replica: it takes no mixtures of dtypes but these."""
+    """Whether torch's own batch norm does a training step of one replica: no other mixtures of dtypes, and no biased variance."""
     if x.numel() <= x.shape[1]:
         return False
     dtype = x.dtype
     return (
         (weight is None or weight.dtype is dtype)
         and (bias is None or bias.dtype is dtype)
-        and (statistics is None or statistics.mean.dtype is dtype)
+        and (statistics is None or (statistics.unbiased and statistics.mean.dtype is dtype))
     )
 
 

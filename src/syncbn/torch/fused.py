@@ -61,7 +61,10 @@ def kernels_for(
     # The kernels take addresses.
     if not _alike(x, weight, bias):
         return None
-    if statistics is not None and (statistics.batches is None or not _alike(x, statistics.mean, statistics.variance)):
+    if statistics is None:
+        return kernels
+    # The kernels count batches, and their variance is Bessel's.
+    if statistics.batches is None or not statistics.unbiased or not _alike(x, statistics.mean, statistics.variance):
         return None
     return kernels
 
