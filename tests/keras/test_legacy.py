@@ -92,7 +92,7 @@ REFUSED = {
     "no keras": r"a SavedModel in which there is no Keras model\. For inference use keras\.layers\.TFSMLayer",
     "garbage.h5": r"which is of another kind\. Give the path of such a file",
     "empty": r"which is of another kind",
-    "garbled": r"which cannot be read \(ValueError: a number has no end\)",
+    "garbled": r"which cannot be read \(a number has no end\)",
 }  # fmt: skip
 
 

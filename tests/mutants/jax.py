@@ -22,10 +22,8 @@ MUTANTS = [
     Mutant("lo dropped from normalize", MATHS, "return a, offset - lo * a", "return a, offset", ENGINE_TESTS, "batch and large and -checked"),
     Mutant("dropped term in the input gradient", MAPPED, "layout.spread(a) * rest + layout.spread(b)", "layout.spread(b) + 0 * rest",
            ENGINE_TESTS, "batch and ragged-checked"),
-    Mutant("moving statistics from local moments", LAYER, "            moments = self._engine.moments(inputs, **where)\n",
-           "            moments = self._engine.moments(inputs, **where)\n            local = self._engine.moments(inputs, **{**where, 'group': LOCAL})\n"
-           "            moments = moments._replace(average=(local.count, sum(local.mean), local.variance))\n",
-           LAYER_TESTS, "mapped_step and unchecked and masked"),
+    Mutant("moving statistics from local moments", "contract.py", "statistics = updated(statistics, measured,",
+           "statistics = updated(statistics, moments(x, axes=axes, mask=mask),", LAYER_TESTS, "mapped_step and unchecked and masked"),
     Mutant("local count in the backward pass", MAPPED, "Measured(moments.count.astype(wide), hi", "Measured(moments.count.astype(wide) / replicas.size, hi",
            ENGINE_TESTS, "batch and ragged-checked"),
     Mutant("message times a local scale", MAPPED, "message = [scale * sum_dy, scale * dscale]", "message = [sum_dy, dscale]",

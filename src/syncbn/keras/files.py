@@ -32,8 +32,10 @@ def reading(refuse: Callable[[str], FileError]) -> Iterator[None]:
     except FileError:
         raise
     except Exception as error:
-        message = " ".join(str(error).split())
-        raise refuse(f"which cannot be read ({type(error).__name__}: {message[:300]})") from error
+        message = " ".join(str(error).split())[:300]
+        # Our readers say what is wrong; of other libraries' errors the class says as much.
+        said = message if isinstance(error, UnreadableError) else f"{type(error).__name__}: {message}"
+        raise refuse(f"which cannot be read ({said})") from error
 
 
 def identify(path: Path, refuse: Callable[[str], FileError]) -> tuple[str | None, Path]:
