@@ -105,6 +105,10 @@ def resnet(strategy: Any, rounds: int, compiled: bool, record: Callable[..., Any
 
 def shapes(strategy: Any, record: Callable[..., Any]) -> None:
     """Seconds of `fit` with a partial last batch, and of 50 image sizes, by our rule, by plain operators and by clusters."""
+    # The first run of each shape chooses cuDNN's algorithms for the convolutions, which all kinds then share.
+    with nothing_compiled():
+        fit_seconds(strategy)
+        sizes_seconds(strategy)
     kinds = {OURS: contextlib.nullcontext, "plain operators": nothing_compiled, "clusters": everything_compiled}
     for name, passes in kinds.items():
         with passes():

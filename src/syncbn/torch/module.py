@@ -208,13 +208,15 @@ class SyncBatchNorm(_BatchNorm):
         """With this batch's statistics; in eval, for want of running ones, of this replica's own batch."""
         # Past nn.Module's __getattr__, which costs as much as a launch. A parametrized weight is not there.
         parameters, buffers = self._parameters, self._buffers
+        whole = "weight" in parameters and "bias" in parameters
+        weight, bias = (parameters["weight"], parameters["bias"]) if whole else (self.weight, self.bias)
         statistics, mean = None, buffers["running_mean"]
         if mean is not None and self.training and self.track_running_stats:
             statistics = Statistics(mean, buffers["running_var"], self.momentum, True, buffers["num_batches_tracked"])
         y, new = engine.train_step(
             x,
-            parameters.get("weight", self.weight),
-            parameters.get("bias", self.bias),
+            weight,
+            bias,
             statistics,
             epsilon=self.eps,
             mask=mask,
