@@ -12,6 +12,17 @@ ENGINE_TESTS, ONE_PROCESS, RANKS, TRAINING = (
     f"torch/test_{name}.py" for name in ("engine_torch", "layer_torch", "layer_torch_ranks", "torch_training")
 )
 
+LOCAL = "torch/test_local_torch.py"
+PRIVATE, COMPILED, STATE = (f"torch/{name}.py" for name in ("_private", "compiled", "local"))
+# Threads' state that is held by other means.
+IMPORTED = "from syncbn.torch._private import get_obj_in_tls, is_key_in_tls, remove_obj_from_tls, stash_obj_in_tls"
+THREADS = """import threading
+import types
+
+_state = {kind}()
+is_key_in_tls, get_obj_in_tls = (lambda key: hasattr(_state, "v")), (lambda key: True)
+stash_obj_in_tls, remove_obj_from_tls = (lambda key, v: setattr(_state, "v", v)), (lambda key: delattr(_state, "v"))"""
+
 MESSAGE = "return torch.cat([n[None], *maths.raw_sums(n, k.to(wide), s.to(wide), q.to(wide))])"
 SUM = "global_sums(partial_sums, config.communicator)"
 RAGGED = "concatenated and ragged-step]"
@@ -63,9 +74,24 @@ MUTANTS = [
     Mutant("groups kept past their end", "torch/groups.py", "group.size(), process_group.group_name, weakref.ref(process_group))",
            "group.size(), process_group.group_name, lambda: process_group)", RANKS, "go_and_come"),
     Mutant("the backward pass of local statistics is not", ENGINE, "config = NormConfig(epsilon, activation, moments.communicator,", "config = NormConfig(epsilon, activation, communicator_of(group),", RANKS, "local_in_both"),
-    Mutant("statistics move in the recomputation", CHECKPOINT, "    first = current_graph_task_id() == -1\n    check_renorm_not_recomputed(renorm", "    first = True\n    check_renorm_not_recomputed(renorm", TRAINING, "one_process_moves"),
+    Mutant("statistics move in the recomputation", CHECKPOINT, "    return not recomputed", "    return True", TRAINING, "one_process_moves"),
     Mutant("a recomputation that sends again", CHECKPOINT, "found = replayed[0] if replayed else find()", "found = find()", TRAINING, "test_checkpointing and one-recorded]"),
-    Mutant("renorm recomputed", CHECKPOINT, "renorm and not first and not is_replaying()", "False", TRAINING, "without_a_record and one"),
+    Mutant("renorm recomputed", CHECKPOINT, "renorm and recomputed", "False", TRAINING, "without_a_record and one"),
+    Mutant("a hook taken for a recomputation", PRIVATE, "if None in _REPEATS or None in _STARTS:", "if True:", LOCAL, "hook_calls and plain"),
+    Mutant("a hook of a recomputed block taken for the block", PRIVATE, "while frame is not None and frame.f_code not in _STARTS:",
+           "while frame is not None:", LOCAL, "checkpointed_block_sets"),
+    Mutant("only torch's checkpoint is a recomputation", PRIVATE, "_REPEATS = frozenset([*_codes(_function_backward),", "_REPEATS = frozenset([",
+           LOCAL, "function_that_recomputes"),
+    Mutant("local statistics of the process", STATE, IMPORTED, THREADS.format(kind="types.SimpleNamespace"), LOCAL, "makes_nobody_local or starts_inside"),
+    Mutant("local statistics that autograd's threads miss", STATE, IMPORTED, THREADS.format(kind="threading.local"), LOCAL, "thread_of_autograd"),
+    Mutant("local statistics that never end", STATE, "if not was_local:", "if False:", LOCAL, "outermost"),
+    Mutant("compiled moments never local", COMPILED, "    local = is_local()\n    with _changed_by_nothing:\n        count", "    local = False\n    with _changed_by_nothing:\n        count",
+           LOCAL, "compiled_in_both and around"),
+    Mutant("a compiled backward pass never local", COMPILED, "    if was_local:\n        return", "    if False:\n        return", LOCAL, "compiled_in_both and around"),
+    Mutant("a graph without its own local statistics", COMPILED, "isinstance(group, Local) or is_local_in_graph()", "isinstance(group, Local)", LOCAL, "compiled_in_both and inside"),
+    Mutant("compiled for ever alone", COMPILED, "if not AVAILABLE or dist.GroupMember.WORLD is None:", "if not AVAILABLE:", LOCAL, "older_than"),
+    Mutant("ranks alone in silence", GROUPS, "    if ranks > 1:", "    if False:", LOCAL, "no_process_group_joins"),
+    Mutant("a warning where each rank is to be alone", GROUPS, "or group == 1 or", "or", LOCAL, "no_process_group_joins"),
     Mutant("r and d after the statistics moved", LAYER,
            "        r, d = engine.materialize(*engine.record_or_replay(",
            "        self._update_renorm_statistics(moments)\n        r, d = engine.materialize(*engine.record_or_replay(",
@@ -74,7 +100,7 @@ MUTANTS = [
     Mutant("the group saved with the layer", LAYER, '{**self.__dict__, "process_group": None}', "self.__dict__", RANKS, "left_out_of_files"),
     Mutant("what a rank says raises", "torch/peer_memory.py", "    except Exception as error:\n        facts[", "    except ZeroDivisionError as error:\n        facts[",
            "torch/test_private_torch.py", "raises_nothing"),
-    Mutant("a private name that vanishes unnoticed", "torch/_private.py", "        MISSING.append(", "        [].append(", "torch/test_private_torch.py", "vanished_is_listed"),
+    Mutant("a private name that vanishes unnoticed", "torch/_private.py", "MISSING.append(path", "[].append(path", "torch/test_private_torch.py", "vanished_is_listed"),
     Mutant("native where dtypes are mixed", ENGINE, "    dtype = x.dtype\n    return (", "    dtype = x.dtype\n    return True or (", ONE_PROCESS, "combination_of_dtypes"),
 ]  # fmt: skip
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from syncbn.torch import dispatch
-from syncbn.torch._private import all_gather_in_graph
 from syncbn.torch.groups import Communicator
 from syncbn.torch.peer_memory import Mailbox, mailbox_for
 
@@ -53,8 +52,6 @@ def sum_in_place(v: Tensor, communicator: Communicator | None) -> Tensor:
 
 def gather(v: Tensor, communicator: Communicator) -> Tensor:
     """[size, n]: every replica's v [n] in the order of ranks."""
-    if torch.compiler.is_compiling():
-        return all_gather_in_graph(v, communicator.size, communicator.name).view(communicator.size, -1)
     rows = [torch.empty_like(v) for _ in range(communicator.size)]
     dist.all_gather(rows, v, group=communicator.process_group)
     return torch.stack(rows)
