@@ -12,7 +12,7 @@ ENGINE_TESTS, ONE_PROCESS, RANKS, TRAINING = (
     f"torch/test_{name}.py" for name in ("engine_torch", "layer_torch", "layer_torch_ranks", "torch_training")
 )
 
-LOCAL = "torch/test_local_torch.py"
+LOCAL, FAILURES = "torch/test_local_torch.py", "torch/test_failures_torch.py"
 PRIVATE, COMPILED, STATE = (f"torch/{name}.py" for name in ("_private", "compiled", "local"))
 # Threads' state that is held by other means.
 IMPORTED = "from syncbn.torch._private import get_obj_in_tls, is_key_in_tls, remove_obj_from_tls, stash_obj_in_tls"
@@ -27,7 +27,7 @@ MESSAGE = "return torch.cat([n[None], *maths.raw_sums(n, k.to(wide), s.to(wide),
 SUM = "global_sums(partial_sums, config.communicator)"
 RAGGED = "concatenated and ragged-step]"
 MUTANTS = [
-    Mutant("no collective", TRANSPORT, "    if communicator is not None:\n        dist.all_reduce", "    if False:\n        dist.all_reduce", ENGINE_TESTS, RAGGED),
+    Mutant("no collective", TRANSPORT, "    if communicator is not None:\n        group = communicator", "    if False:\n        group = communicator", ENGINE_TESTS, RAGGED),
     Mutant("mean of means", REFERENCE, MESSAGE, MESSAGE.replace("return", "m =") + "\n    return m / m[0].clamp_min(1)", ENGINE_TESTS, RAGGED),
     Mutant("E[x²] − E[x]² in float32", REFERENCE, MESSAGE, MESSAGE + ".float().double()", ENGINE_TESTS, "one_process and large"),
     Mutant("lo dropped from normalize", CPU, "norm.offset - lo * (norm.scale * rstd)", "norm.offset", ENGINE_TESTS, "one_process and large"),
@@ -75,6 +75,15 @@ MUTANTS = [
            "group.size(), process_group.group_name, lambda: process_group)", RANKS, "go_and_come"),
     Mutant("the backward pass of local statistics is not", ENGINE, "config = NormConfig(epsilon, activation, moments.communicator,", "config = NormConfig(epsilon, activation, communicator_of(group),", RANKS, "local_in_both"),
     Mutant("statistics move in the recomputation", CHECKPOINT, "    return not recomputed", "    return True", TRAINING, "one_process_moves"),
+    Mutant("a sum's failure unexplained", TRANSPORT, "            dist.all_reduce(v, group=group)\n        except RuntimeError as error:", "            dist.all_reduce(v, group=group)\n        except KeyError as error:", FAILURES, "left_alone and (alone[forward or alone[backward)"),
+    Mutant("a gathering's failure unexplained", TRANSPORT, "        dist.all_gather(rows, v, group=group)\n    except RuntimeError as error:", "        dist.all_gather(rows, v, group=group)\n    except KeyError as error:", FAILURES, "left_alone and without"),
+    Mutant("a message taken for the one before", "torch/desync.py", "    sends(direction, layer, shape)", "    pass", FAILURES, "left_alone and (alone[forward or alone[backward)"),
+    Mutant("a derivative's message taken for the one before", TRANSPORT, 'sends("derivative of the backward pass", None, None)', "pass", FAILURES, "left_alone and double"),
+    Mutant("a compiled message taken for the one before", COMPILED, 'sends("backward", None, message.numel() // 2)', "pass", FAILURES, "left_alone and compiled"),
+    Mutant("the name on the stack not asked for", "torch/failures.py", 'if direction == "forward" else None', "if False else None", FAILURES, "left_alone and alone[forward"),
+    Mutant("a group that cannot be made unexplained", GROUPS, 'raise set_up_failed("make its process group", error) from error', "raise", FAILURES, "first_call"),
+    Mutant("mailboxes that nobody agrees on unexplained", "torch/peer_memory.py", 'raise set_up_failed("agree on its mailboxes", error) from error', "raise", FAILURES, "first_call"),
+    Mutant("a store that is gone unexplained", "torch/desync.py", "    with contextlib.suppress(Exception):\n        return [other", "    with contextlib.suppress(ValueError):\n        return [other", FAILURES, "without_its_store"),
     Mutant("a recomputation that sends again", CHECKPOINT, "found = replayed[0] if replayed else find()", "found = find()", TRAINING, "test_checkpointing and one-recorded]"),
     Mutant("renorm recomputed", CHECKPOINT, "renorm and recomputed", "False", TRAINING, "without_a_record and one"),
     Mutant("a hook taken for a recomputation", PRIVATE, "if None in _REPEATS or None in _STARTS:", "if True:", LOCAL, "hook_calls and plain"),
@@ -85,7 +94,7 @@ MUTANTS = [
     Mutant("local statistics of the process", STATE, IMPORTED, THREADS.format(kind="types.SimpleNamespace"), LOCAL, "makes_nobody_local or starts_inside"),
     Mutant("local statistics that autograd's threads miss", STATE, IMPORTED, THREADS.format(kind="threading.local"), LOCAL, "thread_of_autograd"),
     Mutant("local statistics that never end", STATE, "if not was_local:", "if False:", LOCAL, "outermost"),
-    Mutant("compiled moments never local", COMPILED, "    local = is_local()\n    with _changed_by_nothing:\n        count", "    local = False\n    with _changed_by_nothing:\n        count",
+    Mutant("compiled moments never local", COMPILED, "    local = is_local()\n    sends(\"forward\", None, x.shape)", "    local = False\n    sends(\"forward\", None, x.shape)",
            LOCAL, "compiled_in_both and around"),
     Mutant("a compiled backward pass never local", COMPILED, "    if was_local:\n        return", "    if False:\n        return", LOCAL, "compiled_in_both and around"),
     Mutant("a graph without its own local statistics", COMPILED, "isinstance(group, Local) or is_local_in_graph()", "isinstance(group, Local)", LOCAL, "compiled_in_both and inside"),

@@ -82,7 +82,7 @@ def moments(
 
 
 def _measure(x: Tensor, mask: Tensor | None, communicator: Communicator | None, layer: str | None) -> GroupMoments:
-    desync.announce(communicator, "forward", layer, x.shape[1])
+    desync.announce(communicator, "forward", layer, x.shape)
     if not reference.has_float64(x.device):
         return _moments_in_pairs(x, mask, lambda v: (v[None] if communicator is None else gather(v, communicator), communicator))
     size = 1 if communicator is None else communicator.size

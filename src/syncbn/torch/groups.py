@@ -11,6 +11,7 @@ import torch.distributed as dist
 from syncbn import settings
 from syncbn.groups import Axes, Local, Sharded
 from syncbn.torch._private import timeout_of
+from syncbn.torch.failures import set_up_failed
 from syncbn.validation import check_no_axis_name, number_of_groups
 
 
@@ -131,10 +132,12 @@ def _own_group(size: int, world: int) -> Any:
     be taken for theirs.
     """
     timeout = timeout_of(dist.group.WORLD)
-    if size == world:
-        return dist.new_group(list(range(world)), timeout=timeout, group_desc="syncbn")
-    own, _ = dist.new_subgroups(size, timeout=timeout, group_desc="syncbn")
-    return own
+    try:
+        if size == world:
+            return dist.new_group(list(range(world)), timeout=timeout, group_desc="syncbn")
+        return dist.new_subgroups(size, timeout=timeout, group_desc="syncbn")[0]
+    except RuntimeError as error:
+        raise set_up_failed("make its process group", error) from error
 
 
 def communicator_over(process_group: Any) -> Communicator:
