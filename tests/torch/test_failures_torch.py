@@ -14,7 +14,7 @@ from worlds import TorchWorld
 
 import syncbn
 from syncbn import SyncBatchNorm
-from syncbn.torch import desync, groups, peer_memory, reference
+from syncbn.torch import desync, failures, groups, peer_memory, reference
 from syncbn.torch.failures import sends
 from syncbn.torch.groups import communicator_of, communicator_over
 
@@ -91,6 +91,16 @@ def test_a_rank_that_is_left_alone_says_which_message_and_what_to_do(broken_worl
     assert original.splitlines()[0][:40] in said
     for mend in MENDS:
         assert mend in said
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    (RuntimeError("x"), RuntimeError), (dist.DistBackendError("x"), dist.DistBackendError),
+    (torch.OutOfMemoryError("x"), torch.OutOfMemoryError), (NotImplementedError("x"), RuntimeError),
+], ids=lambda v: getattr(v, "__name__", type(v).__name__))  # fmt: skip
+def test_types_that_programs_look_for_stay(given, expected):
+    found = failures.set_up_failed("wait", given)
+    assert type(found) is expected
+    assert "failed with 'x'" in str(found)
 
 
 def groups_that_cannot_be_made(_):

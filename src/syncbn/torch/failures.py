@@ -6,6 +6,8 @@ import sys
 import threading
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from syncbn.torch._private import sequence_number
@@ -36,7 +38,7 @@ def message_failed(communicator: Any, error: Exception) -> RuntimeError:
     """The error of a message that its process group could not carry. Raise it from the original one."""
     number = sequence_number(communicator.process_group)
     which = f"group {communicator.name!r}" if number is None else f"message {number} of group {communicator.name!r}"
-    return RuntimeError(
+    return _like(error)(
         f"{RULE} Received: {next_message()}, {which}, failed with {_first_line(error)!r}. Look first for another rank's own "
         f"error. {REMEDIES}"
     )
@@ -44,10 +46,15 @@ def message_failed(communicator: Any, error: Exception) -> RuntimeError:
 
 def set_up_failed(what: str, error: Exception) -> RuntimeError:
     """The error of a step in which all ranks agree, before their first message. Raise it from the original one."""
-    return RuntimeError(
+    return _like(error)(
         f"{RULE} Received: the first call of a group, in which all ranks {what}, failed with {_first_line(error)!r}. Look "
         f"first for another rank's own error. {REMEDIES}"
     )
+
+
+def _like(error: Exception) -> type[RuntimeError]:
+    """The original's type where programs may look for it."""
+    return type(error) if isinstance(error, dist.DistError | torch.OutOfMemoryError) else RuntimeError
 
 
 def next_message() -> str:
