@@ -22,6 +22,8 @@ from syncbn.torch.local import is_local, is_local_in_graph
 from syncbn.torch.reference import Normalization, saved_for_backward
 from syncbn.torch.transport import global_moments, global_sums
 
+# What an error calls a layer here: a graph keeps no name.
+COMPILED_LAYER = "a compiled layer"
 # One for all groups: the order of exchanges of different groups must be the same everywhere too. Nothing is ever written to it.
 _state = torch.zeros((), dtype=torch.int64, device="cpu")
 # Backward passes have saved it, and would take the messages that came since for a change of it.
@@ -74,7 +76,7 @@ def _batch_moments(x: Tensor, mask: Tensor | None, state: Tensor, group: str) ->
     sees the moments of all replicas. Nothing is said about other streams, and the host waits for nobody.
     """
     local = is_local()
-    sends("forward", None, x.shape)
+    sends("forward", COMPILED_LAYER, x.shape)
     with _changed_by_nothing:
         count, mean, variance = global_moments(x, mask, None if local else _communicator_named(group))
         return torch.cat([mean, variance, count[None]]), torch.tensor(local, device="cpu")
@@ -83,7 +85,7 @@ def _batch_moments(x: Tensor, mask: Tensor | None, state: Tensor, group: str) ->
 def _gather(v: Tensor, state: Tensor, size: int, group: str) -> tuple[Tensor, Tensor]:
     """[size, n], every replica's v [n] in the order of ranks; and whether the others' are 0, as if they were empty."""
     local = is_local()
-    sends("forward", None, v.numel() // 3)
+    sends("forward", COMPILED_LAYER, v.numel() // 3)
     with _changed_by_nothing:
         rows = torch.nn.functional.pad(v[None], (0, 0, 0, size - 1)) if local else transport.gather(v, _communicator_named(group))
         return rows, torch.tensor(local, device="cpu")
@@ -93,7 +95,7 @@ def _exchange_sums(message: Tensor, was_local: Tensor, state: Tensor, group: str
     """message, now the sum of every replica's, float64 [2C], unless the forward pass was local. Memory order: as above."""
     if was_local:
         return
-    sends("backward", None, message.numel() // 2)
+    sends("backward", COMPILED_LAYER, message.numel() // 2)
     with _changed_by_nothing:
         reduced = global_sums(message, _communicator_named(group))
         if reduced is not message:

@@ -15,9 +15,10 @@ from syncbn.torch._private import sequence_number
 RULE = "All ranks must run the same synchronised layers in the same order."
 REMEDIES = (
     "Let every rank take the same path; an empty batch is fine. What one rank runs alone needs model.eval(), or belongs in "
-    "syncbn.local_statistics(). Ranks that differ in their number of steps need syncbn.EmptySteps. SYNCBN_DEBUG=1 names the "
-    "rank and the layer."
+    "syncbn.local_statistics(). Ranks that differ in their number of steps need syncbn.EmptySteps."
 )
+# Not for the errors of the debug mode itself.
+USE_DEBUG = "SYNCBN_DEBUG=1 names the rank and the layer."
 
 
 class _Next(threading.local):
@@ -40,7 +41,7 @@ def message_failed(communicator: Any, error: Exception) -> RuntimeError:
     which = f"group {communicator.name!r}" if number is None else f"message {number} of group {communicator.name!r}"
     return _like(error)(
         f"{RULE} Received: {next_message()}, {which}, failed with {_first_line(error)!r}. Look first for another rank's own "
-        f"error. {REMEDIES}"
+        f"error. {REMEDIES} {USE_DEBUG}"
     )
 
 
@@ -48,7 +49,7 @@ def set_up_failed(what: str, error: Exception) -> RuntimeError:
     """The error of a step in which all ranks agree, before their first message. Raise it from the original one."""
     return _like(error)(
         f"{RULE} Received: the first call of a group, in which all ranks {what}, failed with {_first_line(error)!r}. Look "
-        f"first for another rank's own error. {REMEDIES}"
+        f"first for another rank's own error. {REMEDIES} {USE_DEBUG}"
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from syncbn import settings
 from syncbn.torch import dispatch
 from syncbn.torch._private import backend_name, symmetric_empty, symmetric_rendezvous, timeout_of
-from syncbn.torch.failures import REMEDIES, RULE, next_message, set_up_failed
+from syncbn.torch.failures import REMEDIES, RULE, USE_DEBUG, next_message, set_up_failed
 from syncbn.torch.groups import Communicator
 from syncbn.torch.triton.exchange import Exchange
 
@@ -58,8 +58,8 @@ def lost_replica(group: str, code: int, rank: int) -> RuntimeError:
     what = "did not come in time" if code == 1 else "sent the message of another call"
     return RuntimeError(
         f"{RULE} Received: in group {group!r} rank {rank} {what}, before the {next_message()}; what depended on it is NaN. Look "
-        f"first for that rank's own error. {REMEDIES} If the rank is merely slow, raise the process group's timeout. Then start "
-        "again: the group's buffers are not used any more."
+        f"first for that rank's own error. {REMEDIES} {USE_DEBUG} If the rank is merely slow, raise the process group's timeout. "
+        "Then start again: the group's buffers are not used any more."
     )
 
 
