@@ -24,7 +24,7 @@ USE_DEBUG = "SYNCBN_DEBUG=1 names the rank and the layer."
 class _Next(threading.local):
     """The message that this thread sends next: direction, the layer's name, and its input's shape or number of channels."""
 
-    message: tuple[str, str | None, Any] = ("a synchronised call", None, None)
+    message: tuple[str, str | None, Any] = ("call", None, None)
 
 
 _next = _Next()
