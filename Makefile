@@ -41,7 +41,7 @@ test-torch: $(VENV)/.made-torch
 	$(PYTEST) tests/keras/test_layer_keras_torch.py --replicas 4
 
 test-torch-2: $(VENV)/.made-torch
-	$(PYTEST) tests/torch/test_engine_torch.py tests/torch/test_torch_training.py --replicas 2
+	$(PYTEST) tests/torch/test_engine_torch.py tests/torch/test_torch_training.py tests/torch/test_local_torch.py tests/torch/test_failures_torch.py --replicas 2
 
 test-jax: $(VENV)/.made-jax
 	$(PYTEST) tests/jax/test_engine_jax.py tests/jax/test_layer_jax.py tests/jax/test_functional_jax.py tests/jax/test_private_jax.py

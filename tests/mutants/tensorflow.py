@@ -23,6 +23,10 @@ ENGINE_TESTS, LAYER_TESTS, ALONE_TESTS = (
 SUMS = "    return tf.concat([tf.reshape(count, [1]), *maths.raw_sums(count, tf.cast(k, tf.float64), s, q)], 0)\n"
 FLOAT32 = "tf.cast(tf.cast({}, tf.float32), tf.float64)"
 MUTANTS = [
+    Mutant("a sum's failure unexplained", "tensorflow/replicas.py", "ReduceOp.SUM, v)\n        except tf.errors.OpError", "ReduceOp.SUM, v)\n        except KeyError",
+           "tensorflow/test_engine_tensorflow.py", "message_that_fails and (forward or backward)"),
+    Mutant("a gathering's failure unexplained", "tensorflow/replicas.py", "all_gather(payload, axis=0)\n        except tf.errors.OpError", "all_gather(payload, axis=0)\n        except KeyError",
+           "tensorflow/test_engine_tensorflow.py", "message_that_fails and gathered"),
     Mutant("no collective", REPLICAS, "        if self.replicas == 1:\n            return v\n", "        return v\n",
            ENGINE_TESTS, "concatenated and ragged and graph"),
     Mutant("mean of means", KERNELS, SUMS, SUMS.replace("return", "message =") + "    return message / tf.maximum(count, 1)\n",

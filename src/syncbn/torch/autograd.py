@@ -54,7 +54,7 @@ class Normalized(Function):
         """(dx, dscale, doffset, dresidual): dscale and doffset are this replica's own sums."""
         x, scale, offset, mask, count, mean, mean_lo, variance, saved = ctx.saved_tensors
         config: NormConfig = ctx.config
-        desync.announce(config.communicator, desync.backward(), config.layer, x.shape[1])
+        desync.announce(config.communicator, desync.backward(), config.layer, x.shape)
         if torch.is_grad_enabled():
             gradients = differentiable(dy, x, scale, offset, ctx.residual_dtype, mask, saved, count, config)
             return *gradients, *[None] * 6

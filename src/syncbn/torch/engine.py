@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,17 +74,17 @@ def moments(
     view = ChannelView(axes, x.shape)
     x, mask = view.of(x), view.of_mask(mask)
     if torch.compiler.is_compiling():
-        size, name = (1, "") if is_local() else compiled.communicator_when_compiled(group)
+        size, name = compiled.communicator_when_compiled(group)
         if reference.has_float64(x.device):
             return compiled.moments(x, mask, size, name)
-        return _moments_in_pairs(x, mask, Communicator(size, name, None) if name else None)._replace(communicator=name)
+        return _moments_in_pairs(x, mask, lambda v: compiled.gather(v, size, name))
     return record_or_replay(lambda: _measure(x, mask, None if is_local() else communicator_of(group), layer))
 
 
 def _measure(x: Tensor, mask: Tensor | None, communicator: Communicator | None, layer: str | None) -> GroupMoments:
-    desync.announce(communicator, "forward", layer, x.shape[1])
+    desync.announce(communicator, "forward", layer, x.shape)
     if not reference.has_float64(x.device):
-        return _moments_in_pairs(x, mask, communicator)
+        return _moments_in_pairs(x, mask, lambda v: (v[None] if communicator is None else gather(v, communicator), communicator))
     size = 1 if communicator is None else communicator.size
     return GroupMoments(*global_moments(x, mask, communicator), size, communicator=communicator)
 
@@ -206,8 +207,8 @@ def _with_constants(
     return reference.activated(y, activation)
 
 
-def _moments_in_pairs(x: Tensor, mask: Tensor | None, communicator: Communicator | None) -> GroupMoments:
-    """Moments without float64: the mean in two parts."""
+def _moments_in_pairs(x: Tensor, mask: Tensor | None, exchange: Callable[[Tensor], tuple[Tensor, Any]]) -> GroupMoments:
+    """Moments without float64: the mean in two parts. exchange(v [n]) returns every replica's [size, n], and the communicator."""
     n, k, s, q = reference.local_moments(x, mask)
     n = n if isinstance(n, Tensor) else torch.full((), n, dtype=torch.int64, device=x.device)
     count = n.to(k.dtype)
@@ -216,7 +217,7 @@ def _moments_in_pairs(x: Tensor, mask: Tensor | None, communicator: Communicator
     # Counts above 2²⁴ are not exact in float32, and an integer's bits in a float payload are a denormal that arithmetic may
     # flush to 0: so the floats travel as the bits of integers.
     payload = torch.cat([n.to(torch.int32)[None], floats.view(torch.int32)])
-    rows = payload[None] if communicator is None else gather(payload, communicator)
+    rows, communicator = exchange(payload)
     counts = rows[:, :1]
     ks, rs, m2s = rows[:, 1:].contiguous().view(k.dtype).chunk(3, dim=1)
     _, (hi, lo), variance = maths.merge(
@@ -229,5 +230,4 @@ def _moments_in_pairs(x: Tensor, mask: Tensor | None, communicator: Communicator
         maximum=reference.maximum,
         where=torch.where,
     )
-    size = 1 if communicator is None else communicator.size
-    return GroupMoments(counts.sum(), hi[0], variance[0], size, mean_lo=lo[0], communicator=communicator)
+    return GroupMoments(counts.sum(), hi[0], variance[0], rows.shape[0], mean_lo=lo[0], communicator=communicator)

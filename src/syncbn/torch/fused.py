@@ -91,7 +91,7 @@ def train_step(
 ) -> tuple[Tensor, Statistics | None]:
     """(y, what there is to assign: nothing), by the kernels of `kernels_for`. parameters: weight and bias."""
     # Before mailboxes are set up, where all ranks wait for each other: a rank that is absent is named.
-    desync.announce(communicator, "forward", layer, x.shape[1])
+    desync.announce(communicator, "forward", layer, x.shape)
     mailbox = None if communicator is None else mailbox_for(communicator, x.device, x.shape[1])
     # 1/batches cannot be read by some programs while another counts. Also not in a recomputation, which must save what was saved.
     single_launch = communicator is None and (statistics is None or statistics.weight is not None)
@@ -143,7 +143,7 @@ class FusedBatchNorm(Function):
         x, weight, bias, stats, mask, saved = ctx.saved_tensors
         call: FusedCall = ctx.call
         kernels = call.kernels
-        desync.announce(call.communicator, desync.backward(), call.layer, x.shape[1])
+        desync.announce(call.communicator, desync.backward(), call.layer, x.shape)
         # Batched gradients have no memory of their own either.
         if torch.is_grad_enabled() or is_legacy_batchedtensor(dy):
             with torch.enable_grad():
