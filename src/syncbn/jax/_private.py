@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,32 @@ try:
     from jax.experimental.xla_metadata import set_xla_metadata
 except ImportError:
     set_xla_metadata = None  # type: ignore[assignment]
+
+try:
+    # Operators of one's own. `lax.platform_dependent` is public, but it is a branch in the program: under vmap with a
+    # spmd_axis_name JAX finds that its branches have different types.
+    from jax.extend.core import Primitive
+    from jax.interpreters import ad, batching, mlir
+except ImportError:
+    Primitive = None  # type: ignore[assignment, misc]
+
+
+def identity_operator(name: str, cpu: Callable[[Any], Any], default: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """An operator that returns its argument, compiled as `cpu` on the CPU and as `default` on every other platform.
+
+    The platform is known when a program is lowered, so a program that a CPU machine compiles for GPUs gets the GPU's form.
+    Without the names that this needs it is `default` everywhere.
+    """
+    if Primitive is None:
+        return default
+    operator = Primitive(name)
+    operator.def_impl(lambda v: v)
+    operator.def_abstract_eval(lambda v: v)
+    ad.deflinear2(operator, lambda ct, v: [operator.bind(ct)])
+    batching.defvectorized(operator)
+    mlir.register_lowering(operator, mlir.lower_fun(cpu, multiple_results=False), platform="cpu")
+    mlir.register_lowering(operator, mlir.lower_fun(default, multiple_results=False))
+    return operator.bind
 
 
 def varying_axes(v: Any) -> frozenset[str]:
