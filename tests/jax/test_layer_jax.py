@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from test_engine_jax import collectives, equal_shards, full_batch
 from worlds import JaxWorld
 
 from syncbn import SyncBatchNormalization
+from syncbn.jax import axes as jax_axes
 
 AXIS, ONE_EACH, SAME = JaxWorld.axis, PartitionSpec(JaxWorld.axis), PartitionSpec()
 RNG = np.random.default_rng(11)
@@ -559,7 +561,7 @@ def test_keras_own_refuses_to_synchronise_here():
 
 
 def test_config_keeps_axis_name():
-    for name, stored in (("data", "data"), (("data", "model"), ("data", "model")), (["data"], ("data",))):
+    for name, stored in (("data", "data"), (("data", "model"), ("data", "model")), (["data"], ("data",)), ((), ())):
         layer = SyncBatchNormalization(axis_name=name)
         assert layer.axis_name == stored
         assert SyncBatchNormalization.from_config(layer.get_config()).axis_name == stored
@@ -576,10 +578,40 @@ def test_a_file_of_a_mapped_layer_runs_anywhere(tmp_path):
 # ------------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("name", ["", (), 3, ("a", 3), ("a", "a")], ids=str)
+@pytest.mark.parametrize("name", ["", 3, ("a", 3), ("a", "a"), ("",)], ids=str)
 def test_bad_axis_names(name):
     with pytest.raises(ValueError, match="`axis_name` must be None, the name of a mapped axis"):
         SyncBatchNormalization(axis_name=name)
+
+
+def test_a_layer_in_a_map_that_it_does_not_name_warns_with_its_name(monkeypatch):
+    monkeypatch.setattr(jax_axes, "warned_of", set())
+    case = Case("local", (3, 3, 3, 3), (4, 3))
+    layer, named, on_purpose = make(case, name="mine"), make(case, axis_name=AXIS), make(case, axis_name=())
+    arrays = [full_batch(a) for a in equal_shards(case, 4)[:2]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for quiet in (named, on_purpose):
+            mapped(quiet, "unchecked", 4, False)(*state(quiet), *arrays)
+        layer(arrays[0], training=True)
+    with pytest.warns(UserWarning, match=rf"^mine trains inside a map .* where the mapped axes are \['{AXIS}'\]"):
+        mapped(layer, "unchecked", 4, False)(*state(layer), *arrays)
+
+
+def test_a_map_that_a_distribution_does_not_know_warns(monkeypatch):
+    monkeypatch.setattr(jax_axes, "warned_of", set())
+    case = Case("local", (3, 3, 3, 3), (4, 3))
+    with distributed("data"):
+        layer = make(case)
+        with pytest.warns(UserWarning, match="trains inside a map over mesh axes"):
+            mapped(layer, "unchecked", 4, False)(*state(layer), *(full_batch(a) for a in equal_shards(case, 4)[:2]))
+
+
+def test_groups_of_a_layer_that_is_local_on_purpose():
+    layer = SyncBatchNormalization(axis_name=(), group_size=2)
+    assert np.isfinite(layer(np.ones((4, 3), "float32"))).all()
+    with pytest.raises(ValueError, match=r"`group_size` must not come with axis_name=\(\)"):
+        layer(np.ones((4, 3), "float32"), training=True)
 
 
 def test_an_axis_that_is_not_bound_where_the_layer_trains():

@@ -24,7 +24,9 @@ def test_without_it_arrays_are_the_same(monkeypatch):
 
 
 def test_jax_still_takes_operators_of_ones_own():
-    assert _private.Primitive is not None, f"JAX {jax.__version__} lacks jax.extend.core.Primitive or jax.interpreters' ad, batching or mlir"
+    assert _private.Primitive is not None, (
+        f"JAX {jax.__version__} lacks jax.extend.core.Primitive or jax.interpreters' ad, batching or mlir"
+    )
 
 
 def test_without_them_the_default_runs(monkeypatch):

@@ -42,6 +42,30 @@ def identity_operator(name: str, cpu: Callable[[Any], Any], default: Callable[[A
     return operator.bind
 
 
+def _typed_as_equal(aval: Any, *, axes: frozenset[str]) -> Any:
+    with contextlib.suppress(AttributeError):
+        kind = aval.manual_axis_type
+        return aval.update(manual_axis_type=kind.update(varying=kind.varying - axes))
+    return aval.update(vma=aval.vma - axes)
+
+
+def _equal_along_operator() -> Any:
+    operator = Primitive("syncbn_equal_along")
+    operator.def_impl(lambda v, axes: v)
+    operator.def_abstract_eval(_typed_as_equal)
+    batching.defvectorized(operator)
+    mlir.register_lowering(operator, mlir.lower_fun(lambda v, axes: v, multiple_results=False))
+    return operator
+
+
+_EQUAL_ALONG = None if Primitive is None else _equal_along_operator()
+
+
+def equal_along(v: Any, axes: frozenset[str]) -> Any:
+    """v, which is equal along these axes, typed so. JAX itself types a value so only after a message. Without gradient."""
+    return v if not axes or _EQUAL_ALONG is None else _EQUAL_ALONG.bind(v, axes=axes)
+
+
 def varying_axes(v: Any) -> frozenset[str]:
     """The axes along which a typed value differs between replicas. The attribute has had two names."""
     kind = jax.typeof(v)

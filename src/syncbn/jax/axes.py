@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,8 @@ from syncbn.jax._private import varying_axes
 
 # Above this many replicas gathering every replica's moments would cost more than two sums.
 GATHERED_REPLICAS = 64
+# The mapped axes of which a warning has told.
+warned_of: set[tuple[str, ...]] = set()
 
 
 class Replicas(NamedTuple):
@@ -101,6 +104,13 @@ def replicas_of(group: Group) -> Replicas:
     """The replicas that `group` names. Raises where an axis is not mapped here."""
     if not isinstance(group, Axes):
         return Replicas()
+    if not group.names:
+        if group.groups is not None:
+            raise ValueError(
+                "`group_size` must not come with axis_name=(), which keeps the statistics local. Received: "
+                f"group_size={group.groups}, axis_name=(). Name the axis, or leave `group_size` None."
+            )
+        return Replicas()
     mesh = manual_axes()
     for name in group.names:
         if not _bound(name):
@@ -144,6 +154,28 @@ def _partition(groups: tuple[tuple[int, ...], ...], replicas: int) -> tuple[tupl
 def manual_axes() -> tuple[str, ...]:
     """The mesh axes that are mapped here by shard_map or pmap. Axes of vmap are not among them."""
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def unnamed_axes(x: jax.Array) -> tuple[str, ...]:
+    """The mesh axes that are mapped here and along which x may differ. Axes of vmap, which may map anything, are not asked."""
+    mesh = jax.sharding.get_abstract_mesh()
+    mapped = [name for name in mesh.manual_axes if mesh.shape[name] > 1]
+    checked = any(varying_axes(lax.axis_index(name)) for name in mapped)
+    varying = varying_axes(x)
+    return tuple(name for name in mapped if name in varying or not checked)
+
+
+def warn_of_unnamed(names: tuple[str, ...], layer: str | None) -> None:
+    """Warns, once a process, that the devices along these axes train without each other's statistics."""
+    if names in warned_of:
+        return
+    warned_of.add(names)
+    warnings.warn(
+        f"{layer or 'sync_batch_norm'} trains inside a map over mesh axes, and none is named: each device's statistics are "
+        f"local. Received: axis_name=None, where the mapped axes are {list(names)}. Give `axis_name` the axis along which the "
+        "batch is divided; jax.pmap takes an `axis_name` too. Give axis_name=() where local statistics are meant.",
+        stacklevel=3,
+    )
 
 
 def is_local(x: jax.Array) -> bool:

@@ -25,9 +25,9 @@ from syncbn.contract import (
     record_or_replay,
     should_update_statistics,
 )
-from syncbn.groups import Activation, Axes, Group, Sharded
+from syncbn.groups import Activation, Axes, Group, Local, Sharded
 from syncbn.jax import mapped
-from syncbn.jax.axes import Replicas, manual_axes, on_one_device, replicas_of
+from syncbn.jax.axes import Replicas, manual_axes, on_one_device, replicas_of, unnamed_axes, warn_of_unnamed
 from syncbn.jax.mapped import arithmetic_dtype
 
 __all__ = [
@@ -61,7 +61,10 @@ def moments(
     x = jnp.asarray(x)
     sharded = _sharded(x, axes, group)
     if sharded is None:
-        return mapped.moments(x, axes, mask, _replicas(x, group))
+        replicas = _replicas(x, group)
+        if not isinstance(group, Axes | Local) and not replicas.names and (unnamed := unnamed_axes(x)):
+            warn_of_unnamed(unnamed, layer)
+        return mapped.moments(x, axes, mask, replicas)
     n, mean, variance, average = _moments_sharded(x, mask, axes, sharded)
     return Moments(n, mean, variance, sharded.mesh.shape[sharded.batch], average)
 
@@ -114,7 +117,7 @@ def _moments_sharded(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]
 
     def local(x: jax.Array, mask: jax.Array | None) -> Any:
         n, mean, variance, _, average = mapped.moments(x, axes, mask, replicas_of(specs.axes))
-        # One count per channel: the message holds a device's own channels, and is typed as varying with them.
+        # One count per channel, which tells the layer's update that the mesh may divide the channels.
         own = jnp.broadcast_to(n, variance.shape), mean, variance
         if average is None:
             return own, None
