@@ -229,7 +229,7 @@ def test_a_numpy_array_is_jax_where_something_says_so():
         np.testing.assert_allclose(y, expected, atol=1e-5)
     y = jax.jit(lambda scale: sync_batch_norm(x, scale)[0])(jnp.ones(3))
     np.testing.assert_allclose(y, expected, atol=1e-5)
-    with pytest.raises(TypeError, match="The input must be of a float dtype. Received: int32"):
+    with pytest.raises(TypeError, match=r"The input must be of a float dtype. Received: int32"):
         sync_batch_norm(np.ones((4, 3), "int32"), jnp.ones(3))
     with pytest.raises(TypeError, match="must be an array of JAX, TensorFlow or PyTorch"):
         sync_batch_norm(x, np.ones(3, "float32"))
