@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from syncbn import validation
-from syncbn.groups import Axes, Group
+from syncbn.groups import Axes, Group, Sharded
 from syncbn.jax._private import varying_axes
 
 # Above this many replicas gathering every replica's moments would cost more than two sums.
@@ -191,6 +191,20 @@ def on_one_device(x: jax.Array) -> bool:
     if isinstance(x, jax.core.Tracer):
         return jax.device_count() == 1
     return len(x.sharding.device_set) == 1
+
+
+def may_be_divided(x: jax.Array, sharded: Sharded) -> bool:
+    """Whether axis 0 of a global array may be the batch that a mesh divides: unless its size or its layout tells otherwise.
+
+    A traced array's layout is not known, nor one that is on one device or copied to all.
+    """
+    if x.shape[0] % sharded.mesh.shape[sharded.batch]:
+        return False
+    layout = None if isinstance(x, jax.core.Tracer) else x.sharding
+    if not isinstance(layout, jax.sharding.NamedSharding):
+        return True
+    along = [names if isinstance(names, tuple) else (names,) for names in layout.spec]
+    return not any(sharded.batch in names for names in along[1:])
 
 
 def _bound(name: str) -> bool:
