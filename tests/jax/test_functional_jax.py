@@ -1,10 +1,8 @@
-"""`sync_batch_norm` on JAX arrays, beside Flax where it is installed, and the example in examples/."""
+"""`sync_batch_norm` on JAX arrays, beside Flax where it is installed."""
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -170,26 +168,6 @@ def test_flax_makes_as_many_messages():
     xs, dys, *_ = equal_shards(case, 4)
     found = collectives(flax_step(masked=False).lower(full_batch(xs), full_batch(dys), None).compile())
     assert found == {"all-reduce": 2}
-
-
-def example():
-    path = Path(__file__).resolve().parents[2] / "examples" / "flax_nnx.py"
-    spec = importlib.util.spec_from_file_location("example_flax_nnx", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_nnx_example_on_4_devices_equals_one_device():
-    pytest.importorskip("flax")
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(32, 8)).astype("float32")
-    y = np.sin(x.sum(1, keepdims=True))
-    train = example().train
-    many, one, start = (jax.tree.leaves(train(*a)) for a in ((4, x, y), (1, x, y), (1, x, y, 0)))
-    for a, b, c in zip(many, one, start, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
-        assert not np.array_equal(b, c), "nothing was learned"
 
 
 def test_docstring_example():
