@@ -41,7 +41,7 @@ MUTANTS = [
     Mutant("a message a moment", MAPPED, "rows, members = replicas.by_group(replicas.gather(jnp.concatenate([n.astype(bits)[None], floats])))",
            "rows, members = replicas.by_group(jnp.concatenate([replicas.gather(n.astype(bits)[None]), *(replicas.gather(v) for v in jnp.split(floats, 3))], 1))",
            ENGINE_TESTS, "one_collective and None and unchecked"),
-    Mutant("moments without their name", MAPPED, "checkpoint_name(measured, MOMENTS)", "measured", LAYER_TESTS, "checkpoint and saved"),
+    Mutant("moments without their name", MAPPED, "checkpoint_name((counts, *rest), MOMENTS)", "(counts, *rest)", LAYER_TESTS, "checkpoint and saved"),
     Mutant("every platform has the CPU's form", "jax/_private.py", "mlir.lower_fun(default,", "mlir.lower_fun(cpu,", ENGINE_TESTS, "have_their_form"),
     Mutant("the branch over platforms back", XLA, "    return _materialised(v)", "    return lax.platform_dependent(v, cpu=_behind_a_call, default=lax.optimization_barrier)",
            ENGINE_TESTS, "members_that_lie"),
