@@ -116,8 +116,8 @@ def replicas_of(group: Group) -> Replicas:
         if not _bound(name):
             raise ValueError(
                 f"`axis_name` must name an axis that is mapped where the layer trains. Received: {name!r}, where the mapped axes "
-                f"of a mesh are {sorted(mesh)}. Call inside jax.shard_map, pmap or vmap(axis_name={name!r}). Give axis_name=() where "
-                "no axis is mapped, as in the `init` of Flax and Haiku."
+                f"of a mesh are {sorted(mesh)}. Call inside jax.shard_map, pmap or vmap(axis_name={name!r}). Give axis_name=() "
+                "where no axis is mapped, as in the `init` of Flax and Haiku."
             )
     of_mesh = [name for name in group.names if name in mesh]
     if of_mesh and len(of_mesh) < len(group.names):
