@@ -49,6 +49,7 @@ test-jax: $(VENV)/.made-jax
 	$(PYTEST) tests/jax/test_engine_jax.py -k "concatenated and (ragged or masked) or groups" --replicas 8
 	JAX_ENABLE_X64=1 $(PYTEST) tests/jax/test_engine_jax.py -k "float64 or large or second or groups"
 	$(PYTEST) tests/jax/test_multi_process_jax.py
+	$(PYTEST) tests/jax/test_examples_jax.py
 
 test-kernels: $(VENV)/.made-torch
 	$(PYTEST) tests/torch/test_kernels_triton.py tests/torch/test_exchange.py tests/torch/test_kernels_compile.py tests/torch/test_launch.py

@@ -29,10 +29,10 @@ def check_axis(value: Any) -> int | tuple[int, ...]:
     return tuple(int(entry) for entry in entries) if several else int(entries[0])
 
 
-def channel_axes(axis: int | tuple[int, ...], shape: Sequence[int | None]) -> tuple[int, ...]:
+def channel_axes(axis: int | tuple[int, ...], shape: Sequence[int | None], least_rank: int = 2) -> tuple[int, ...]:
     """The channel axes of an input of this shape, sorted, none of them negative."""
     rank = len(shape)
-    if rank < 2:
+    if rank < least_rank:
         raise ValueError(
             f"The input must have a batch axis and a channel axis, so rank 2 at least. Received: shape {tuple(shape)}. "
             "Add the missing axis."
@@ -142,14 +142,14 @@ def number_of_groups(replicas: int, size: int | None) -> int:
 
 
 def check_axis_name(value: Any) -> str | tuple[str, ...] | None:
-    """The named axes of a JAX program along which the replicas lie, as None, a name or a tuple of names."""
+    """The named axes of a JAX program along which the replicas lie, as None, a name or a tuple of names; () for none of them."""
     if value is None or (isinstance(value, str) and value):
         return value
-    names = tuple(value) if isinstance(value, (list, tuple)) else ()
-    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+    names = tuple(value) if isinstance(value, (list, tuple)) else ("",)
+    if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
         raise ValueError(
-            "`axis_name` must be None, the name of a mapped axis of a JAX program, or a tuple of different names. Received: "
-            f"axis_name={value!r}. Give the name that jax.shard_map, pmap or vmap has for it."
+            "`axis_name` must be None, the name of a mapped axis of a JAX program, or a tuple of different names; () keeps the "
+            f"statistics local. Received: axis_name={value!r}. Give the name that jax.shard_map, pmap or vmap has for it."
         )
     return names
 

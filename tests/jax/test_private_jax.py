@@ -23,6 +23,33 @@ def test_without_it_arrays_are_the_same(monkeypatch):
     np.testing.assert_array_equal(jax.jit(xla.materialised)(x), x)
 
 
+def test_jax_still_takes_operators_of_ones_own():
+    assert _private.Primitive is not None, (
+        f"JAX {jax.__version__} lacks jax.extend.core.Primitive or jax.interpreters' ad, batching or mlir"
+    )
+
+
+def test_without_them_the_default_runs(monkeypatch):
+    monkeypatch.setattr(_private, "Primitive", None)
+    assert _private.identity_operator("name", cpu=abs, default=jnp.negative) is jnp.negative
+
+
+def test_the_operator_under_transformations():
+    """An identity, linear, along each axis of a batch."""
+    x, t = np.random.default_rng(0).normal(size=(2, 4, 3)).astype("float32")
+
+    def f(x):
+        return jnp.sin(xla.materialised(jnp.cos(x)))
+
+    def plain(x):
+        return jnp.sin(jnp.cos(x))
+
+    for got, expected in zip(*((jax.jvp(g, (x,), (t,)), jax.vjp(g, x)[1](t), jax.vmap(g, 1, 1)(x),
+                                jax.jvp(jax.grad(lambda x, g=g: jnp.vdot(g(x), t)), (x,), (t,))) for g in (f, plain)), strict=True):  # fmt: skip
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
 def test_jax_still_says_along_which_axes_an_array_varies():
     seen = []
 

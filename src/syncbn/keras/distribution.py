@@ -10,7 +10,10 @@ from syncbn.groups import Group, Sharded
 
 
 def group_of(size: int | None, weight: Any) -> Group:
-    """The group of a layer with this `group_size`. Its `weight`, [C], tells whether a mesh axis shards the channels."""
+    """The group of a layer with this `group_size`. Its `weight`, [C], tells whether a mesh axis shards the channels.
+
+    The engine takes axis 0 of the input for the batch where the mesh divides it, and sums over the global array elsewhere.
+    """
     found = keras.distribution.distribution()
     if found is None or found.batch_dim_name is None:
         return size
