@@ -24,7 +24,7 @@ test-architecture:
 	$(PYTEST) tests/test_architecture.py tests/test_benchmarks.py tests/test_errors.py tests/test_settings.py tests/test_maths.py tests/test_mutants.py -k "not is_caught"
 
 test-demos:
-	$(PYTEST) tests/demo/test_demo.py
+	$(PYTEST) tests/demo/test_demo.py tests/test_missing.py
 	$(PYTEST) tests/demo/test_demo_torch.py tests/demo/test_demo_jax.py
 
 test-tensorflow: $(VENV)/.made-tensorflow

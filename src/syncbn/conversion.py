@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar
 
+from syncbn.validation import foreign_model
+
 Model = TypeVar("Model")
 ON_UNKNOWN = ("error", "warn", "skip")
 # Pickles of version 0.1.0 name modules below this one: `syncbn._moved` finds them.
@@ -142,9 +144,4 @@ def _module(function: str, model: Any, verb: str = "convert") -> ModuleType:
         return importlib.import_module(f"syncbn.keras.{verb}")
     if torch is not None and isinstance(model, torch.nn.Module):
         return importlib.import_module(f"syncbn.torch.{verb}")
-    cls = type(model)
-    raise TypeError(
-        f"{function} takes a torch.nn.Module or a Keras 3 layer or model. Received: {cls.__module__}.{cls.__qualname__}. "
-        "In Flax, Equinox and Haiku call syncbn.functional.sync_batch_norm in the layer. A model of tf_keras must be saved: "
-        "syncbn.load_legacy reads the file."
-    )
+    raise foreign_model(function, "a torch.nn.Module or a Keras 3 layer or model", model)
