@@ -165,7 +165,12 @@ REGISTERED = "print(keras.saving.get_registered_object('syncbn>SyncBatchNormaliz
 
 
 @pytest.mark.parametrize(
-    "order", ["import keras, syncbn", "import syncbn, keras", "import syncbn, tensorflow; keras = tensorflow.keras"]
+    "order",
+    [
+        "import keras, syncbn",
+        "import syncbn, keras",
+        "import syncbn, tensorflow; tensorflow.keras.layers; keras = sys.modules['keras']",
+    ],
 )
 def test_the_keras_class_is_registered_whichever_is_imported_first(order):
     assert run(f"{order}\n{REGISTERED}", KERAS_BACKEND="tensorflow") == "syncbn.keras.layer"
