@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src"
+import syncbn
+
+SOURCE = Path(syncbn.__file__).parents[1]
 FRAMEWORKS = ("torch", "keras", "tensorflow", "jax")
 HIDE = """
 import sys
