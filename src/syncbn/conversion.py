@@ -32,9 +32,9 @@ def convert(
         y = weight · (x − mean) / √(variance + epsilon) + bias
 
     No weight is copied. Names, hooks, sharing, `training`, `trainable`, `requires_grad`, dtypes and devices stay, and so does
-    an optimizer that holds the parameters. `state_dict` and `.weights.h5` keep their values. `state_dict` keeps its keys;
-    those of `.weights.h5` follow class names (see `syncbn.load_weights`). Layers that are synchronised already get the given
-    arguments.
+    an optimizer that holds the parameters. `state_dict` and Keras's files keep their keys and values. Layers that are
+    synchronised already get the given arguments. A Keras layer gets a subclass of `SyncBatchNormalization` that has the former
+    class's name, from which Keras makes the keys. A model whose class builds its layers must be converted again after loading.
 
     torch: `BatchNorm1d/2d/3d`, `SyncBatchNorm`, their lazy forms, and timm's `BatchNormAct2d` with its dropout and activation.
     Keras, on any backend: `BatchNormalization` in Sequential, functional, nested and subclassed models. A subclass that

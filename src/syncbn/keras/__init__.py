@@ -3,6 +3,7 @@
 from syncbn import _missing
 
 try:
+    from syncbn.keras import converted  # noqa: F401  registers the class that files of converted layers name
     from syncbn.keras.layer import SyncBatchNormalization
     from syncbn.keras.legacy import load_legacy
     from syncbn.keras.weights import load_weights
