@@ -35,6 +35,7 @@ def sync_batch_norm(
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Any = None,
     process_group: Any = None,
+    **unknown: Any,
 ) -> tuple[Any, Any, Any, Any]:
     """Normalises with the statistics of the batches of all replicas together, as in training.
 
@@ -65,7 +66,7 @@ def sync_batch_norm(
         The last three carry no gradient.
 
     Raises:
-        TypeError: x of no known framework, or no float; a keyword of another framework.
+        TypeError: x of no known framework, or no float; a keyword that is not known, or of another framework.
         ValueError: shapes, axes or groups that do not fit; an `axis_name` that is not mapped.
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), with the moments of all replicas.
@@ -79,6 +80,11 @@ def sync_batch_norm(
         >>> print(mean.ravel(), variance.ravel(), count)
         [4. 4.] [5. 5.] [4 4]
     """
+    if unknown:
+        raise TypeError(
+            f"sync_batch_norm takes the keywords of its signature. Received: {sorted(unknown)}. "
+            f"{'Give `epsilon` for `eps`.' if 'eps' in unknown else 'Drop or rename them.'}"
+        )
     framework = _framework(x)
     group = _group(framework, axis_name, axis_index_groups, process_group)
     engine, dialect = importlib.import_module(f"syncbn.{framework}.engine"), _dialect(framework)
@@ -88,8 +94,8 @@ def sync_batch_norm(
     entries = validation.check_axis(axis)
     axes = validation.channel_axes(entries, shape)
     parameters = [size if i in axes else 1 for i, size in enumerate(shape)] if isinstance(entries, tuple) else [shape[axes[0]]]
-    scale = _vector("scale", scale, parameters, engine.arithmetic_dtype(x), dialect)
-    offset = _vector("offset", offset, parameters, engine.arithmetic_dtype(x), dialect)
+    scale = _vector("scale", scale, parameters, engine.arithmetic_dtype(x), dialect, shape)
+    offset = _vector("offset", offset, parameters, engine.arithmetic_dtype(x), dialect, shape)
     if mask is not None:
         mask = dialect.cast(mask, dialect.boolean)
         if validation.mask_omits_channels(tuple(mask.shape), shape, axes):
@@ -136,14 +142,20 @@ def _group(framework: str, axis_name: Any, groups: Any, process_group: Any) -> A
     return Axes(names, None if groups is None else tuple(tuple(members) for members in groups)) if names else None
 
 
-def _vector(name: str, value: Any, parameters: list[int], dtype: Any, dialect: _Dialect) -> Any:
+def _mend(given: Any, shape: tuple[int, ...]) -> str:
+    """What to do about one value a channel of another axis than the last, or about another shape."""
+    others = [i for i, size in enumerate(shape) if i and [size] == list(given)]
+    return f"Give axis={others[0]} if the channels are there." if others else "Reshape it."
+
+
+def _vector(name: str, value: Any, parameters: list[int], dtype: Any, dialect: _Dialect, shape: tuple[int, ...]) -> Any:
     """One value per channel as [C]."""
     value = dialect.cast(value, dtype)
     channels = math.prod(parameters)
     if list(value.shape) not in ([channels], parameters):
         raise ValueError(
-            f"`{name}` must have one value a channel: shape [{channels}] or {parameters}. Received: shape {tuple(value.shape)}. "
-            "Reshape it."
+            f"`{name}` must have one value a channel: shape {' or '.join(dict.fromkeys([str([channels]), str(parameters)]))}. "
+            f"Received: shape {tuple(value.shape)} for x of shape {shape}. {_mend(value.shape, shape)}"
         )
     return dialect.operators.reshape(value, [channels])
 

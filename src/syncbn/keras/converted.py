@@ -46,9 +46,6 @@ class Converted(SyncBatchNormalization):
             )
         super().load_own_variables(store)
 
-    def __repr__(self) -> str:
-        return f"<SyncBatchNormalization name={self.name}, built={self.built}>"
-
 
 def class_named(name: str) -> type[SyncBatchNormalization]:
     """The class of converted layers whose class had this name."""

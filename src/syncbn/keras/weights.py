@@ -27,8 +27,8 @@ def load_weights(model: Any, path: Any) -> Any:
     kind, place = files.identify(Path(path), refuse)
     if kind in (files.CHECKPOINT, files.SAVED_MODEL):
         checkpoints.require_tensorflow(path, kind)
-    if kind is None:
-        raise refuse("which is of another kind")
+    if kind in (None, files.TORCH):
+        raise files.of_torch("syncbn.load_weights", path) if kind else refuse("which is of another kind")
     if not model.built:
         raise not_built(model.name)
     with files.reading(refuse):
