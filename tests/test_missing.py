@@ -211,6 +211,4 @@ except TypeError as error:
     print(error)
 assert "keras" not in sys.modules and "tensorflow" not in sys.modules
 """
-    assert run(code).endswith(
-        "Received: a torch.nn.modules.linear.Linear. A torch module loads its own files by load_state_dict."
-    )
+    assert run(code).endswith("Received: torch.nn.modules.linear.Linear. A torch module loads its own files by load_state_dict.")

@@ -179,7 +179,7 @@ def foreign_model(function: str, takes: str, model: Any) -> TypeError:
     """The error of a model that a function does not take, with what to do about one of its kind."""
     packages = [base.__module__.partition(".")[0] for base in type(model).__mro__]
     mend = next((FOREIGN[name] for name in packages if name in FOREIGN), "Give the model itself.")
-    return TypeError(f"{function} takes {takes}. Received: a {type(model).__module__}.{type(model).__qualname__}. {mend}")
+    return TypeError(f"{function} takes {takes}. Received: {type(model).__module__}.{type(model).__qualname__}. {mend}")
 
 
 # Arguments of torch's and Flax's batch norms, and what stands for them in the words of Keras.

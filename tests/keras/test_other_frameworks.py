@@ -81,7 +81,7 @@ for act in (lambda: syncbn.convert(model), lambda: syncbn.load_weights(model, "o
         act()
     except TypeError as error:
         text = str(error)
-        assert "Received: a tf_keras." in text and text.endswith("and build the model with `import keras`."), text
+        assert "Received: tf_keras." in text and text.endswith("and build the model with `import keras`."), text
         assert "Save it as `.h5`: syncbn.load_legacy(path, convert=True)" in text
     else:
         raise AssertionError("no error")
