@@ -83,6 +83,16 @@ def warn_if_none(found: Sequence[Any], function: str, wanted: str, filtered: boo
         warnings.warn(text, stacklevel=_CALLER)
 
 
+def warn_if_rebuilt(classes: Sequence[str]) -> None:
+    """Warns where a file brings back no synchronised layer: these classes build their layers themselves."""
+    if classes:
+        text = (
+            "A file of a model whose class builds its layers brings back plain batch norms, with all weights. "
+            f"Received: {', '.join(classes)}. Call syncbn.convert on the model after loading, as after building."
+        )
+        warnings.warn(text, stacklevel=_CALLER)
+
+
 def check_revertible(beyond: Sequence[tuple[str, str]], target: str) -> None:
     """Raises where layers do what the framework's own class cannot."""
     if beyond:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar
 
+from syncbn.validation import foreign_model
+
 Model = TypeVar("Model")
 ON_UNKNOWN = ("error", "warn", "skip")
 # Pickles of version 0.1.0 name modules below this one: `syncbn._moved` finds them.
@@ -30,9 +32,9 @@ def convert(
         y = weight · (x − mean) / √(variance + epsilon) + bias
 
     No weight is copied. Names, hooks, sharing, `training`, `trainable`, `requires_grad`, dtypes and devices stay, and so does
-    an optimizer that holds the parameters. `state_dict` and `.weights.h5` keep their values. `state_dict` keeps its keys;
-    those of `.weights.h5` follow class names (see `syncbn.load_weights`). Layers that are synchronised already get the given
-    arguments.
+    an optimizer that holds the parameters. `state_dict` and Keras's files keep their keys and values. Layers that are
+    synchronised already get the given arguments. A Keras layer gets a subclass of `SyncBatchNormalization` that has the former
+    class's name, from which Keras makes the keys. A model whose class builds its layers must be converted again after loading.
 
     torch: `BatchNorm1d/2d/3d`, `SyncBatchNorm`, their lazy forms, and timm's `BatchNormAct2d` with its dropout and activation.
     Keras, on any backend: `BatchNormalization` in Sequential, functional, nested and subclassed models. A subclass that
@@ -142,9 +144,4 @@ def _module(function: str, model: Any, verb: str = "convert") -> ModuleType:
         return importlib.import_module(f"syncbn.keras.{verb}")
     if torch is not None and isinstance(model, torch.nn.Module):
         return importlib.import_module(f"syncbn.torch.{verb}")
-    cls = type(model)
-    raise TypeError(
-        f"{function} takes a torch.nn.Module or a Keras 3 layer or model. Received: {cls.__module__}.{cls.__qualname__}. "
-        "In Flax, Equinox and Haiku call syncbn.functional.sync_batch_norm in the layer. A model of tf_keras must be saved: "
-        "syncbn.load_legacy reads the file."
-    )
+    raise foreign_model(function, "a torch.nn.Module or a Keras 3 layer or model", model)

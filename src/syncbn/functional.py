@@ -71,7 +71,7 @@ def sync_batch_norm(
         The last three carry no gradient.
 
     Raises:
-        TypeError: x of no known framework, or no float; a keyword of another framework.
+        TypeError: x of no known framework, or no float; a keyword that is not known, or of another framework.
         ValueError: shapes, axes or groups that do not fit; an `axis_name` that is not mapped.
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), with the moments of all replicas.
@@ -97,8 +97,8 @@ def sync_batch_norm(
     # Along a named axis there are more examples than this one.
     axes = validation.channel_axes(entries, shape, least_rank=1 if isinstance(group, Axes) and group.names else 2)
     parameters = [size if i in axes else 1 for i, size in enumerate(shape)] if isinstance(entries, tuple) else [shape[axes[0]]]
-    scale = _vector("scale", scale, 1.0, parameters, engine.arithmetic_dtype(x), dialect)
-    offset = _vector("offset", offset, 0.0, parameters, engine.arithmetic_dtype(x), dialect)
+    scale = _vector("scale", scale, 1.0, parameters, engine.arithmetic_dtype(x), dialect, shape)
+    offset = _vector("offset", offset, 0.0, parameters, engine.arithmetic_dtype(x), dialect, shape)
     if mask is not None:
         mask = dialect.cast(mask, dialect.boolean)
         if validation.mask_omits_channels(tuple(mask.shape), shape, axes):
@@ -156,7 +156,15 @@ def _group(framework: str, axis_name: Any, groups: Any, process_group: Any) -> A
     return Axes(names, None if groups is None else tuple(tuple(members) for members in groups))
 
 
-def _vector(name: str, value: Any, default: float, parameters: list[int], dtype: Any, dialect: _Dialect) -> Any:
+def _mend(given: Any, shape: tuple[int, ...]) -> str:
+    """What to do about one value a channel of another axis than the last, or about another shape."""
+    others = [i for i, size in enumerate(shape) if i and [size] == list(given)]
+    return f"Give axis={others[0]} if the channels are there." if others else "Reshape it."
+
+
+def _vector(
+    name: str, value: Any, default: float, parameters: list[int], dtype: Any, dialect: _Dialect, shape: tuple[int, ...]
+) -> Any:
     """One value per channel as [C]; of None the default's."""
     channels = math.prod(parameters)
     if value is None:
@@ -164,8 +172,8 @@ def _vector(name: str, value: Any, default: float, parameters: list[int], dtype:
     value = dialect.cast(value, dtype)
     if list(value.shape) not in ([channels], parameters):
         raise ValueError(
-            f"`{name}` must have one value a channel: shape [{channels}] or {parameters}. Received: shape {tuple(value.shape)}. "
-            "Reshape it."
+            f"`{name}` must have one value a channel: shape {' or '.join(dict.fromkeys([str([channels]), str(parameters)]))}. "
+            f"Received: shape {tuple(value.shape)} for x of shape {shape}. {_mend(value.shape, shape)}"
         )
     return dialect.operators.reshape(value, [channels])
 

@@ -37,3 +37,8 @@ def launched_ranks() -> int:
 def triton_interpreter() -> bool:
     """`TRITON_INTERPRET`, a variable of Triton's: whether kernels run on the CPU, in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def legacy_keras() -> bool:
+    """TensorFlow's TF_USE_LEGACY_KERAS: whether `tf.keras` is the package tf_keras, which is Keras 2."""
+    return os.environ.get("TF_USE_LEGACY_KERAS", "0") in ("1", "true", "True")

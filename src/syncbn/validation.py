@@ -162,3 +162,38 @@ def check_no_axis_name(group: Any, framework: str, replicas: int) -> int | None:
             "that train. Leave `axis_name` out there. Inference runs with it."
         )
     return group if isinstance(group, int) else None
+
+
+# What to do with a model of another framework, by the package of its class.
+FOREIGN = {
+    "torch": "A torch module loads its own files by load_state_dict.",
+    "tf_keras": (
+        "Save it as `.h5`: syncbn.load_legacy(path, convert=True) makes a Keras 3 model of the file. Or unset "
+        "TF_USE_LEGACY_KERAS, and build the model with `import keras`."
+    ),
+    **dict.fromkeys(("flax", "equinox", "haiku"), "Call syncbn.functional.sync_batch_norm in its layers."),
+}
+
+
+def foreign_model(function: str, takes: str, model: Any) -> TypeError:
+    """The error of a model that a function does not take, with what to do about one of its kind."""
+    packages = [base.__module__.partition(".")[0] for base in type(model).__mro__]
+    mend = next((FOREIGN[name] for name in packages if name in FOREIGN), "Give the model itself.")
+    return TypeError(f"{function} takes {takes}. Received: {type(model).__module__}.{type(model).__qualname__}. {mend}")
+
+
+# Arguments of torch's and Flax's batch norms, and what stands for them in the words of Keras.
+RENAMED = {
+    "eps": "Give `epsilon` for `eps`.",
+    "num_features": "Drop `num_features`: the channels are the input's.",
+    "affine": "Give `scale` and `center` for `affine`.",
+    "bias": "Give `center` for `bias`.",
+    "process_group": "Give `group_size` for `process_group`.",
+    "use_scale": "Give `scale` for `use_scale`.",
+    "use_bias": "Give `center` for `use_bias`.",
+}
+
+
+def renamed(names: Iterable[str]) -> str:
+    """What to do about keywords that are not known."""
+    return " ".join(RENAMED[name] for name in names if name in RENAMED) or "Drop or rename them."

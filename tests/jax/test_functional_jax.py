@@ -330,8 +330,10 @@ X, ONES = jnp.ones((4, 3)), jnp.ones(3)
     (ValueError, "`axis` must lie in [-2, 2) for an input of rank 2.", {"axis": 2}),
     (ValueError, "`epsilon` must be positive", {"epsilon": 0.0}),
     (ValueError, "`mask` must have the input's shape without the channel axes", {"mask": jnp.ones((3, 3), bool)}),
-    (ValueError, "`scale` must have one value a channel: shape [3] or [3]. Received: shape (4,).", {"scale": jnp.ones(4)}),
-    (ValueError, "`offset` must have one value a channel: shape [3] or [1, 3]. Received: shape ().", {"offset": 0.0, "axis": [1]}),
+    (ValueError, "`scale` must have one value a channel: shape [3]. Received: shape (4,) for x of shape (4, 3). Reshape it.", {"scale": jnp.ones(4)}),
+    (ValueError, "`scale` must have one value a channel: shape [5]. Received: shape (3,) for x of shape (2, 3, 4, 5). Give axis=1 if the channels are there.",
+     {"x": jnp.ones((2, 3, 4, 5))}),
+    (ValueError, "`offset` must have one value a channel: shape [3] or [1, 3]. Received: shape () for x of", {"offset": 0.0, "axis": [1]}),
 ])  # fmt: skip
 def test_bad_input(error, text, arguments):
     with pytest.raises(error) as caught:

@@ -154,7 +154,7 @@ def test_every_kind_of_model(kind, built):
     model(x)
     randomised(twin)
     model.set_weights(twin.get_weights())
-    assert all(type(layer) is SyncBatchNormalization for layer in norms(model))
+    assert all(isinstance(layer, SyncBatchNormalization) for layer in norms(model))
     assert [layer.name for layer in norms(model)] == names
     assert [id(layer) for layer in norms(model)] == objects
     near(outputs(model, x), outputs(twin, x))
@@ -228,7 +228,7 @@ def test_saves_and_loads_as_ours(tmp_path):
     syncbn.convert(randomised(model))
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
-    assert all(type(layer) is SyncBatchNormalization for layer in norms(again))
+    assert all(isinstance(layer, SyncBatchNormalization) for layer in norms(again))
     same([ops.convert_to_numpy(again(x))], [ops.convert_to_numpy(model(x))])
     # No conversion made these layers: they become Keras's.
     syncbn.revert(again)
@@ -287,8 +287,8 @@ def test_filter_takes_path_and_layer():
     syncbn.convert(model, filter=lambda path, layer: seen.append((path, layer)) or path == "shared")
     assert [layer for _, layer in seen] == norms(model)
     assert [path for path, _ in seen].count("shared") == 1
-    assert [type(layer) for layer in norms(model) if layer.name == "shared"] == [SyncBatchNormalization]
-    assert sum(type(layer) is SyncBatchNormalization for layer in norms(model)) == 1
+    assert [isinstance(layer, SyncBatchNormalization) for layer in norms(model) if layer.name == "shared"] == [True]
+    assert sum(isinstance(layer, SyncBatchNormalization) for layer in norms(model)) == 1
 
 
 # ---------------------------------------------------------------------------------------------- unknown, bad input
@@ -322,7 +322,7 @@ def test_subclass_that_overrides_only_init():
     layer, x = OnlyInit(), data(4, 3)
     layer(x)
     syncbn.convert(layer)
-    assert type(layer) is SyncBatchNormalization
+    assert isinstance(layer, SyncBatchNormalization)
     layer(x, training=True)
     near([ops.convert_to_numpy(layer.moving_mean)], [x.mean(0) / 2], 1e-5)
     assert type(syncbn.revert(layer)) is OnlyInit
@@ -338,12 +338,12 @@ def test_unknown_ones_are_named_and_left(kind):
     assert [type(layer) for layer in norms(model)] == kinds
     with pytest.warns(UserWarning, match=message):
         syncbn.convert(model, on_unknown="warn")
-    assert sorted(type(layer) is SyncBatchNormalization for layer in norms(model)) == [False, True]
+    assert sorted(isinstance(layer, SyncBatchNormalization) for layer in norms(model)) == [False, True]
     syncbn.revert(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         syncbn.convert(model, on_unknown="skip")
-    assert sorted(type(layer) is SyncBatchNormalization for layer in norms(model)) == [False, True]
+    assert sorted(isinstance(layer, SyncBatchNormalization) for layer in norms(model)) == [False, True]
 
 
 BEYOND = {
@@ -363,7 +363,7 @@ def test_what_keras_cannot_do_is_named(kind):
         ValueError, match=rf"Only what keras\.layers\.BatchNormalization can do can be reverted\. Received: {message}"
     ):
         syncbn.revert(model)
-    assert type(converted) is SyncBatchNormalization
+    assert isinstance(converted, SyncBatchNormalization)
 
 
 def test_nothing_to_do_is_a_warning():

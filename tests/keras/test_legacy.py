@@ -334,9 +334,10 @@ def test_links_out_of_a_weights_file_are_not_followed(tmp_path):
 
 
 def test_examples_in_the_docs_run():
-    from syncbn.keras import legacy, weights
+    from syncbn import loading
+    from syncbn.keras import legacy
 
-    for module in (legacy, weights):
+    for module in (legacy, loading):
         failed, tried = doctest.testmod(module)
         assert tried
         assert not failed

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
 import keras
+
+from syncbn import settings
+from syncbn.validation import renamed
 
 # What a Keras layer takes besides our own arguments.
 KERAS_KEYWORDS = frozenset({"activity_regularizer", "autocast", "dtype", "input_dim", "input_shape"})
@@ -40,10 +45,28 @@ def check_keywords(owner: str, received: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(received) - KERAS_KEYWORDS)
     if unknown:
         raise ValueError(
-            f"{owner} takes no other keywords than its own and {sorted(KERAS_KEYWORDS)}. Received: {unknown}. Drop or rename "
-            "them."
+            f"{owner} takes no other keywords than its own and {sorted(KERAS_KEYWORDS)}. Received: {unknown}. {renamed(unknown)}"
         )
     return received
+
+
+USE_KERAS_3 = "Unset TF_USE_LEGACY_KERAS, and build the model with `import keras`. syncbn.load_legacy reads files of tf_keras."
+
+
+def warn_of_legacy_keras() -> None:
+    """Warns where `tf.keras` is Keras 2, whose models take no layer of Keras 3."""
+    if settings.legacy_keras():
+        warnings.warn(
+            "SyncBatchNormalization is a layer of Keras 3, which models of tf_keras do not take. Received: "
+            f"TF_USE_LEGACY_KERAS, which makes tf_keras of tf.keras. {USE_KERAS_3}",
+            stacklevel=3,
+        )
+
+
+def described(layer: Any) -> str:
+    """A layer's `repr`. Where tf_keras is imported it says what tf_keras's error, which quotes it, does not."""
+    note = f": a layer of Keras 3, which tf_keras does not take. {USE_KERAS_3}" if "tf_keras" in sys.modules else ""
+    return f"<{type(layer).__qualname__.rpartition('.')[2]} name={layer.name}, built={layer.built}{note}>"
 
 
 def check_training(value: Any) -> bool:

@@ -10,8 +10,16 @@ from typing import Any
 import keras
 from keras import activations, layers, ops
 
-from syncbn.class_swap import check_all_known, check_revertible, known_ancestor, qualified, warn_if_none, why_unknown
-from syncbn.keras import _private
+from syncbn.class_swap import (
+    check_all_known,
+    check_revertible,
+    known_ancestor,
+    qualified,
+    warn_if_none,
+    warn_if_rebuilt,
+    why_unknown,
+)
+from syncbn.keras import _private, converted
 from syncbn.keras.layer import SyncBatchNormalization
 from syncbn.validation import check_group_size
 
@@ -56,6 +64,7 @@ def convert(model: Any, arguments: dict[str, Any], filter: Filter, on_unknown: s
         if arguments["renorm"] and not layer.renorm:
             _start_renorm(layer)
     _forget_traces(model)
+    warn_if_rebuilt(_rebuilt(model) if chosen else [])
     return model
 
 
@@ -77,6 +86,32 @@ def _batch_norms(model: Any, filter: Filter) -> list[tuple[str, Any]]:
     return [(name, layer) for name, layer in found if filter is None or filter(name, layer)]
 
 
+def _rebuilt(model: Any) -> list[str]:
+    """The classes in a model whose configurations hold none of our layers, though their objects do: a file makes plain ones."""
+    found = []
+    for part in _private.flatten_layers(model):
+        if _is_saved_by_its_class(part) and any(
+            isinstance(inner, SyncBatchNormalization) for inner in _private.flatten_layers(part)
+        ):
+            with contextlib.suppress(Exception):  # a configuration that cannot be made cannot be saved either
+                if "syncbn>" not in repr(keras.saving.serialize_keras_object(part)["config"]):
+                    found.append(qualified(type(part)))
+    return sorted(set(found))
+
+
+def _is_saved_by_its_class(part: Any) -> bool:
+    """Whether somebody made a class of layers to be saved: it is registered, or has a `get_config`. Keras's own are known."""
+    cls = type(part)
+    if _is_of_keras(cls) or isinstance(part, SyncBatchNormalization):
+        return False
+    owner = next(c for c in cls.__mro__ if "get_config" in vars(c))
+    return not _is_of_keras(owner) or keras.saving.get_registered_name(cls) != cls.__name__
+
+
+def _is_of_keras(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "keras"
+
+
 def _synchronise(layer: Any, pattern: dict[str, Any]) -> None:
     """Sets the attributes that Keras's layer lacks, or has in another form, then the class."""
     attributes = vars(layer)
@@ -84,7 +119,7 @@ def _synchronise(layer: Any, pattern: dict[str, Any]) -> None:
     saved = {key: attributes.get(key, ABSENT) for key in (*given, "renorm", "renorm_clipping", "supports_jit")}
     clipping = attributes.pop("renorm_clipping")  # a property of our class
     attributes.update(given, _before=Before(type(layer), saved))
-    _private.change_class(layer, SyncBatchNormalization)
+    _private.change_class(layer, converted.class_named(type(layer).__name__))
     layer.renorm_clipping = clipping if layer.renorm else None
     if layer.built:
         shape = [None] * layer.input_spec.ndim
@@ -155,7 +190,7 @@ def _restore(layer: Any) -> None:
 
 def _beyond_keras(layer: Any) -> str | None:
     """What a synchronised layer does that Keras's cannot, or None."""
-    if type(layer) is not SyncBatchNormalization:
+    if not converted.is_exactly_ours(layer):
         return f"a {qualified(type(layer))}"
     if isinstance(layer.axis, tuple):
         return f"axis={list(layer.axis)}"

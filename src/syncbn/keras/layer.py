@@ -116,6 +116,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         activation: Any = None,
         **kwargs: Any,
     ):
+        arguments.warn_of_legacy_keras()
         # The base class takes one integer axis and numbers to clip with: it gets none of ours.
         super().__init__(
             momentum=arguments.check_momentum("momentum", momentum),
@@ -145,6 +146,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         self._engine = backend.engine()
         self.supports_jit = self._engine.supports_jit()
         self.moving_stddev = self.renorm_mean = self.renorm_stddev = None
+
+    __repr__ = arguments.described
 
     @property
     def renorm_clipping(self) -> dict[str, Any] | None:

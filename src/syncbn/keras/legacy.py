@@ -64,6 +64,8 @@ def load_legacy(path: Any, *, convert: bool = False, custom_objects: dict[str, A
         with files.reading(refuse), h5py.File(place, "r") as file:
             config = _whole(json.loads(file.attrs["model_config"]), refuse)
             return _load(path, config, convert, custom_objects, lambda model: keras2_hdf5.match_whole(model, file))
+    if kind == files.TORCH:
+        raise files.of_torch("syncbn.load_legacy", path)
     raise refuse(f"which is {kind or 'of another kind'}", MENDS[kind])
 
 
