@@ -79,12 +79,17 @@ def mask_omits_channels(mask: Sequence[int | None], shape: Sequence[int | None],
     return left_out
 
 
-def check_epsilon(value: Any) -> float:
+def is_epsilon(value: Any) -> bool:
+    """Whether a value can be added to the variance."""
+    return isinstance(value, Real) and 0 <= float(value) < math.inf
+
+
+def check_epsilon(value: Any, name: str = "epsilon") -> float:
     """What is added to the variance."""
-    if not isinstance(value, Real) or not 0 < float(value) < math.inf:
+    if not is_epsilon(value):
         raise ValueError(
-            f"`epsilon` must be positive: it keeps the division by the standard deviation from failing. Received: "
-            f"epsilon={value!r}. Give for example 0.001."
+            f"`{name}` must be finite and not negative: it is added to the variance. Received: {name}={value!r}. Give for "
+            "example 0.001."
         )
     return float(value)
 

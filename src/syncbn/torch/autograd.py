@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.forward_ad import unpack_dual
 
 from syncbn.groups import Activation
 from syncbn.torch import desync, reference
+from syncbn.torch._private import are_functorch_transforms_active, tracing_state
 from syncbn.torch.groups import Communicator
 from syncbn.torch.reference import Normalization, saved_for_backward
 from syncbn.torch.transport import DifferentiableSum, global_sums
@@ -23,6 +25,25 @@ class NormConfig(NamedTuple):
     communicator: Communicator | None
     kernels: Any
     layer: str | None
+
+
+def check_no_transform(x: Tensor) -> None:
+    """Raises where a training step would have to be recorded, or differentiated in another way than backward."""
+    if tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace cannot record the messages of a synchronised training step. Received: a layer in training mode "
+            "while tracing. Call model.eval() before, or compile the model with torch.compile."
+        )
+    if are_functorch_transforms_active() or unpack_dual(x).tangent is not None:
+        raise _no_transform()
+
+
+def _no_transform() -> RuntimeError:
+    return RuntimeError(
+        "A synchronised training step has gradients in reverse mode alone. Received: a layer in training mode under forward-mode "
+        "differentiation or a transform of torch.func. Use torch.autograd.grad, with create_graph=True for higher derivatives, "
+        "or call model.eval()."
+    )
 
 
 class Normalized(Function):
@@ -67,6 +88,11 @@ class Normalized(Function):
         doffset, dscale = sums.to(scale.dtype).chunk(2)
         dresidual = dz.to(ctx.residual_dtype) if needs_residual else None
         return dx, dscale, doffset, dresidual, *[None] * 6
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Raises: of a tangent of the parameters alone, the moments did not know."""
+        raise _no_transform()
 
 
 def differentiable(

@@ -11,7 +11,7 @@ from syncbn import contract, maths
 from syncbn.contract import ASSIGNED, Operators, Statistics, check_variables
 from syncbn.groups import Activation
 from syncbn.torch import compiled, desync, dispatch, fused, reference
-from syncbn.torch.autograd import Normalized, NormConfig
+from syncbn.torch.autograd import Normalized, NormConfig, check_no_transform
 from syncbn.torch.channel_view import ChannelView
 from syncbn.torch.checkpoint import record_or_replay, should_update_now, should_update_statistics
 from syncbn.torch.groups import Communicator, GroupMoments, communicator_of, is_single_process
@@ -77,6 +77,7 @@ def moments(
         if reference.has_float64(x.device):
             return compiled.moments(x, mask, size, name)
         return _moments_in_pairs(x, mask, Communicator(size, name, None) if name else None)._replace(communicator=name)
+    check_no_transform(x)
     return record_or_replay(lambda: _measure(x, mask, None if is_local() else communicator_of(group), layer))
 
 

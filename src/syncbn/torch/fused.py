@@ -11,11 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.forward_ad import unpack_dual
 
 from syncbn.contract import ASSIGNED, Statistics
 from syncbn.groups import Activation
 from syncbn.torch import desync, dispatch
-from syncbn.torch._private import are_functorch_transforms_active, is_dead_tensor_wrapper, is_legacy_batchedtensor
+from syncbn.torch._private import (
+    are_functorch_transforms_active,
+    is_dead_tensor_wrapper,
+    is_legacy_batchedtensor,
+    tracing_state,
+)
 from syncbn.torch.autograd import differentiable
 from syncbn.torch.checkpoint import is_recording_or_replaying, should_update_now
 from syncbn.torch.groups import Communicator
@@ -51,6 +57,9 @@ def kernels_for(
     """The kernels, where they do this whole step, else None."""
     kernels = dispatch.fused_kernels(x, mask)
     if kernels is None or is_recording_or_replaying() or are_functorch_transforms_active():
+        return None
+    # torch.jit.trace records no kernels, and they have no forward mode: torch's own operator serves both on one process.
+    if tracing_state() is not None or unpack_dual(x).tangent is not None:
         return None
     # What torch.func leaves behind has no memory of its own.
     if is_dead_tensor_wrapper(x):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -13,18 +13,13 @@ from torch import Tensor
 from syncbn import contract, maths
 from syncbn.contract import Moments, Statistics
 from syncbn.groups import LOCAL, Activation
-from syncbn.torch import engine
+from syncbn.torch import dtensor, engine
 from syncbn.torch._private import _BatchNorm, tracing_state
+from syncbn.torch.arguments import ACTIVATIONS, check_activation, check_input, check_mask, check_weight, refuse_epsilon
 from syncbn.torch.groups import GroupMoments, check_one_group
-from syncbn.validation import check_float_dtype, check_group_size, check_renorm_clipping, mask_omits_channels
+from syncbn.validation import check_epsilon, check_float_dtype, check_group_size, check_renorm_clipping
 
 RENORM_BUFFERS = ("moving_stddev", "renorm_mean", "renorm_stddev")
-# Those that the engine applies itself, with torch's slope.
-ACTIVATIONS = {
-    "relu": Activation("relu"),
-    "silu": Activation("silu"),
-    "leaky_relu": Activation("leaky_relu", 0.01),
-}
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -95,6 +90,7 @@ class SyncBatchNorm(_BatchNorm):
     renorm_stddev: Any
     bias: Any
 
+    @refuse_epsilon
     def __init__(
         self,
         num_features: int,
@@ -113,13 +109,16 @@ class SyncBatchNorm(_BatchNorm):
         activation: str | Callable[[Tensor], Tensor] | None = None,
         group_size: int | None = None,
     ):
+        check_epsilon(eps, "eps")
+        if momentum is not None:
+            check_weight("momentum", momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if affine and not bias:
             self.bias = None
         self.process_group, self.group_size = process_group, check_group_size(group_size)
         check_one_group(process_group, self.group_size)
         self.renorm, self.renorm_clipping = bool(renorm), check_renorm_clipping(renorm_clipping)
-        self.renorm_momentum = _weight_of_new("renorm_momentum", renorm_momentum)
+        self.renorm_momentum = check_weight("renorm_momentum", renorm_momentum)
         self.activation = activation
         if self.renorm:
             if not track_running_stats:
@@ -148,6 +147,12 @@ class SyncBatchNorm(_BatchNorm):
             self._modules.pop(name, None)
         super().__setattr__(name, value)
 
+    @classmethod
+    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
+        """`syncbn.convert(module, process_group=process_group)`, by the name that torch's own class has for it."""
+        # Not at the top: the conversion imports this module.
+        return importlib.import_module("syncbn.conversion").convert(module, process_group=process_group)
+
     def reset_running_stats(self) -> None:
         """The initial statistics: mean 0, variance 1, no batches."""
         super().reset_running_stats()
@@ -167,6 +172,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalises; see the class."""
+        if type(input) is not Tensor and dtensor.is_dtensor(input):
+            return dtensor.forward(self, input, mask, residual)
         activation, uses_batch = self.activation, self.training or self.running_mean is None
         fused = None if activation is None else check_activation(activation)
         mask = self._checked(input, mask, residual, uses_batch)
@@ -183,7 +190,7 @@ class SyncBatchNorm(_BatchNorm):
         shape, channels = x.shape, self.num_features
         # While tracing, sizes are not numbers to compare.
         if tracing_state() is None and (len(shape) < 2 or shape[1] != channels or x.numel() <= channels):
-            check_input(x, channels, uses_batch and mask is None)
+            check_input(x, channels, uses_batch and mask is None and self._is_alone())
         if not x.is_floating_point():
             check_float_dtype(str(x.dtype), False)
         if residual is not None and residual.shape != shape:
@@ -191,11 +198,7 @@ class SyncBatchNorm(_BatchNorm):
                 f"`residual` must have the input's shape. Received: residual of shape {tuple(residual.shape)} for an input of "
                 f"shape {tuple(shape)}. Expand or reshape it."
             )
-        if mask is None:
-            return None
-        if mask_omits_channels(mask.shape, shape, (1,)):
-            mask = mask.unsqueeze(1)
-        return mask.to(torch.bool)
+        return None if mask is None else check_mask(mask, shape)
 
     def _evaluate(self, x: Tensor, mask: Tensor | None, activation: Activation | None, residual: Tensor | None) -> Tensor:
         """With the running statistics."""
@@ -237,6 +240,13 @@ class SyncBatchNorm(_BatchNorm):
         self._update_renorm_statistics(moments)
         given: dict[str, Any] = {"epsilon": self.eps, "activation": activation, "residual": residual}
         return engine.normalize(x, moments, r * scale, d * scale + offset, **given, **where)
+
+    def _is_alone(self) -> bool:
+        """Whether no other process shares the statistics of this pass, as far as the arguments tell."""
+        if not self.training or self.group_size == 1 or engine.is_single_process():
+            return True
+        size = getattr(self.process_group, "size", None)
+        return size is not None and not torch.compiler.is_compiling() and size() == 1
 
     def _group(self) -> Any:
         if self.process_group is None:
@@ -294,10 +304,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         """Torch's, and of ours what is not the default."""
-        text = (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}"
-        )
+        text = super().extra_repr()
         for name in ("renorm", "renorm_clipping", "renorm_momentum", "activation", "group_size"):
             value = getattr(self, name)
             # A module shows itself.
@@ -305,6 +312,13 @@ class SyncBatchNorm(_BatchNorm):
             if value != default and not isinstance(value, torch.nn.Module):
                 text += f", {name}={value!r}"
         return text
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks of each module before it compiles it."""
+        raise RuntimeError(
+            "torch.jit.script cannot compile a synchronised layer. Received: a SyncBatchNorm, or a model that holds one. Use "
+            "torch.jit.trace or torch.export in eval mode, or script the model that syncbn.revert gives."
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
         """A copy in the same process group."""
@@ -323,41 +337,3 @@ class SyncBatchNorm(_BatchNorm):
     def __getstate__(self) -> dict[str, Any]:
         """All but the process group, which no file can hold."""
         return {**self.__dict__, "process_group": None}
-
-
-def check_input(x: Tensor, channels: int, needs_variance: bool) -> None:
-    """Raises where an input is not [N, channels, …]; or, `needs_variance`, has one value a channel in a single process."""
-    # Where torch's own layer has words for it, in those, which programs may look for.
-    shape = x.shape
-    if len(shape) < 2:
-        raise ValueError(f"expected at least 2D input (got {len(shape)}D input)")
-    if shape[1] == 0:
-        raise ValueError("SyncBatchNorm number of input channels should be non-zero")
-    if shape[1] != channels:
-        raise ValueError(
-            f"The input must have the layer's number of channels on dim 1. Received: shape {tuple(shape)} for num_features="
-            f"{channels}. Make a layer with num_features={shape[1]}."
-        )
-    if needs_variance and x.numel() == channels and engine.is_single_process():
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
-
-
-def check_activation(value: Any) -> Activation | None:
-    """What the engine applies itself; None for a callable, which runs after it. Raises for another name."""
-    if value is None or callable(value):
-        return None
-    if not isinstance(value, str) or value not in ACTIVATIONS:
-        raise ValueError(
-            f"`activation` must be None, a callable or one of {sorted(ACTIVATIONS)}. Received: activation={value!r}. Give "
-            "another activation as a callable, for example torch.nn.GELU()."
-        )
-    return ACTIVATIONS[value]
-
-
-def _weight_of_new(name: str, value: Any) -> float:
-    """A momentum in torch's convention."""
-    if not isinstance(value, Real) or not 0 <= float(value) <= 1:
-        raise ValueError(
-            f"`{name}` must lie in [0, 1]: it is the weight of the new value. Received: {name}={value!r}. Give for example 0.01."
-        )
-    return float(value)
