@@ -91,6 +91,7 @@ def sync_batch_norm(
     scale = _vector("scale", scale, parameters, engine.arithmetic_dtype(x), dialect)
     offset = _vector("offset", offset, parameters, engine.arithmetic_dtype(x), dialect)
     if mask is not None:
+        validation.check_mask_dtype(str(getattr(mask, "dtype", "bool")))
         mask = dialect.cast(mask, dialect.boolean)
         if validation.mask_omits_channels(tuple(mask.shape), shape, axes):
             for a in axes:

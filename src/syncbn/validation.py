@@ -64,6 +64,15 @@ def check_float_dtype(dtype: str, is_float: bool) -> None:
         raise TypeError(f"The input must be of a float dtype. Received: {dtype}. Cast it first, for example to float32.")
 
 
+def check_mask_dtype(dtype: str) -> None:
+    """Raises where a mask's dtype is neither bool nor an integer: floats are often added to scores, and 0 keeps a value there."""
+    if not any(kind in dtype for kind in ("bool", "int")):
+        raise TypeError(
+            "`mask` must be of dtype bool, or of integers: True, or not 0, marks what counts. Received: a mask of dtype "
+            f"{dtype}. Give for example mask > 0.5."
+        )
+
+
 def mask_omits_channels(mask: Sequence[int | None], shape: Sequence[int | None], axes: tuple[int, ...]) -> bool:
     """Whether a mask of this shape leaves the channel axes out, or has 1 there. Raises where it does not broadcast."""
     rest = [size for i, size in enumerate(shape) if i not in axes]

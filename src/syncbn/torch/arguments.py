@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from syncbn.groups import Activation
-from syncbn.validation import mask_omits_channels
+from syncbn.validation import check_mask_dtype, mask_omits_channels
 
 # Those that the engine applies itself, with torch's slope.
 ACTIVATIONS = {
@@ -60,11 +60,7 @@ def check_input(x: Tensor, channels: int, needs_variance: bool) -> None:
 
 def check_mask(mask: Tensor, shape: torch.Size) -> Tensor:
     """The mask as bool, of the input's rank, for an input of this shape with the channels on dim 1."""
-    if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(
-            "`mask` must be of dtype bool, or of integers: True, or not 0, marks what counts. Received: a mask of dtype "
-            f"{mask.dtype}. Give for example mask > 0.5."
-        )
+    check_mask_dtype(str(mask.dtype))
     if mask_omits_channels(mask.shape, shape, (1,)):
         mask = mask.unsqueeze(1)
     return mask.to(torch.bool)

@@ -137,8 +137,11 @@ def _from_the_beginning(inputs: list[Tensor], mask: Tensor | None, positive: Ten
         counted = v if mask is None else torch.where(mask, v, 0)
         return (DifferentiableSum.apply(counted.sum(dims), config.communicator) / at_least_one).view(column)
 
-    centred = x - mean_of(x)
+    mean = mean_of(x)
+    centred = x - mean
     variance = mean_of(centred * centred) + (1 - count).clamp_min(0)
+    if config.epsilon == 0:
+        variance = reference.divisible(variance, mean)
     z = scale.view(column) * centred * torch.rsqrt(variance + config.epsilon) + offset.view(column)
     for v in residual:
         z = z + v

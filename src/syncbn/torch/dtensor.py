@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 def is_dtensor(x: Tensor) -> bool:
-    """Whether x is a DTensor. The class is known by its name, because importing it is slow."""
-    return any(c.__name__ == "DTensor" and c.__module__.startswith("torch.distributed") for c in type(x).__mro__)
+    """Whether x is a DTensor. The class is known by its name, because importing it is slow. Compiled code is not asked."""
+    return not torch.compiler.is_compiling() and any(c.__name__ == "DTensor" and c.__module__.startswith("torch.distributed") for c in type(x).__mro__)
 
 
 def forward(layer: Any, x: Any, mask: Any, residual: Any) -> Any:
@@ -24,10 +24,11 @@ def forward(layer: Any, x: Any, mask: Any, residual: Any) -> Any:
     sharded = _check(layer, x, mask, residual)
     mesh, placements = x.device_mesh, x.placements
     local = _local_copy(layer, x, sharded)
-    activation, local.activation = local.activation, None
+    activation = layer.activation
+    if callable(activation):
+        # It is given the DTensor: its own parameters may be such.
+        local.activation = None
     arguments = [None if v is None else v.to_local() for v in (mask, residual)]
-    if isinstance(activation, str):
-        local.activation = activation
     y = type(layer).forward(local, x.to_local(), *arguments)
     y = type(x).from_local(y, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
     return activation(y) if callable(activation) else y

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from syncbn.torch import dtensor, engine
 from syncbn.torch._private import _BatchNorm, tracing_state
 from syncbn.torch.arguments import ACTIVATIONS, check_activation, check_input, check_mask, check_weight, refuse_epsilon
 from syncbn.torch.groups import GroupMoments, check_one_group
+from syncbn.torch.replaced import warn_if_replaced
 from syncbn.validation import check_epsilon, check_float_dtype, check_group_size, check_renorm_clipping
 
 RENORM_BUFFERS = ("moving_stddev", "renorm_mean", "renorm_stddev")
@@ -35,15 +36,18 @@ class SyncBatchNorm(_BatchNorm):
     `num_batches_tracked` as they were; so do, with more than one replica, statistics that are not finite (an overflow under loss
     scaling). Without torch.distributed, or with one replica, this is plain batch norm and never communicates.
 
-    Call arguments: input [N, C, …], any float dtype; mask, bool, of the input's shape without the channels (or 1 there), each
-    other axis full or 1, True where a value counts: a masked element enters no statistic but is normalised like any other, and
-    is read as 0 where it is not finite; residual, of the input's shape. The output has the input's shape, dtype and memory
-    format.
+    Call arguments:
+        input: [N, C, …], any float dtype. A DTensor that is replicated, or sharded along the batch, gives a DTensor.
+        mask: bool or integer, of the input's shape without the channels (or 1 there), each other axis full or 1. True, or not
+            0, marks what counts. A masked element enters no statistic but is normalised like any other. It is read as 0 where
+            it is not finite.
+        residual: of the input's shape.
+    The output has the input's shape, dtype and memory format.
 
     Args:
         num_features: C.
-        eps: added to the variance.
-        momentum: weight of the new value in the running averages; None for a cumulative average.
+        eps: added to the variance. With 0 a constant channel is normalised to 0.
+        momentum: weight of the new value in the running averages, in [0, 1]; None for a cumulative average.
         affine: whether there are a weight and a bias.
         track_running_stats: whether there are running statistics; without them eval uses this replica's own batch.
         process_group: the replicas that communicate; None for all of them, over a group of the library's own.
@@ -59,8 +63,11 @@ class SyncBatchNorm(_BatchNorm):
         group_size: synchronise among consecutive groups of that many ranks; must divide their number.
 
     Raises:
-        TypeError: an input that is not of a float dtype.
-        ValueError: any argument, or shape, that does not fit; one value per channel in training of a single process.
+        TypeError: an input that is not of a float dtype; a mask of a float dtype.
+        ValueError: any argument, or shape, that does not fit; one value per channel in training of one process, or of a group
+            of one.
+        RuntimeError: training under torch.jit.trace, forward-mode differentiation or a transform of torch.func, where torch's
+            own operator does not serve.
 
     Source: `torch.nn.SyncBatchNorm`; Ioffe and Szegedy 2015 (arXiv:1502.03167); Ioffe 2017 (arXiv:1702.03275) for renorm.
 
@@ -312,6 +319,11 @@ class SyncBatchNorm(_BatchNorm):
             if value != default and not isinstance(value, torch.nn.Module):
                 text += f", {name}={value!r}"
         return text
+
+    def named_children(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """Torch's; warns where a converter of torch or timm asks, which replaces this layer."""
+        warn_if_replaced(self)
+        return super().named_children()
 
     def __prepare_scriptable__(self) -> Any:
         """What torch.jit.script asks of each module before it compiles it."""
