@@ -1,6 +1,6 @@
 """Lightning: every batch norm of a model is synchronised while `fit` runs, on two processes.
 
-    python examples/lightning_layer_sync.py
+python examples/lightning_layer_sync.py
 """
 
 import torch

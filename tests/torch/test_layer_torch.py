@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import syncbn
 from syncbn import SyncBatchNorm
-from syncbn.torch import engine, module
+from syncbn.torch import engine
+from syncbn.torch.arguments import ACTIVATIONS as NAMED
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6, torch.float64: 1e-12}
@@ -726,5 +727,5 @@ def test_docstring_examples():
             found = doctest.testmod(importlib.import_module(f"syncbn.{name}"))
         assert found.failed == 0
         assert found.attempted > 1
-    assert module.ACTIVATIONS["leaky_relu"].slope == 0.01
+    assert NAMED["leaky_relu"].slope == 0.01
     assert {"SyncBatchNorm", "local_statistics", "checkpoint_contexts", "debug", "EmptySteps"} <= set(syncbn.__all__)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 def is_dtensor(x: Tensor) -> bool:
     """Whether x is a DTensor. The class is known by its name, because importing it is slow. Compiled code is not asked."""
-    return not torch.compiler.is_compiling() and any(c.__name__ == "DTensor" and c.__module__.startswith("torch.distributed") for c in type(x).__mro__)
+    return not torch.compiler.is_compiling() and any(
+        c.__name__ == "DTensor" and c.__module__.startswith("torch.distributed") for c in type(x).__mro__
+    )
 
 
 def forward(layer: Any, x: Any, mask: Any, residual: Any) -> Any:

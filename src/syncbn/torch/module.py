@@ -15,7 +15,7 @@ from syncbn.contract import Moments, Statistics
 from syncbn.groups import LOCAL, Activation
 from syncbn.torch import dtensor, engine
 from syncbn.torch._private import _BatchNorm, tracing_state
-from syncbn.torch.arguments import ACTIVATIONS, check_activation, check_input, check_mask, check_weight, refuse_epsilon
+from syncbn.torch.arguments import check_activation, check_input, check_mask, check_weight, refuse_epsilon
 from syncbn.torch.groups import GroupMoments, check_one_group
 from syncbn.torch.replaced import warn_if_replaced
 from syncbn.validation import check_epsilon, check_float_dtype, check_group_size, check_renorm_clipping
