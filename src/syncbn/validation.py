@@ -97,7 +97,7 @@ def check_epsilon(value: Any, name: str = "epsilon") -> float:
     """What is added to the variance."""
     if not is_epsilon(value):
         raise ValueError(
-            f"`{name}` must be finite and not negative: it is added to the variance. Received: {name}={value!r}. Give for "
+            f"`{name}` must be a finite number, 0 or more: it is added to the variance. Received: {name}={value!r}. Give for "
             "example 0.001."
         )
     return float(value)

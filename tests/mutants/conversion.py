@@ -28,6 +28,7 @@ MUTANTS = [
     Mutant("renorm buffers stay", TORCH, "module._buffers.pop(name, None)", "pass", TORCH_TESTS, "renorm_starts"),
     Mutant("timm's activation is lost", TORCH, "y = getattr(self, name)(y)", "pass", TORCH_TESTS, "timm_keeps"),
     Mutant("wrapped models pass", TORCH, '    "DataParallel": ("torch.nn.parallel", "wrapped"),', "", TORCH_TESTS, "wrong_state and DataParallel"),
+    Mutant("settings are not looked at", TORCH, "    _check_settings(chosen)\n", "", TORCH_TESTS, "that_the_constructor_refuses"),
     Mutant("compiled modules pass", TORCH, '"compiled" if module._compiled_call_impl is not None else states[cls]', "states[cls]", TORCH_TESTS, "wrong_state"),
     Mutant("switched-off statistics are updated", "torch/module.py", "mean is not None and self.training and self.track_running_stats:", "mean is not None and self.training:",
            TORCH_TESTS, "switched_off"),

@@ -180,8 +180,8 @@ def _check_settings(chosen: list[tuple[str, Any, type]]) -> None:
     wrong += [(name, f"eps={m.eps!r}") for name, m, _ in chosen if not is_epsilon(m.eps)]
     if wrong:
         raise ValueError(
-            "`momentum` must be None or lie in [0, 1], and `eps` must be finite and not negative. Received: "
-            f"{listed(wrong)}. Set other values first."
+            "`momentum` must be None or lie in [0, 1], and `eps` must be a finite number, 0 or more. Received: "
+            f"{listed(wrong)}. Set other values on these layers first."
         )
 
 
