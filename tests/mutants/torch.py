@@ -86,7 +86,7 @@ MUTANTS = [
     Mutant("rounding taken for a variance", REFERENCE, "ROUNDING = 2.0**-48", "ROUNDING = 0.0", ONE_PROCESS, "epsilon_0"),
     Mutant("a constant channel's second derivative", AUTOGRAD, "    if config.epsilon == 0:\n", "    if False:\n", ONE_PROCESS, "epsilon_0"),
     Mutant("torch's function trains with an epsilon of 0", ENGINE, "plain = epsilon and communicator", "plain = communicator", ONE_PROCESS, "epsilon_0"),
-    Mutant("convert_sync_batchnorm forgets the group", LAYER, ".convert(module, process_group=process_group)", ".convert(module)", DROP_IN, "is_convert"),
+    Mutant("convert_sync_batchnorm forgets the group", LAYER, "return importlib.import_module(\"syncbn.conversion\").convert(module, process_group=process_group)", "return importlib.import_module(\"syncbn.conversion\").convert(module)", DROP_IN, "is_convert"),
     Mutant("Keras's epsilon passes", "torch/arguments.py", 'if "epsilon" in named:', "if False:", DROP_IN, "name_in_keras"),
     Mutant("another converter passes unsaid", "torch/replaced.py", 'if not converter.startswith("convert_sync"):', "if True:", DROP_IN, "that_replaces_ours"),
     Mutant("the warning names torch's line", "torch/replaced.py", "level, frame = 3, sys._getframe(2)", "level, frame = 2, sys._getframe(2)", DROP_IN, "that_replaces_ours"),
