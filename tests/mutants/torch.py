@@ -94,7 +94,7 @@ MUTANTS = [
     Mutant("a trace is recorded", AUTOGRAD, "    if tracing_state() is not None:\n", "    if False:\n", DROP_IN_RANKS, "transforms_of and trace"),
     Mutant("a transform goes on", AUTOGRAD, "if are_functorch_transforms_active() or", "if False or", DROP_IN_RANKS, "transforms_of and grad"),
     Mutant("forward mode goes on", AUTOGRAD, "or unpack_dual(x).tangent is not None", "", DROP_IN_RANKS, "transforms_of and forward"),
-    Mutant("a tangent of the parameters", AUTOGRAD, "        raise _no_transform()\n\n\ndef differentiable(", "        return None\n\n\ndef differentiable(", DROP_IN, "parameters_alone"),
+    Mutant("a tangent of the parameters", AUTOGRAD, "        raise no_transform()\n\n\ndef differentiable(", "        return None\n\n\ndef differentiable(", DROP_IN, "parameters_alone"),
     Mutant("one value in a group of one", LAYER, "or self.group_size == 1 or", "or", DROP_IN_RANKS, "one_value and size"),
     Mutant("one value in a process group of one", LAYER, "and size() == 1", "and False", DROP_IN_RANKS, "one_value and group"),
     Mutant("a DTensor's gradient is one rank's", "torch/dtensor.py", "Partial() if i in sharded else Replicate()", "Replicate()", DROP_IN_RANKS, "whole_batch and sharded"),

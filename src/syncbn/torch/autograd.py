@@ -35,10 +35,11 @@ def check_no_transform(x: Tensor) -> None:
             "while tracing. Call model.eval() before, or compile the model with torch.compile."
         )
     if are_functorch_transforms_active() or unpack_dual(x).tangent is not None:
-        raise _no_transform()
+        raise no_transform()
 
 
-def _no_transform() -> RuntimeError:
+def no_transform() -> RuntimeError:
+    """The error of a training step that is to be differentiated in another way than backward."""
     return RuntimeError(
         "A synchronised training step has gradients in reverse mode alone. Received: a layer in training mode under forward-mode "
         "differentiation or a transform of torch.func. Use torch.autograd.grad, with create_graph=True for higher derivatives, "
@@ -92,7 +93,7 @@ class Normalized(Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         """Raises: of a tangent of the parameters alone, the moments did not know."""
-        raise _no_transform()
+        raise no_transform()
 
 
 def differentiable(
