@@ -83,7 +83,7 @@ MUTANTS = [
     Mutant("a mask of floats", "validation.py", 'if not any(kind in dtype for kind in ("bool", "int")):', "if False:", ONE_PROCESS, "bad_calls"),
     Mutant("channels last get the wrong mend", "torch/arguments.py", "if len(shape) > 2 and shape[-1] == channels:", "if False:", ONE_PROCESS, "bad_calls"),
     Mutant("a constant channel is divided by 0", ENGINE, "if epsilon == 0 and moments.count is not None:", "if False:", ONE_PROCESS, "epsilon_0"),
-    Mutant("rounding taken for a variance", REFERENCE, "ROUNDING = 2.0**-48", "ROUNDING = 0.0", ONE_PROCESS, "epsilon_0"),
+    Mutant("rounding taken for a variance", REFERENCE, "ROUNDING = 2.0**-48", "ROUNDING = 0.0", ONE_PROCESS, "many_constants"),
     Mutant("a constant channel's second derivative", AUTOGRAD, "    if config.epsilon == 0:\n", "    if False:\n", ONE_PROCESS, "epsilon_0"),
     Mutant("torch's function trains with an epsilon of 0", ENGINE, "plain = epsilon and communicator", "plain = communicator", ONE_PROCESS, "epsilon_0"),
     Mutant("convert_sync_batchnorm forgets the group", LAYER, "return importlib.import_module(\"syncbn.conversion\").convert(module, process_group=process_group)", "return importlib.import_module(\"syncbn.conversion\").convert(module)", DROP_IN, "is_convert"),
@@ -98,7 +98,8 @@ MUTANTS = [
     Mutant("one value in a group of one", LAYER, "or self.group_size == 1 or", "or", DROP_IN_RANKS, "one_value and size"),
     Mutant("one value in a process group of one", LAYER, "and size() == 1", "and False", DROP_IN_RANKS, "one_value and group"),
     Mutant("a DTensor's gradient is one rank's", "torch/dtensor.py", "Partial() if i in sharded else Replicate()", "Replicate()", DROP_IN_RANKS, "whole_batch and sharded"),
-    Mutant("a DTensor's ranks are all", "torch/dtensor.py", "x.device_mesh.get_group(sharded[0]) if sharded else None", "None", DROP_IN_RANKS, "whole_batch and sharded"),
+    Mutant("a DTensor's statistics are one rank's", "torch/dtensor.py", "x.device_mesh.get_group(sharded[0]) if sharded else None\n    attributes[\"group_size\"] = None if sharded else 1",
+           "None\n    attributes[\"group_size\"] = 1", DROP_IN_RANKS, "whole_batch and sharded"),
     Mutant("a replicated DTensor counts twice", "torch/dtensor.py", "None if sharded else 1", "None", DROP_IN_RANKS, "whole_batch and replicated"),
 ]  # fmt: skip
 

@@ -386,6 +386,17 @@ def test_a_constant_channel_with_epsilon_0_equals_torch(shape, value, dtype):
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_constants_with_epsilon_0(dtype):
+    """Of some of them rounding makes a variance that is not 0: without a bound dx would be 1e8 and more."""
+    layer = SyncBatchNorm(500, eps=0, activation="relu", dtype=dtype)
+    x = (torch.rand(500, dtype=torch.float64) * 1000).to(dtype).expand(7, 500)
+    y, dx, *rest = step(layer, x, data(7, 500, dtype=dtype))
+    assert y.abs().max() < 1e-6
+    assert dx.abs().max() < 1e-12
+    assert all(v.isfinite().all() for v in rest)
+
+
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_derivatives_of_a_constant_channel_with_epsilon_0(activation):
     layer = SyncBatchNorm(2, eps=0, activation=activation, dtype=torch.float64)
