@@ -37,7 +37,7 @@ test-tensorflow-2: $(VENV)/.made-tensorflow
 	$(PYTEST) tests/tensorflow/test_multi_worker.py
 
 test-torch: $(VENV)/.made-torch
-	$(PYTEST) tests/torch/test_layer_torch.py tests/torch/test_engine_torch.py tests/torch/test_layer_torch_ranks.py tests/torch/test_functional_torch.py tests/torch/test_private_torch.py tests/torch/test_world_torch.py --replicas 4
+	$(PYTEST) tests/torch/test_layer_torch.py tests/torch/test_engine_torch.py tests/torch/test_layer_torch_ranks.py tests/torch/test_functional_torch.py tests/torch/test_private_torch.py tests/torch/test_world_torch.py tests/torch/test_drop_in_ranks.py --replicas 4
 	$(PYTEST) tests/keras/test_layer_keras_torch.py --replicas 4
 
 test-torch-2: $(VENV)/.made-torch
@@ -59,7 +59,7 @@ test-torch-kernels: $(VENV)/.made-torch
 	SYNCBN_TEST_DEVICE=interpreter $(PYTEST) tests/torch/test_layer_torch.py tests/torch/test_layer_torch_ranks.py tests/torch/test_engine_torch.py tests/torch/test_torch_training.py --replicas 2
 
 test-conversion:
-	$(PYTEST) tests/torch/test_convert_torch.py tests/torch/test_export_torch.py tests/torch/test_files_before.py
+	$(PYTEST) tests/torch/test_convert_torch.py tests/torch/test_drop_in_torch.py tests/torch/test_export_torch.py tests/torch/test_files_before.py
 	$(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_files_of_converted.py tests/keras/test_export_keras.py tests/keras/test_legacy.py tests/keras/test_files_before_keras.py
 	$(PYTEST) $(FILES)
 	KERAS_BACKEND=torch $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_files_of_converted.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"

@@ -40,7 +40,8 @@ def convert(
     Keras, on any backend: `BatchNormalization` in Sequential, functional, nested and subclassed models. A subclass that
     overrides only `__init__` is converted too. Any other is left to `on_unknown`. Instance norms and other layers stay.
 
-    Convert a model before it is compiled, scripted, quantised or wrapped for distribution. It may be on its device already.
+    Convert a model before it is compiled, scripted, quantised or sharded. It may be on its device already, and wrapped in
+    DistributedDataParallel. On a torch module the class method `SyncBatchNorm.convert_sync_batchnorm` does the same.
 
     Args:
         model: a torch.nn.Module or a Keras layer or model. Without batch norms it is returned with a warning.
@@ -53,7 +54,8 @@ def convert(
 
     Raises:
         TypeError: something that is no torch or Keras model.
-        ValueError: a model that must be converted earlier; unknown batch norms; arguments that do not fit.
+        ValueError: a model that must be converted earlier; unknown batch norms; arguments, or settings of a batch norm, that
+            do not fit. No layer is changed then.
 
     Source: docs/decisions/0005-conversion-by-class.md.
 
@@ -90,7 +92,7 @@ def revert(model: Model, *, filter: Callable[[str, Any], bool] | None = None, ex
 
     Raises:
         TypeError: something that is no torch or Keras model.
-        ValueError: a compiled, scripted, quantised or wrapped model; a layer that does more than the framework's own, or whose
+        ValueError: a compiled, scripted, quantised or sharded model; a layer that does more than the framework's own, or whose
             class is not known. No layer is changed then.
 
     Source: docs/decisions/0005-conversion-by-class.md.

@@ -100,6 +100,7 @@ def sync_batch_norm(
     scale = _vector("scale", scale, 1.0, parameters, engine.arithmetic_dtype(x), dialect, shape)
     offset = _vector("offset", offset, 0.0, parameters, engine.arithmetic_dtype(x), dialect, shape)
     if mask is not None:
+        validation.check_mask_dtype(str(getattr(mask, "dtype", "bool")))
         mask = dialect.cast(mask, dialect.boolean)
         if validation.mask_omits_channels(tuple(mask.shape), shape, axes):
             for a in axes:

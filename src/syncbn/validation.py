@@ -64,6 +64,15 @@ def check_float_dtype(dtype: str, is_float: bool) -> None:
         raise TypeError(f"The input must be of a float dtype. Received: {dtype}. Cast it first, for example to float32.")
 
 
+def check_mask_dtype(dtype: str) -> None:
+    """Raises where a mask's dtype is neither bool nor an integer: floats are often added to scores, and 0 keeps a value there."""
+    if not any(kind in dtype for kind in ("bool", "int")):
+        raise TypeError(
+            "`mask` must be of dtype bool, or of integers: True, or not 0, marks what counts. Received: a mask of dtype "
+            f"{dtype}. Give for example mask > 0.5."
+        )
+
+
 def mask_omits_channels(mask: Sequence[int | None], shape: Sequence[int | None], axes: tuple[int, ...]) -> bool:
     """Whether a mask of this shape leaves the channel axes out, or has 1 there. Raises where it does not broadcast."""
     rest = [size for i, size in enumerate(shape) if i not in axes]
@@ -79,12 +88,17 @@ def mask_omits_channels(mask: Sequence[int | None], shape: Sequence[int | None],
     return left_out
 
 
-def check_epsilon(value: Any) -> float:
+def is_epsilon(value: Any) -> bool:
+    """Whether a value can be added to the variance."""
+    return isinstance(value, Real) and 0 <= float(value) < math.inf
+
+
+def check_epsilon(value: Any, name: str = "epsilon") -> float:
     """What is added to the variance."""
-    if not isinstance(value, Real) or not 0 < float(value) < math.inf:
+    if not is_epsilon(value):
         raise ValueError(
-            f"`epsilon` must be positive: it keeps the division by the standard deviation from failing. Received: "
-            f"epsilon={value!r}. Give for example 0.001."
+            f"`{name}` must be a finite number, 0 or more: it is added to the variance. Received: {name}={value!r}. Give for "
+            "example 0.001."
         )
     return float(value)
 

@@ -22,6 +22,7 @@ import types
 _state = {kind}()
 is_key_in_tls, get_obj_in_tls = (lambda key: hasattr(_state, "v")), (lambda key: True)
 stash_obj_in_tls, remove_obj_from_tls = (lambda key, v: setattr(_state, "v", v)), (lambda key: delattr(_state, "v"))"""
+DROP_IN, DROP_IN_RANKS = "torch/test_drop_in_torch.py", "torch/test_drop_in_ranks.py"
 
 MESSAGE = "return torch.cat([n[None], *maths.raw_sums(n, k.to(wide), s.to(wide), q.to(wide))])"
 SUM = "global_sums(partial_sums, config.communicator)"
@@ -31,14 +32,14 @@ MUTANTS = [
     Mutant("mean of means", REFERENCE, MESSAGE, MESSAGE.replace("return", "m =") + "\n    return m / m[0].clamp_min(1)", ENGINE_TESTS, RAGGED),
     Mutant("E[x²] − E[x]² in float32", REFERENCE, MESSAGE, MESSAGE + ".float().double()", ENGINE_TESTS, "one_process and large"),
     Mutant("lo dropped from normalize", CPU, "norm.offset - lo * (norm.scale * rstd)", "norm.offset", ENGINE_TESTS, "one_process and large"),
-    Mutant("x − hi not formed first", CPU, "if x.numel() > SMALL and (hi * rstd).abs().max().item() < NEAR:", "if True:", ENGINE_TESTS,
+    Mutant("x − hi not formed first", CPU, "if norm.epsilon and x.numel() > SMALL and (hi * rstd).abs().max().item() < NEAR:", "if norm.epsilon:", ENGINE_TESTS,
            "one_process and large"),
     Mutant("dropped term in the input gradient", CPU, "a / rstd, b)", "0 * a, b)", ENGINE_TESTS, "one_process and ragged"),
     Mutant("local count in the backward pass", AUTOGRAD, "input_gradient(dz, x, mask, norm, count, reduced_sums) if needs_x",
            "input_gradient(dz, x, mask, norm, count / config.communicator.size, reduced_sums) if needs_x", ENGINE_TESTS, RAGGED),
     Mutant("message times a local scale", AUTOGRAD, SUM, "global_sums(sums.clone(), config.communicator) * scale.repeat(2)",
            ENGINE_TESTS, "concatenated and differ-step]"),
-    Mutant("moments are constants of the second derivative", AUTOGRAD, "centred = x - mean_of(x)", "centred = x - mean_of(x).detach()",
+    Mutant("moments are constants of the second derivative", AUTOGRAD, "centred = x - mean\n", "centred = x - mean.detach()\n",
            ENGINE_TESTS, "gradgradcheck"),
     Mutant("mask forgotten in the count", REFERENCE, "return mask.sum() * each", "return size", ENGINE_TESTS, "one_process and masked"),
     Mutant("mask forgotten in the backward pass", REFERENCE, "through = torch.where(mask, through, 0)", "pass", ENGINE_TESTS, "one_process and masked"),
@@ -111,6 +112,29 @@ MUTANTS = [
            "torch/test_private_torch.py", "raises_nothing"),
     Mutant("a private name that vanishes unnoticed", "torch/_private.py", "MISSING.append(path", "[].append(path", "torch/test_private_torch.py", "vanished_is_listed"),
     Mutant("native where dtypes are mixed", ENGINE, "    dtype = x.dtype\n    return (", "    dtype = x.dtype\n    return True or (", ONE_PROCESS, "combination_of_dtypes"),
+    Mutant("a momentum that the constructor takes", LAYER, 'check_weight("momentum", momentum)', "pass", ONE_PROCESS, "bad_arguments"),
+    Mutant("an eps that the constructor takes", LAYER, 'check_epsilon(eps, "eps")', "pass", ONE_PROCESS, "bad_arguments"),
+    Mutant("a mask of floats", "validation.py", 'if not any(kind in dtype for kind in ("bool", "int")):', "if False:", ONE_PROCESS, "bad_calls"),
+    Mutant("channels last get the wrong mend", "torch/arguments.py", "if len(shape) > 2 and shape[-1] == channels:", "if False:", ONE_PROCESS, "bad_calls"),
+    Mutant("a constant channel is divided by 0", ENGINE, "if epsilon == 0 and moments.count is not None:", "if False:", ONE_PROCESS, "epsilon_0"),
+    Mutant("rounding taken for a variance", REFERENCE, "ROUNDING = 2.0**-48", "ROUNDING = 0.0", ONE_PROCESS, "many_constants"),
+    Mutant("a constant channel's second derivative", AUTOGRAD, "    if config.epsilon == 0:\n", "    if False:\n", ONE_PROCESS, "epsilon_0"),
+    Mutant("torch's function trains with an epsilon of 0", ENGINE, "plain = epsilon and communicator", "plain = communicator", ONE_PROCESS, "epsilon_0"),
+    Mutant("convert_sync_batchnorm forgets the group", LAYER, "return importlib.import_module(\"syncbn.conversion\").convert(module, process_group=process_group)", "return importlib.import_module(\"syncbn.conversion\").convert(module)", DROP_IN, "is_convert"),
+    Mutant("Keras's epsilon passes", "torch/arguments.py", 'if "epsilon" in named:', "if False:", DROP_IN, "name_in_keras"),
+    Mutant("another converter passes unsaid", "torch/replaced.py", 'if not converter.startswith("convert_sync"):', "if True:", DROP_IN, "that_replaces_ours"),
+    Mutant("the warning names torch's line", "torch/replaced.py", "level, frame = 3, sys._getframe(2)", "level, frame = 2, sys._getframe(2)", DROP_IN, "that_replaces_ours"),
+    Mutant("scripting goes on", LAYER, "def __prepare_scriptable__(", "def _prepare_scriptable(", DROP_IN, "scripting"),
+    Mutant("a trace is recorded", AUTOGRAD, "    if tracing_state() is not None:\n", "    if False:\n", DROP_IN_RANKS, "transforms_of and trace"),
+    Mutant("a transform goes on", AUTOGRAD, "if are_functorch_transforms_active() or", "if False or", DROP_IN_RANKS, "transforms_of and grad"),
+    Mutant("forward mode goes on", AUTOGRAD, "or unpack_dual(x).tangent is not None", "", DROP_IN_RANKS, "transforms_of and forward"),
+    Mutant("a tangent of the parameters", AUTOGRAD, "        raise no_transform()\n\n\ndef differentiable(", "        return None\n\n\ndef differentiable(", DROP_IN, "parameters_alone"),
+    Mutant("one value in a group of one", LAYER, "or self.group_size == 1 or", "or", DROP_IN_RANKS, "one_value and size"),
+    Mutant("one value in a process group of one", LAYER, "and size() == 1", "and False", DROP_IN_RANKS, "one_value and group"),
+    Mutant("a DTensor's gradient is one rank's", "torch/dtensor.py", "Partial() if i in sharded else Replicate()", "Replicate()", DROP_IN_RANKS, "whole_batch and sharded"),
+    Mutant("a DTensor's statistics are one rank's", "torch/dtensor.py", "x.device_mesh.get_group(sharded[0]) if sharded else None\n    attributes[\"group_size\"] = None if sharded else 1",
+           "None\n    attributes[\"group_size\"] = 1", DROP_IN_RANKS, "whole_batch and sharded"),
+    Mutant("a replicated DTensor counts twice", "torch/dtensor.py", "None if sharded else 1", "None", DROP_IN_RANKS, "whole_batch and replicated"),
 ]  # fmt: skip
 
 # Two processes tell as much as four.

@@ -194,7 +194,7 @@ def normalize(
 ) -> Tensor:
     """activation(scale·x_hat + offset + residual)."""
     group, was_local = moments.communicator
-    if _can_use_native(x, mask, group):
+    if epsilon and _can_use_native(x, mask, group):
         y = torch.nn.functional.batch_norm(_about_a_value(x)[0], None, None, scale, offset, True, 0.0, epsilon)
         return reference.activated(y if residual is None else y + residual, activation).to(x.dtype)
     if residual is x:

@@ -12,7 +12,7 @@ from syncbn import contract, maths
 from syncbn.contract import ASSIGNED, Operators, Statistics, check_variables
 from syncbn.groups import Activation
 from syncbn.torch import compiled, desync, dispatch, fused, reference
-from syncbn.torch.autograd import Normalized, NormConfig
+from syncbn.torch.autograd import Normalized, NormConfig, check_no_transform
 from syncbn.torch.channel_view import ChannelView
 from syncbn.torch.checkpoint import record_or_replay, should_update_now, should_update_statistics
 from syncbn.torch.groups import Communicator, GroupMoments, communicator_of, is_single_process
@@ -78,6 +78,7 @@ def moments(
         if reference.has_float64(x.device):
             return compiled.moments(x, mask, size, name)
         return _moments_in_pairs(x, mask, lambda v: compiled.gather(v, size, name))
+    check_no_transform(x)
     return record_or_replay(lambda: _measure(x, mask, None if is_local() else communicator_of(group), layer))
 
 
@@ -109,6 +110,8 @@ def normalize(
     """
     view = ChannelView(axes, x.shape)
     x, mask, residual = view.of(x), view.of_mask(mask), None if residual is None else view.of(residual)
+    if epsilon == 0 and moments.count is not None:
+        moments = moments._replace(variance=reference.divisible(moments.variance, moments.mean))
     if moments.count is None:
         y = _with_constants(x, moments, scale, offset, epsilon, activation, residual)
     elif torch.compiler.is_compiling():
@@ -147,10 +150,11 @@ def train_step(
         given = (weight, bias)
         if (weight is None) != (bias is None):
             given = scale_and_offset(x, weight, bias)
-        kernels = fused.kernels_for(x, *given, statistics, mask, communicator)
+        # With an epsilon of 0 torch's function refuses to train, and the kernels would divide by 0.
+        kernels = fused.kernels_for(x, *given, statistics, mask, communicator) if epsilon else None
         if kernels is not None:
             return fused.train_step(kernels, x, given, statistics, mask, residual, epsilon, activation, communicator, layer)
-        plain = communicator is None and mask is None and residual is None and activation is None
+        plain = epsilon and communicator is None and mask is None and residual is None and activation is None
         if plain and can_use_native(x, weight, bias, statistics):
             return _native_train_step(x, weight, bias, statistics, epsilon)
     scale, offset = scale_and_offset(x, weight, bias)
