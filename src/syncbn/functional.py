@@ -50,8 +50,8 @@ def sync_batch_norm(
         x: an array of any rank from 2 up and any float dtype: a jax.Array, tf.Tensor or torch.Tensor.
         scale, offset: one value per channel: [C], or, for several channel axes, x's shape with 1 in all other axes. They may
             differ between replicas.
-        axis: the channel axis, or several.
-        epsilon: added to the variance; positive.
+        axis: the channel axis, or several. A list of one axis is that axis.
+        epsilon: added to the variance; 0 or more.
         mask: bool, of x's shape without the channel axes (or 1 there), each other axis full or 1. True marks what counts. A
             masked element is normalised too. One that is not finite is read as 0.
         axis_name: JAX: the mapped axis, or axes, along which the replicas lie. None for one device, or for global arrays.

@@ -15,7 +15,7 @@ RECORD_MOMENTS = "Give torch.utils.checkpoint.checkpoint use_reentrant=False, co
 
 
 def check_axis(value: Any) -> int | tuple[int, ...]:
-    """The channel axis, or axes, as an int or a tuple of ints."""
+    """The channel axis, or axes, as an int or a tuple of ints. A list of one axis is that axis."""
     several = isinstance(value, Iterable) and not isinstance(value, (str, bytes))
     entries = tuple(value) if several else (value,)
     for entry in entries:
@@ -26,7 +26,7 @@ def check_axis(value: Any) -> int | tuple[int, ...]:
             )
     if not entries:
         raise ValueError(f"`axis` must name at least one axis. Received: axis={value!r}. Give for example -1.")
-    return tuple(int(entry) for entry in entries) if several else int(entries[0])
+    return tuple(int(entry) for entry in entries) if len(entries) > 1 else int(entries[0])
 
 
 def channel_axes(axis: int | tuple[int, ...], shape: Sequence[int | None]) -> tuple[int, ...]:
@@ -81,10 +81,10 @@ def mask_omits_channels(mask: Sequence[int | None], shape: Sequence[int | None],
 
 def check_epsilon(value: Any) -> float:
     """What is added to the variance."""
-    if not isinstance(value, Real) or not 0 < float(value) < math.inf:
+    if not isinstance(value, Real) or not 0 <= float(value) < math.inf:
         raise ValueError(
-            f"`epsilon` must be positive: it keeps the division by the standard deviation from failing. Received: "
-            f"epsilon={value!r}. Give for example 0.001."
+            f"`epsilon` must be a finite number, 0 or more: it is added to the variance. Received: epsilon={value!r}. Give for "
+            "example 0.001."
         )
     return float(value)
 

@@ -212,7 +212,7 @@ X, ONES = jnp.ones((4, 3)), jnp.ones(3)
     (ValueError, "`axis_name` must name an axis that is mapped where the layer trains. Received: 'data'", {"axis_name": "data"}),
     (ValueError, "`axis_name` must be None, the name of a mapped axis", {"axis_name": 3}),
     (ValueError, "`axis` must lie in [-2, 2) for an input of rank 2.", {"axis": 2}),
-    (ValueError, "`epsilon` must be positive", {"epsilon": 0.0}),
+    (ValueError, "`epsilon` must be a finite number, 0 or more", {"epsilon": -1.0}),
     (ValueError, "`mask` must have the input's shape without the channel axes", {"mask": jnp.ones((3, 3), bool)}),
     (ValueError, "`scale` must have one value a channel: shape [3] or [3]. Received: shape (4,).", {"scale": jnp.ones(4)}),
     (ValueError, "`offset` must have one value a channel: shape [3] or [1, 3]. Received: shape ().", {"offset": 0.0, "axis": [1]}),

@@ -66,18 +66,14 @@ def check_input_shape(shape: Sequence[int | None], built: Sequence[int | None], 
         )
 
 
-def check_adjustment_shape(
-    name: str, shape: Sequence[int | None], input_shape: Sequence[int | None], axes: tuple[int, ...]
-) -> None:
-    """Raises where a result of `adjustment` is neither one value, nor one a channel."""
-    channels = [input_shape[a] for a in axes]
-    broad = [size if i in axes else 1 for i, size in enumerate(input_shape)]
-    per_channel = len(axes) == 1 and len(shape) == 1 and shape[0] in (None, channels[0])
-    with_ones = len(shape) == len(broad) and all(s in (None, b) for s, b in zip(shape, broad, strict=True))
-    if len(shape) and not per_channel and not with_ones:
+def check_adjustment_shape(name: str, shape: Sequence[int | None], input_shape: Sequence[int | None], per_channel: bool) -> None:
+    """Raises where a result of `adjustment` does not broadcast to the input. per_channel: it is [C], on any channel axis."""
+    from_last = zip(reversed(tuple(shape)), reversed(tuple(input_shape)), strict=False)
+    fits = len(shape) <= len(input_shape) and all(n is None or s in (None, 1, n) for s, n in from_last)
+    if not (fits or per_channel):
         raise ValueError(
-            f"`adjustment` must return (scale, bias), each a scalar, of shape {channels} where there is one channel axis, or of "
-            f"shape {broad}. Received: {name} of shape {tuple(shape)} for an input of shape {tuple(input_shape)}. Reshape it."
+            "`adjustment` must return (scale, bias), each of a shape that broadcasts to the input's, or one value per channel. "
+            f"Received: {name} of shape {tuple(shape)} for an input of shape {tuple(input_shape)}. Reshape it."
         )
 
 
@@ -85,6 +81,6 @@ def check_registered(name: str, value: Any, registered: Any) -> None:
     """Raises where a file could not bring a callable back."""
     if keras.saving.get_registered_object(keras.saving.get_registered_name(registered)) is not registered:
         raise ValueError(
-            f"`{name}` can only be saved where it is registered with Keras. Received: {value!r}. Decorate the function, or its "
-            "class with `get_config`, with @keras.saving.register_keras_serializable()."
+            f"`{name}` can only be saved or cloned where it is registered with Keras. Received: {value!r}. Decorate the "
+            "function, or its class with `get_config`, with @keras.saving.register_keras_serializable()."
         )
