@@ -8,6 +8,8 @@ from typing import Any
 
 import keras
 
+from syncbn import validation
+
 # What a Keras layer takes besides our own arguments.
 KERAS_KEYWORDS = frozenset({"activity_regularizer", "autocast", "dtype", "input_dim", "input_shape"})
 NOT_APPLICABLE = {
@@ -23,6 +25,16 @@ def check_momentum(name: str, value: Any) -> float:
             f"`{name}` must lie in [0, 1]: it is the weight of the old value. Received: {name}={value!r}. Give for example 0.99."
         )
     return float(value)
+
+
+def check_numbers(path: str, layer: Any) -> None:
+    """Raises where a layer of Keras's has a number that the constructor refuses: a saved model could not be loaded."""
+    try:
+        validation.check_epsilon(layer.epsilon)
+        for name in ("momentum", "renorm_momentum"):
+            check_momentum(name, getattr(layer, name))
+    except ValueError as error:
+        raise ValueError(f"The layer {path!r} cannot be converted, and no layer was: {error}") from None
 
 
 def check_keywords(owner: str, received: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from keras import activations, layers, ops
 
 from syncbn.class_swap import check_all_known, check_revertible, known_ancestor, qualified, warn_if_none, why_unknown
 from syncbn.keras import _private
+from syncbn.keras import arguments as arguments_of_layers
 from syncbn.keras.layer import SyncBatchNormalization
 from syncbn.validation import check_group_size
 
@@ -43,6 +44,7 @@ def convert(model: Any, arguments: dict[str, Any], filter: Filter, on_unknown: s
         if "call" in vars(layer) or not (ours or known_ancestor(type(layer), KNOWN)):
             unknown.append((name, why_unknown(layer, KNOWN, "call")))
         else:
+            arguments_of_layers.check_numbers(name, layer)
             chosen.append(layer)
     check_all_known(unknown, on_unknown)
     warn_if_none([*chosen, *unknown], "syncbn.convert", "batch norms", filter is not None)
