@@ -34,7 +34,9 @@ def check_numbers(path: str, layer: Any) -> None:
         for name in ("momentum", "renorm_momentum"):
             check_momentum(name, getattr(layer, name))
     except ValueError as error:
-        raise ValueError(f"The layer {path!r} cannot be converted, and no layer was: {error}") from None
+        # The constructor's text, which has what was received and the mend.
+        text = f"The layer {path!r} cannot be converted, and no layer was: {error}"
+        raise ValueError(text) from None
 
 
 def check_keywords(owner: str, received: dict[str, Any]) -> dict[str, Any]:
