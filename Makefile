@@ -28,7 +28,7 @@ test-demos:
 	$(PYTEST) tests/demo/test_demo_torch.py tests/demo/test_demo_jax.py
 
 test-tensorflow: $(VENV)/.made-tensorflow
-	$(PYTEST) tests/keras/test_layer_keras.py tests/keras/test_private_keras.py tests/tensorflow/test_functional_tensorflow.py $(REPLICATED) --replicas 4
+	$(PYTEST) tests/keras/test_layer_keras.py tests/keras/test_inputs_keras.py tests/keras/test_private_keras.py tests/tensorflow/test_functional_tensorflow.py $(REPLICATED) --replicas 4
 
 test-tensorflow-2: $(VENV)/.made-tensorflow
 	$(PYTEST) $(REPLICATED) --replicas 2
@@ -39,6 +39,7 @@ test-tensorflow-2: $(VENV)/.made-tensorflow
 test-torch: $(VENV)/.made-torch
 	$(PYTEST) tests/torch/test_layer_torch.py tests/torch/test_engine_torch.py tests/torch/test_layer_torch_ranks.py tests/torch/test_functional_torch.py tests/torch/test_private_torch.py tests/torch/test_world_torch.py tests/torch/test_drop_in_ranks.py --replicas 4
 	$(PYTEST) tests/keras/test_layer_keras_torch.py --replicas 4
+	KERAS_BACKEND=torch $(PYTEST) tests/keras/test_inputs_keras.py
 
 test-torch-2: $(VENV)/.made-torch
 	$(PYTEST) tests/torch/test_engine_torch.py tests/torch/test_torch_training.py tests/torch/test_local_torch.py tests/torch/test_failures_torch.py --replicas 2
@@ -50,6 +51,7 @@ test-jax: $(VENV)/.made-jax
 	JAX_ENABLE_X64=1 $(PYTEST) tests/jax/test_engine_jax.py -k "float64 or large or second or groups"
 	$(PYTEST) tests/jax/test_multi_process_jax.py
 	$(PYTEST) tests/jax/test_examples_jax.py
+	KERAS_BACKEND=jax $(PYTEST) tests/keras/test_inputs_keras.py
 
 test-kernels: $(VENV)/.made-torch
 	$(PYTEST) tests/torch/test_kernels_triton.py tests/torch/test_exchange.py tests/torch/test_kernels_compile.py tests/torch/test_launch.py

@@ -21,12 +21,12 @@ layer     the layer's name or None, for errors that name it; an engine may have 
 y         x's shape and dtype
 
 A layer may also ask `supports_jit()`: whether what is made now can be compiled as a whole; and `should_update_statistics`,
-`record_or_replay` and `materialize`, which are here for the engines that have nothing to add to them.
+`record_or_replay`, `materialize` and `ensure_channels`, which are here for the engines that have nothing to add to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from syncbn import maths
@@ -178,6 +178,11 @@ def record_or_replay(find: Callable[[], Any]) -> Any:
 def materialize(*vectors: Any) -> Any:
     """The same vectors, which no compiler works out anew in the backward pass: what they were made of may have changed."""
     return vectors
+
+
+def ensure_channels(x: Any, shape: Sequence[int | None], axes: tuple[int, ...]) -> Any:
+    """x with the rank and the channels of this shape known: frameworks whose graphs leave sizes unknown compare them later."""
+    return x
 
 
 def check_variables(name: str, *variables: Any) -> None:

@@ -15,7 +15,7 @@ RECORD_MOMENTS = "Give torch.utils.checkpoint.checkpoint use_reentrant=False, co
 
 
 def check_axis(value: Any) -> int | tuple[int, ...]:
-    """The channel axis, or axes, as an int or a tuple of ints."""
+    """The channel axis, or axes, as an int or a tuple of ints. A list of one axis is that axis."""
     several = isinstance(value, Iterable) and not isinstance(value, (str, bytes))
     entries = tuple(value) if several else (value,)
     for entry in entries:
@@ -26,7 +26,7 @@ def check_axis(value: Any) -> int | tuple[int, ...]:
             )
     if not entries:
         raise ValueError(f"`axis` must name at least one axis. Received: axis={value!r}. Give for example -1.")
-    return tuple(int(entry) for entry in entries) if several else int(entries[0])
+    return tuple(int(entry) for entry in entries) if len(entries) > 1 else int(entries[0])
 
 
 def channel_axes(axis: int | tuple[int, ...], shape: Sequence[int | None], least_rank: int = 2) -> tuple[int, ...]:

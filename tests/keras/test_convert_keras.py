@@ -346,6 +346,19 @@ def test_unknown_ones_are_named_and_left(kind):
     assert sorted(isinstance(layer, SyncBatchNormalization) for layer in norms(model)) == [False, True]
 
 
+@pytest.mark.parametrize("wrong", [{"momentum": 1.5}, {"momentum": -0.1}, {"renorm_momentum": 2.0}, {"epsilon": -1e-3}], ids=str)
+def test_numbers_that_the_constructor_refuses_are_refused(wrong):
+    """Before anything is changed: such a model would be saved, and could not be loaded."""
+    model = keras.Sequential([layers.BatchNormalization(), layers.BatchNormalization(**wrong, name="wrong")])
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"The layer 'wrong' cannot be converted, and no layer was: `{name}` must") as caught:
+        syncbn.convert(model)
+    with pytest.raises(ValueError) as constructed:
+        SyncBatchNormalization(**wrong)
+    assert str(caught.value).endswith(str(constructed.value))
+    assert {type(layer) for layer in norms(model)} == {layers.BatchNormalization}
+
+
 BEYOND = {
     "axis": (lambda: SyncBatchNormalization(axis=[1, 2], name="bn"), r"bn \(axis=\[1, 2\]\)"),
     "adjustment": (lambda: SyncBatchNormalization(adjustment=lambda shape: (1, 0), name="bn"), r"bn \(adjustment\)"),

@@ -307,13 +307,27 @@ def test_weights_of_any_structure(ending, dtype, tmp_path):
         np.testing.assert_array_equal(ops.convert_to_numpy(a).astype("float32"), ops.convert_to_numpy(b).astype("float32"))
 
 
-@pytest.mark.parametrize("wrote", [-1, [3], [1, 3]])
+def with_ones(path):
+    """The weights of a file in the shapes that version 0.1.0 gave them for a list of one axis."""
+    with h5py.File(path, "r+") as file:
+        found = []
+        file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+        for name in found:
+            value = file[name][()]
+            del file[name]
+            file[name] = value.reshape(1, 1, 1, -1)
+
+
+@pytest.mark.parametrize("wrote", [-1, "version 0.1.0", [1, 3]])
 @pytest.mark.parametrize("reads", [-1, [3], [1, 3]])
 def test_a_list_of_one_axis_is_an_axis(wrote, reads, tmp_path):
-    source, target = (keras.Sequential([keras.Input((4, 5, 3)), Ours(axis=axis)]) for axis in (wrote, reads))
+    axes = (-1 if wrote == "version 0.1.0" else wrote, reads)
+    source, target = (keras.Sequential([keras.Input((4, 5, 3)), Ours(axis=axis)]) for axis in axes)
     for i, v in enumerate(source.weights):
         v.assign(np.random.default_rng(i).uniform(size=v.shape))
     source.save_weights(tmp_path / "of.weights.h5")
+    if wrote == "version 0.1.0":
+        with_ones(tmp_path / "of.weights.h5")
     if (wrote == [1, 3]) != (reads == [1, 3]):
         with pytest.raises(ValueError, match="of other shapes"):
             syncbn.load_weights(target, tmp_path / "of.weights.h5")
@@ -321,6 +335,12 @@ def test_a_list_of_one_axis_is_an_axis(wrote, reads, tmp_path):
     syncbn.load_weights(target, tmp_path / "of.weights.h5")
     for a, b in zip(source.weights, target.weights, strict=True):
         np.testing.assert_array_equal(ops.reshape(a, [-1]), ops.reshape(b, [-1]))
+    if reads != [1, 3]:
+        for v in target.weights:
+            v.assign(ops.zeros_like(v))
+        target.load_weights(tmp_path / "of.weights.h5")
+        for a, b in zip(source.weights, target.weights, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_links_out_of_a_weights_file_are_not_followed(tmp_path):

@@ -33,6 +33,7 @@ MUTANTS = [
     Mutant("switched-off statistics are updated", "torch/module.py", "mean is not None and self.training and self.track_running_stats:", "mean is not None and self.training:",
            TORCH_TESTS, "switched_off"),
     Mutant("ranks of the example are not asked", TORCH, "implied = classes.pop() if len(classes) == 1 else None", "implied = nn.BatchNorm2d", TORCH_TESTS, "made_as_ours"),
+    Mutant("numbers that the constructor refuses are converted", KERAS, "            arguments_of_layers.check_numbers(name, layer)\n", "", KERAS_TESTS, "the_constructor_refuses"),
     Mutant("build stays Keras's", "keras/_private.py", "cell.cell_contents = MethodType(cls.build, layer)", "pass", KERAS_TESTS, "every_kind and deferred"),
     Mutant("traces stay", KERAS, "part.train_function = part.test_function = part.predict_function = None", "pass", KERAS_TESTS, "trains_on"),
     Mutant("renorm's first statistics are the initial ones", KERAS, "    layer.renorm_stddev.assign(ops.copy(stddev))\n", "", KERAS_TESTS, "renorm_starts"),

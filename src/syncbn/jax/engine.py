@@ -21,6 +21,7 @@ from syncbn.contract import (
     Operators,
     check_variables,
     default_train_step,
+    ensure_channels,
     materialize,
     record_or_replay,
     should_update_statistics,
@@ -33,6 +34,7 @@ from syncbn.jax.mapped import arithmetic_dtype
 __all__ = [
     "arithmetic_dtype",
     "check_variables",
+    "ensure_channels",
     "materialize",
     "moments",
     "normalize",

@@ -10,8 +10,8 @@ from typing import Any
 
 import keras
 
-from syncbn import settings
-from syncbn.validation import renamed
+from syncbn import settings, validation
+
 
 # What a Keras layer takes besides our own arguments.
 KERAS_KEYWORDS = frozenset({"activity_regularizer", "autocast", "dtype", "input_dim", "input_shape"})
@@ -30,6 +30,18 @@ def check_momentum(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_numbers(path: str, layer: Any) -> None:
+    """Raises where a layer of Keras's has a number that the constructor refuses: a saved model could not be loaded."""
+    try:
+        validation.check_epsilon(layer.epsilon)
+        for name in ("momentum", "renorm_momentum"):
+            check_momentum(name, getattr(layer, name))
+    except ValueError as error:
+        # The constructor's text, which has what was received and the mend.
+        text = f"The layer {path!r} cannot be converted, and no layer was: {error}"
+        raise ValueError(text) from None
+
+
 def check_keywords(owner: str, received: dict[str, Any]) -> dict[str, Any]:
     """The keywords that the Keras base class may see."""
     received = dict(received)
@@ -45,7 +57,7 @@ def check_keywords(owner: str, received: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(received) - KERAS_KEYWORDS)
     if unknown:
         raise ValueError(
-            f"{owner} takes no other keywords than its own and {sorted(KERAS_KEYWORDS)}. Received: {unknown}. {renamed(unknown)}"
+            f"{owner} takes no other keywords than its own and {sorted(KERAS_KEYWORDS)}. Received: {unknown}. {validation.renamed(unknown)}"
         )
     return received
 
@@ -89,18 +101,14 @@ def check_input_shape(shape: Sequence[int | None], built: Sequence[int | None], 
         )
 
 
-def check_adjustment_shape(
-    name: str, shape: Sequence[int | None], input_shape: Sequence[int | None], axes: tuple[int, ...]
-) -> None:
-    """Raises where a result of `adjustment` is neither one value, nor one a channel."""
-    channels = [input_shape[a] for a in axes]
-    broad = [size if i in axes else 1 for i, size in enumerate(input_shape)]
-    per_channel = len(axes) == 1 and len(shape) == 1 and shape[0] in (None, channels[0])
-    with_ones = len(shape) == len(broad) and all(s in (None, b) for s, b in zip(shape, broad, strict=True))
-    if len(shape) and not per_channel and not with_ones:
+def check_adjustment_shape(name: str, shape: Sequence[int | None], input_shape: Sequence[int | None], per_channel: bool) -> None:
+    """Raises where a result of `adjustment` does not broadcast to the input. per_channel: it is [C], on any channel axis."""
+    from_last = zip(reversed(tuple(shape)), reversed(tuple(input_shape)), strict=False)
+    fits = len(shape) <= len(input_shape) and all(n is None or s in (None, 1, n) for s, n in from_last)
+    if not (fits or per_channel):
         raise ValueError(
-            f"`adjustment` must return (scale, bias), each a scalar, of shape {channels} where there is one channel axis, or of "
-            f"shape {broad}. Received: {name} of shape {tuple(shape)} for an input of shape {tuple(input_shape)}. Reshape it."
+            "`adjustment` must return (scale, bias), each of a shape that broadcasts to the input's, or one value per channel. "
+            f"Received: {name} of shape {tuple(shape)} for an input of shape {tuple(input_shape)}. Reshape it."
         )
 
 
@@ -108,6 +116,6 @@ def check_registered(name: str, value: Any, registered: Any) -> None:
     """Raises where a file could not bring a callable back."""
     if keras.saving.get_registered_object(keras.saving.get_registered_name(registered)) is not registered:
         raise ValueError(
-            f"`{name}` can only be saved where it is registered with Keras. Received: {value!r}. Decorate the function, or its "
-            "class with `get_config`, with @keras.saving.register_keras_serializable()."
+            f"`{name}` can only be saved or cloned where it is registered with Keras. Received: {value!r}. Decorate the "
+            "function, or its class with `get_config`, with @keras.saving.register_keras_serializable()."
         )

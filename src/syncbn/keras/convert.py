@@ -20,6 +20,7 @@ from syncbn.class_swap import (
     why_unknown,
 )
 from syncbn.keras import _private, converted
+from syncbn.keras import arguments as arguments_of_layers
 from syncbn.keras.layer import SyncBatchNormalization
 from syncbn.validation import check_group_size
 
@@ -51,6 +52,7 @@ def convert(model: Any, arguments: dict[str, Any], filter: Filter, on_unknown: s
         if "call" in vars(layer) or not (ours or known_ancestor(type(layer), KNOWN)):
             unknown.append((name, why_unknown(layer, KNOWN, "call")))
         else:
+            arguments_of_layers.check_numbers(name, layer)
             chosen.append(layer)
     check_all_known(unknown, on_unknown)
     warn_if_none([*chosen, *unknown], "syncbn.convert", "batch norms", filter is not None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from syncbn import contract, maths
-from syncbn.contract import ASSIGNED, Operators, Statistics, check_variables
+from syncbn.contract import ASSIGNED, Operators, Statistics, check_variables, ensure_channels
 from syncbn.groups import Activation
 from syncbn.torch import compiled, desync, dispatch, fused, reference
 from syncbn.torch.autograd import Normalized, NormConfig, check_no_transform
@@ -24,6 +24,7 @@ __all__ = [
     "OPERATORS",
     "arithmetic_dtype",
     "check_variables",
+    "ensure_channels",
     "is_single_process",
     "materialize",
     "moments",
