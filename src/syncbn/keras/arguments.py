@@ -12,7 +12,6 @@ import keras
 
 from syncbn import settings, validation
 
-
 # What a Keras layer takes besides our own arguments.
 KERAS_KEYWORDS = frozenset({"activity_regularizer", "autocast", "dtype", "input_dim", "input_shape"})
 NOT_APPLICABLE = {
