@@ -63,4 +63,6 @@ def train(axis_name, steps=1000, seed=0):
 
 
 if __name__ == "__main__":
-    print(f"the device is found, by chance {1 / DEVICES:.0%}, with local statistics {train(None):.0%}, synchronised {train('device'):.0%}")
+    print(
+        f"the device is found, by chance {1 / DEVICES:.0%}, with local statistics {train(None):.0%}, synchronised {train('device'):.0%}"
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from vision import torchvision  # isort: split
+
 from torchvision.extension import _has_ops
 
 
