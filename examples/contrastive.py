@@ -1,12 +1,15 @@
 """The shortcut that local batch norm leaves open in contrastive learning, measured on handwritten digits.
 
-A contrastive loss asks which of all devices' images shows the same thing. Both views of an image are on one device, so it is enough
-to find the device. Here the partners are *unrelated* images of the same device: nothing on an image says where it was, and what a
-network finds above chance, it finds by the device's own statistics. With synchronised statistics there is nothing to find.
+A contrastive loss asks which image, of those on all devices, shows the same thing as a given one. Both views of an image are on
+one device, so it is enough to find the device. Here the partners are *unrelated* images on the same device. Nothing on an image
+says where it was: what a network finds above chance, it finds by the device's own statistics. Synchronised statistics are the
+same on all devices, and there is nothing to find.
 
 Eight devices are mapped in one process by `jax.vmap`. The two runs differ in `axis_name` alone.
 
     python examples/contrastive.py
+
+Needs optax and scikit-learn.
 """
 
 import jax
@@ -63,6 +66,6 @@ def train(axis_name, steps=1000, seed=0):
 
 
 if __name__ == "__main__":
-    print(
-        f"the device is found, by chance {1 / DEVICES:.0%}, with local statistics {train(None):.0%}, synchronised {train('device'):.0%}"
-    )
+    print(f"The device is found by chance: {1 / DEVICES:.1%}")
+    print(f"with local statistics:         {train(None):.1%}")
+    print(f"with synchronised statistics:  {train('device'):.1%}")

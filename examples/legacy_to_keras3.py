@@ -2,8 +2,8 @@
 
     python examples/legacy_to_keras3.py model.h5 weights.ckpt exported
 
-`model.h5` is what `model.save` of TensorFlow 2.2 to 2.15 wrote, and `weights.ckpt` what `save_weights` wrote. It runs on all GPUs of the
-machine, or on 2 logical CPU devices. The images here are random: put yours in their place.
+`model.h5` is what `model.save` of TensorFlow 2.2 to 2.15 wrote, and `weights.ckpt` what `save_weights` wrote. The images here are
+random: put yours in their place. It runs on all GPUs of the machine, or on 2 logical CPU devices.
 """
 
 import sys

@@ -48,7 +48,7 @@ def main(epochs=2):
             optimizer.step()
 
     if dist.get_rank() == 0:
-        # In eval mode the layers exchange nothing, so that one rank may run alone. `module`: past DDP, which would wait for the others.
+        # In eval mode the layers exchange nothing: one rank may run alone, on the module that DDP wraps.
         model.eval()
         x, y = data[1400:]
         with torch.no_grad():

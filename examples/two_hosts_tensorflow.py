@@ -14,7 +14,9 @@ def main(steps=5):
     strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
     with strategy.scope():
         model = keras.Sequential([
-            keras.Input((8,)), keras.layers.Dense(16), syncbn.SyncBatchNormalization(), keras.layers.ReLU(), keras.layers.Dense(1),
+            keras.Input((8,)),
+            keras.layers.Dense(16), syncbn.SyncBatchNormalization(), keras.layers.ReLU(),
+            keras.layers.Dense(1),
         ])  # fmt: skip
         optimizer = keras.optimizers.SGD(0.05)
         optimizer.build(model.trainable_variables)
