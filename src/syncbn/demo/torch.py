@@ -116,8 +116,6 @@ class _Nobody:
 
 def _worker(rank: int, replicas: int, tasks: Sequence[Task], address: str, messages: Any) -> None:
     try:
-        # The gradient of a kernel with one input channel has strides that DDP remarks on.
-        warnings.filterwarnings("ignore", message="Grad strides do not match")
         # The replicas share the cores.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // replicas))
         dist.init_process_group(_backend(replicas), init_method=address, rank=rank, world_size=replicas)
@@ -155,6 +153,8 @@ def _runs(tasks: Sequence[Task], watch: Watch) -> Iterator[Run]:
     if dist.get_backend() == "nccl":
         device = f"cuda:{dist.get_rank() % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
+    # The gradient of a kernel with one input channel has strides that DDP remarks on.
+    warnings.filterwarnings("ignore", message="Grad strides do not match")
     images = digits()
     for task in tasks:
         yield _run(task, images, device, watch)
