@@ -10,12 +10,14 @@ PYTEST := $(BIN)/pytest
 REPLICATED := tests/tensorflow/test_engine_tensorflow.py tests/tensorflow/test_layer_tensorflow.py
 # What TensorFlow 2.2 to 2.15 wrote, on each backend of Keras.
 FILES := tests/keras/test_old_files.py tests/keras/test_matching.py tests/keras/test_hostile_files.py
-TESTS := test-architecture test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants
+TESTS := test-architecture test-demos test-examples test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants
 
 .PHONY: demo test check lint quick mutants gpu gpu-ranks gpu-tensorflow benchmark clean $(TESTS)
 
-demo: $(SETUP)
-	$(BIN)/syncbn demo
+# Installs one framework: `make demo BACKEND=jax`, or torch, or tensorflow.
+BACKEND ?= tensorflow
+demo: $(VENV)/.made-demo-$(BACKEND)
+	$(BIN)/syncbn demo --backend $(BACKEND)
 
 test: $(SETUP)
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(TESTS)
@@ -24,8 +26,12 @@ test-architecture:
 	$(PYTEST) tests/test_architecture.py tests/test_benchmarks.py tests/test_errors.py tests/test_settings.py tests/test_maths.py tests/test_mutants.py -k "not is_caught"
 
 test-demos:
-	$(PYTEST) tests/demo/test_demo.py tests/test_missing.py
+	$(PYTEST) tests/demo/test_demo.py tests/demo/test_doctor.py tests/test_missing.py
 	$(PYTEST) tests/demo/test_demo_torch.py tests/demo/test_demo_jax.py
+
+# Each example runs in processes of its own.
+test-examples: $(SETUP)
+	$(PYTEST) tests/test_examples.py
 
 test-tensorflow: $(VENV)/.made-tensorflow
 	$(PYTEST) tests/keras/test_layer_keras.py tests/keras/test_inputs_keras.py tests/keras/test_private_keras.py tests/tensorflow/test_functional_tensorflow.py $(REPLICATED) --replicas 4
@@ -125,10 +131,17 @@ clean:
 
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e ".[demo,dev]"
+	$(PIP) -e ".[demo,dev,examples]"
 	# By itself: what it asks for is the other build of TensorFlow.
 	$(PIP) --no-deps tf_keras
-	touch $@ $(VENV)/.made-tensorflow $(VENV)/.made-torch $(VENV)/.made-jax
+	touch $@ $(foreach name,tensorflow torch jax,$(VENV)/.made-$(name) $(VENV)/.made-demo-$(name))
+
+# For the demo on one framework, that framework alone; of TensorFlow the build for CPUs, which is smaller.
+$(VENV)/.made-demo-%: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) with $*: this takes minutes, most of them a download."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[demo]" $(if $(filter tensorflow,$*),tensorflow-cpu,$*)
+	touch $@
 
 # For the suites of one framework, that framework alone.
 $(VENV)/.made-%: pyproject.toml constraints.txt

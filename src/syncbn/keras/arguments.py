@@ -56,7 +56,8 @@ def check_keywords(owner: str, received: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(received) - KERAS_KEYWORDS)
     if unknown:
         raise ValueError(
-            f"{owner} takes no other keywords than its own and {sorted(KERAS_KEYWORDS)}. Received: {unknown}. {validation.renamed(unknown)}"
+            f"{owner} takes no other keywords than its own and {sorted(KERAS_KEYWORDS)}. Received: {unknown}. "
+            f"{validation.renamed(unknown)}"
         )
     return received
 
