@@ -65,7 +65,7 @@ def torch_world(request):
 @pytest.fixture(autouse=True)
 def _passes_of_gpus(request, monkeypatch):
     """With --passes gpu: the clusters of GPUs, and messages that replicas copy to each other, on the CPU too."""
-    if request.config.getoption("--passes") == "gpu" and "tensorflow" in sys.modules:
+    if request.config.getoption("--passes") == "gpu" and sys.modules.get("tensorflow"):
         from syncbn.tensorflow import engine, passes_gpu, replicas
 
         monkeypatch.setattr(engine, "passes_for", lambda x: passes_gpu)
@@ -75,5 +75,5 @@ def _passes_of_gpus(request, monkeypatch):
 @pytest.fixture(scope="session", autouse=True)
 def _replicas_first(request):
     """Logical devices can only be made before anything else runs on TensorFlow."""
-    if "tensorflow" in sys.modules:
+    if sys.modules.get("tensorflow"):
         request.getfixturevalue("world")

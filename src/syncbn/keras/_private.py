@@ -92,6 +92,13 @@ def has_renorm() -> bool:
     return "renorm" in inspect.signature(keras.layers.BatchNormalization.__init__).parameters
 
 
+def backend_mesh(mesh: Any) -> Any:
+    """JAX's mesh of a Keras `DeviceMesh`, which older versions of Keras do not hold."""
+    if hasattr(mesh, "backend_mesh"):
+        return mesh.backend_mesh
+    return _find("keras.src.backend.jax.distribution_lib", "_to_jax_mesh")(mesh)
+
+
 @contextlib.contextmanager
 def more_weights(layer: Any) -> Iterator[None]:
     """While this lasts, a layer that is built may get weights. Keras allows that in `build` only."""

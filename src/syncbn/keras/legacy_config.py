@@ -274,8 +274,8 @@ def renorm_unknown(name: str) -> str:
     """The text of a warning: the same for a plain layer with renorm."""
     return (
         f"keras.layers.BatchNormalization has no renorm before Keras 3.14. Received: the layer {name!r} with renorm=True, and "
-        f"Keras {keras.__version__}. It becomes a SyncBatchNormalization, which computes the same on one replica, and synchronises "
-        "among several."
+        f"Keras {keras.__version__}. It becomes a SyncBatchNormalization, which computes the same on one replica, and meets the "
+        "others among several."
     )
 
 
