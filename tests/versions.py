@@ -21,5 +21,7 @@ KERAS_HAS_RENORM = KERAS >= (3, 14)
 KERAS_RENORM = "Keras has no renorm before 3.14"
 needs_keras_renorm = pytest.mark.skipif(not KERAS_HAS_RENORM, reason=KERAS_RENORM)
 needs_remat_scope = pytest.mark.skipif(KERAS < (3, 9), reason="Keras has no RematScope before 3.9")
-reads_files_of_keras_3_15 = pytest.mark.skipif(KERAS < (3, 14), reason="older versions do not know what 3.15 writes of initializers")
+reads_files_of_keras_3_15 = pytest.mark.skipif(
+    KERAS < (3, 14), reason="older versions do not know what 3.15 writes of initializers"
+)
 needs_torch_2_11 = pytest.mark.skipif(TORCH < (2, 11), reason="what the test asks of torch is newer")
