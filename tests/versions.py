@@ -24,4 +24,3 @@ needs_remat_scope = pytest.mark.skipif(KERAS < (3, 9), reason="Keras has no Rema
 reads_files_of_keras_3_15 = pytest.mark.skipif(
     KERAS < (3, 14), reason="older versions do not know what 3.15 writes of initializers"
 )
-needs_torch_2_11 = pytest.mark.skipif(TORCH < (2, 11), reason="what the test asks of torch is newer")
