@@ -10,6 +10,9 @@ LAYER, DISTRIBUTION, FUNCTIONAL = "keras/layer.py", "keras/distribution.py", "fu
 ENGINE_TESTS, LAYER_TESTS, FUNCTIONAL_TESTS = "jax/test_engine_jax.py", "jax/test_layer_jax.py", "jax/test_functional_jax.py"
 MUTANTS = [
     Mutant("types are not read", "jax/_private.py", "return kind.manual_axis_type.varying", "return frozenset()", "jax/test_private_jax.py", "still_says"),
+    Mutant("a former gather is not found", "jax/_private.py", 'if "to" in inspect.signature(lax.all_gather).parameters:', "if True:",
+           "jax/test_private_jax.py", "typed_as_the_same and True"),
+    Mutant("a former name of pcast is not found", "jax/_private.py", 'if hasattr(lax, "pcast"):', "if True:", "jax/test_private_jax.py", "becomes_varying and True"),
     Mutant("no collective", AXES, "return self.size == 1 and not self.checked", "return True", ENGINE_TESTS, "batch and ragged-unchecked"),
     Mutant("mean of means", MAPPED, "    counts = counts if members is True", "    counts = jnp.minimum(counts, 1)\n    counts = counts if members is True",
            ENGINE_TESTS, "batch and ragged-checked"),
