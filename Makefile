@@ -12,7 +12,7 @@ REPLICATED := tests/tensorflow/test_engine_tensorflow.py tests/tensorflow/test_l
 FILES := tests/keras/test_old_files.py tests/keras/test_matching.py tests/keras/test_hostile_files.py
 TESTS := test-architecture test-demos test-examples test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants
 
-.PHONY: demo test check lint quick mutants gpu gpu-ranks gpu-tensorflow benchmark clean $(TESTS)
+.PHONY: demo test check lint quick mutants gpu gpu-ranks gpu-tensorflow benchmark clean package smoke test-oldest test-newest test-all $(TESTS)
 
 # Installs one framework: `make demo BACKEND=jax`, or torch, or tensorflow.
 BACKEND ?= tensorflow
@@ -66,14 +66,68 @@ test-kernels: $(VENV)/.made-torch
 test-torch-kernels: $(VENV)/.made-torch
 	SYNCBN_TEST_DEVICE=interpreter $(PYTEST) tests/torch/test_layer_torch.py tests/torch/test_layer_torch_ranks.py tests/torch/test_engine_torch.py tests/torch/test_torch_training.py --replicas 2
 
-test-conversion:
+test-conversion: test-conversion-tensorflow
 	$(PYTEST) tests/torch/test_convert_torch.py tests/torch/test_drop_in_torch.py tests/torch/test_export_torch.py tests/torch/test_files_before.py
-	$(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_files_of_converted.py tests/keras/test_export_keras.py tests/keras/test_legacy.py tests/keras/test_files_before_keras.py
-	$(PYTEST) $(FILES)
 	KERAS_BACKEND=torch $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_files_of_converted.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"
 	KERAS_BACKEND=jax $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_files_of_converted.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"
 	KERAS_BACKEND=torch $(PYTEST) $(FILES) -k "(computes or in_code) and (tf2.2 or tf2.15) or hdf5 or fit"
 	KERAS_BACKEND=jax $(PYTEST) $(FILES) -k "(computes or in_code) and (tf2.2 or tf2.15) or hdf5 or fit"
+
+# The oldest and the newest versions that are supported, one environment a framework: constraints/. Run by hand; docs/compatibility.md
+# says when, and what came out. PyTorch's floor downloads gigabytes of CUDA libraries: `make test-oldest-torch`.
+.PRECIOUS: .venv-oldest-%/.made .venv-newest-%/.made
+OF_tensorflow := test-tensorflow test-tensorflow-2 test-conversion-tensorflow
+OF_jax := test-jax
+OF_torch := test-torch test-torch-2 test-kernels test-torch-kernels
+# Triton 3.2, which PyTorch 2.6 comes with, has no names that the kernels need.
+OLDEST_torch := test-torch test-torch-2
+OLDEST_tensorflow := $(OF_tensorflow)
+OLDEST_jax := $(OF_jax)
+test-oldest: test-oldest-tensorflow test-oldest-jax
+test-newest: test-newest-tensorflow test-newest-jax test-newest-torch
+
+test-oldest-%: .venv-oldest-%/.made
+	$(MAKE) --no-print-directory $(OLDEST_$*) VENV=.venv-oldest-$*
+
+test-newest-%: .venv-newest-%/.made
+	$(MAKE) --no-print-directory $(OF_$*) VENV=.venv-newest-$*
+
+.venv-oldest-%/.made: constraints/oldest-%.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $< -e .
+	if [ $* = tensorflow ]; then $(@D)/bin/pip install --quiet --no-deps tf_keras==2.18.0; fi
+	touch $@ $(@D)/.made-$*
+
+.venv-newest-%/.made: constraints/newest.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --upgrade -c $< -e ".[dev-$*]"
+	if [ $* = tensorflow ]; then $(@D)/bin/pip install --quiet --no-deps tf_keras; fi
+	touch $@ $(@D)/.made-$*
+
+# What no single command runs otherwise. Hours.
+test-all: check package smoke test-oldest test-newest mutants
+
+# The wheel and the sdist, and what must be in them.
+package: $(SETUP)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTEST) tests/package/test_package.py
+
+# The wheel in fresh environments, as a user installs it: with one framework, and with none.
+smoke: smoke-none smoke-tensorflow smoke-torch smoke-jax
+smoke-%: package
+	rm -rf .venv-smoke-$*
+	$(PYTHON) -m venv .venv-smoke-$*
+	.venv-smoke-$*/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)$(EXTRA_$*)" mypy
+	cd .venv-smoke-$* && bin/python ../tests/package/smoke.py $*
+EXTRA_tensorflow := [tensorflow]
+EXTRA_torch := [torch]
+EXTRA_jax := [jax]
+
+test-conversion-tensorflow:
+	$(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_files_of_converted.py tests/keras/test_export_keras.py tests/keras/test_legacy.py tests/keras/test_files_before_keras.py
+	$(PYTEST) $(FILES)
 
 # Most mistakes, in about two minutes.
 quick: lint test-architecture
@@ -127,7 +181,7 @@ benchmark: $(SETUP)
 	$(BIN)/python benchmarks/run.py jax-cpu
 
 clean:
-	rm -rf $(VENV) demo-results .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-* dist demo-results .pytest_cache .mypy_cache .ruff_cache
 
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -13,13 +13,15 @@ import oracle
 import pytest
 from cases import Case
 from checks import close
-from jax import lax
+from jax import export, lax
 from jax.sharding import PartitionSpec
 from test_engine_jax import collectives, equal_shards, full_batch
+from versions import needs_keras_renorm
 from worlds import JaxWorld
 
 from syncbn import SyncBatchNormalization
 from syncbn.jax import axes as jax_axes
+from syncbn.keras import _private
 
 AXIS, ONE_EACH, SAME = JaxWorld.axis, PartitionSpec(JaxWorld.axis), PartitionSpec()
 RNG = np.random.default_rng(11)
@@ -265,7 +267,7 @@ def distributed(kind, devices=4, **layouts):
         made = keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch")
     keras.distribution.set_distribution(made)
     try:
-        yield made.device_mesh.backend_mesh
+        yield _private.backend_mesh(made.device_mesh)
     finally:
         keras.distribution.set_distribution(None)
 
@@ -549,10 +551,11 @@ def test_no_recompilation_and_donation():
 
 
 def test_export_of_an_inference_function():
+    pytest.importorskip("flatbuffers")
     layer = make(Case("exported", rest=(4, 3)), axis_name=AXIS)
     x = RNG.normal(size=(2, 4, 3)).astype("float32")
-    exported = jax.export.export(jax.jit(lambda x: layer.stateless_call(*state(layer), x, training=False)[0]))(x)
-    again = jax.export.deserialize(exported.serialize())
+    exported = export.export(jax.jit(lambda x: layer.stateless_call(*state(layer), x, training=False)[0]))(x)
+    again = export.deserialize(exported.serialize())
     np.testing.assert_allclose(again.call(x), layer(x), atol=1e-6)
 
 
@@ -570,8 +573,8 @@ def test_forward_mode_in_training_and_inference():
 
 
 @pytest.mark.parametrize("arguments", [
-    {}, {"center": False}, {"scale": False}, {"axis": 1}, {"renorm": True, "renorm_clipping": {"rmax": 1.1, "dmax": 0.2}},
-    {"dtype": "float16"}, {"dtype": "mixed_bfloat16"},
+    {}, {"center": False}, {"scale": False}, {"axis": 1}, {"dtype": "float16"}, {"dtype": "mixed_bfloat16"},
+    pytest.param({"renorm": True, "renorm_clipping": {"rmax": 1.1, "dmax": 0.2}}, marks=needs_keras_renorm),
 ], ids=str)  # fmt: skip
 def test_one_replica_equals_keras(arguments):
     ours, theirs = SyncBatchNormalization(**arguments), keras.layers.BatchNormalization(**arguments)

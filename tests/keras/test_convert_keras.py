@@ -10,12 +10,16 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from versions import KERAS_HAS_RENORM
 
 import syncbn
 from syncbn import SyncBatchNormalization
+from syncbn.keras import _private
 
 BACKEND = keras.backend.backend()
-RENORM = {"renorm": True, "renorm_clipping": {"rmin": 0.5, "rmax": 2.0, "dmax": 1.0}, "renorm_momentum": 0.7}
+CLIPPING = {"rmin": 0.5, "rmax": 2.0, "dmax": 1.0}
+# Of Keras's own layer, which has no renorm before 3.14.
+RENORM = {"renorm": True, "renorm_clipping": CLIPPING, "renorm_momentum": 0.7} if KERAS_HAS_RENORM else {}
 
 
 @pytest.fixture(autouse=True)
@@ -262,10 +266,45 @@ def test_renorm_starts_from_the_models_own_statistics(built):
     same([ops.convert_to_numpy(layer.renorm_mean)], [mean])
     near([ops.convert_to_numpy(layer(x, training=True))], [(x - mean) / stddev * gamma + beta], 1e-4)
     syncbn.revert(layer)
-    assert not layer.renorm
+    assert not getattr(layer, "renorm", False)
     assert len(layer.weights) == (count or 4)
     assert not hasattr(layer, "moving_stddev")
     layer(x, training=True)
+
+
+# What Keras's layer has since version 3.14.
+WITH_RENORM = ("renorm", "renorm_clipping", "renorm_momentum", "moving_stddev", "renorm_mean", "renorm_stddev")
+
+
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("renorm", [True, False])
+def test_a_layer_of_a_keras_without_renorm(built, renorm):
+    """The attribute is absent before the conversion, and afterwards."""
+    layer, x = layers.BatchNormalization(), data(4, 3)
+    if built:
+        layer(x)
+    for name in WITH_RENORM:
+        vars(layer).pop(name, None)
+    syncbn.convert(layer, renorm=renorm)
+    layer(x, training=True)
+    assert (layer.renorm, layer.renorm_clipping, layer.renorm_momentum, len(layer.weights)) == (
+        renorm,
+        None,
+        0.99,
+        7 if renorm else 4,
+    )
+    syncbn.revert(layer)
+    assert not [name for name in WITH_RENORM if name in vars(layer)]
+    assert len(layer.weights) == 4
+
+
+def test_what_a_keras_without_renorm_cannot_do_is_named(monkeypatch):
+    layer = SyncBatchNormalization(renorm=True, name="bn")
+    monkeypatch.setattr(_private, "has_renorm", lambda: False)
+    with pytest.raises(
+        ValueError, match=r"Received: bn \(renorm=True, which Keras 3\.\S+ does not know: Keras 3\.14 and later do\)\."
+    ):
+        syncbn.revert(layer)
 
 
 def test_group_size_is_given_to_ours_too():
@@ -363,7 +402,8 @@ BEYOND = {
     "axis": (lambda: SyncBatchNormalization(axis=[1, 2], name="bn"), r"bn \(axis=\[1, 2\]\)"),
     "adjustment": (lambda: SyncBatchNormalization(adjustment=lambda shape: (1, 0), name="bn"), r"bn \(adjustment\)"),
     "activation": (lambda: SyncBatchNormalization(activation="relu", name="bn"), r"bn \(activation='relu'\)"),
-    "clipping": (lambda: SyncBatchNormalization(renorm=True, renorm_clipping={"rmax": lambda: 2.0}, name="bn"), "bn .renorm_clipping that"),
+    "clipping": (lambda: SyncBatchNormalization(renorm=True, renorm_clipping={"rmax": lambda: 2.0}, name="bn"),
+                 "bn .renorm_clipping that" if KERAS_HAS_RENORM else "bn .renorm=True, which Keras"),
 }  # fmt: skip
 
 

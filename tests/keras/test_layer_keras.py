@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
+from versions import KERAS_HAS_RENORM, KERAS_RENORM, needs_keras_renorm, needs_remat_scope
 
 import syncbn
 from syncbn import SyncBatchNormalization
@@ -67,6 +68,8 @@ CLIPPING = {"rmin": 0.8, "rmax": 1.1, "dmax": 0.2}
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("shape", [(6, 5, 4, 3), (7, 3), (5, 4, 3)], ids=str)
 def test_one_replica_equals_keras(arguments, shape):
+    if "renorm" in arguments and not KERAS_HAS_RENORM:
+        pytest.skip(KERAS_RENORM)
     if arguments.get("axis") == -2 and len(shape) == 2:
         shape = (*shape, 2)
     ours = randomised(SyncBatchNormalization(**arguments), shape)
@@ -435,6 +438,7 @@ def test_config_round_trip():
     assert again.activation is keras.activations.relu
 
 
+@needs_keras_renorm
 @pytest.mark.parametrize("synchronized", [False, True])
 def test_reads_the_config_of_keras_own(synchronized):
     theirs = keras.layers.BatchNormalization(momentum=0.5, renorm=True, renorm_clipping={"rmax": 2.0}, synchronized=synchronized)
@@ -576,6 +580,7 @@ def test_unregistered_callables_are_not_dropped_from_a_file(arguments):
         keras.models.clone_model(keras.Sequential([keras.Input((3,)), layer]))
 
 
+@needs_remat_scope
 def test_renorm_in_a_remat_scope():
     with keras.RematScope("full"):
         layer = SyncBatchNormalization(renorm=True)

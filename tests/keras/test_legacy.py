@@ -12,11 +12,14 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from versions import KERAS_HAS_RENORM, needs_keras_renorm
 
 import syncbn
 from syncbn import SyncBatchNormalization
+from syncbn.keras import legacy_config
 
-RENORM = {"renorm": True}
+# Of Keras's own layer, which has no renorm before 3.14.
+RENORM = {"renorm": True} if KERAS_HAS_RENORM else {}
 
 
 # ----------------------------------------------------------------------------------------------------------- Keras 2
@@ -56,7 +59,7 @@ def test_old_model_computes_what_it_did(folder, name, kind, convert):
     model = syncbn.load_legacy(str(path), convert=convert)
     kinds = {layer.name: type(layer) is SyncBatchNormalization for layer in norms(model)}
     expected = OURS[name] or [True]
-    if convert:
+    if convert or (name == "renorm" and not KERAS_HAS_RENORM):
         assert all(kinds.values())
     else:
         assert kinds == expected if isinstance(expected, dict) else list(kinds.values()) == expected
@@ -74,6 +77,16 @@ def test_old_model_computes_what_it_did(folder, name, kind, convert):
                     near(w, expected, 0.03 if layer.name.startswith("batch_normalization") else 1e-5)
                 else:
                     np.testing.assert_array_equal(w, expected)
+
+
+@pytest.mark.parametrize("kind", ["h5", "SavedModel"])
+def test_renorm_where_keras_has_none(folder, kind, monkeypatch):
+    monkeypatch.setattr(legacy_config, "has_renorm", lambda: False)
+    with pytest.warns(UserWarning, match=r"has no renorm before Keras 3\.14\. Received: the layer 'batch_normalization_1'"):
+        model = syncbn.load_legacy(folder / ("renorm.h5" if kind == "h5" else "renorm"))
+    assert [type(layer) for layer in norms(model)] == [SyncBatchNormalization] * 2
+    old = np.load(folder / "renorm.npz")
+    near(ops.convert_to_numpy(model(old["x"], training=True)), old["y0 True"], 1e-5)
 
 
 def test_loaded_model_saves_as_keras_3(folder, tmp_path):
@@ -170,7 +183,9 @@ def test_weights_of_any_batch_norm(kind, wrote, reads, tmp_path):
     else:
         source, target = (model_of(*(cls(**arguments) for arguments in ({}, RENORM))) for cls in (wrote, reads))
     if kind == "converted":
-        syncbn.convert(target, filter=lambda path, layer: not layer.renorm) if reads is Plain else syncbn.revert(target)
+        syncbn.convert(
+            target, filter=lambda path, layer: not getattr(layer, "renorm", False)
+        ) if reads is Plain else syncbn.revert(target)
     for i, v in enumerate(source.weights):
         v.assign(np.full(v.shape, i + 2.0))
     source.compile("adam", "mse")
@@ -203,6 +218,7 @@ def test_weights_of_keras_2(folder):
         np.testing.assert_array_equal(a, b.astype("float32"))
 
 
+@needs_keras_renorm
 def test_weights_that_do_not_fit_are_named_and_none_is_loaded(tmp_path):
     source = model_of(Plain(name="first"), Plain(name="second", renorm=True))
     source.save_weights(tmp_path / "of.weights.h5")

@@ -10,6 +10,9 @@ LAYER, DISTRIBUTION, FUNCTIONAL = "keras/layer.py", "keras/distribution.py", "fu
 ENGINE_TESTS, LAYER_TESTS, FUNCTIONAL_TESTS = "jax/test_engine_jax.py", "jax/test_layer_jax.py", "jax/test_functional_jax.py"
 MUTANTS = [
     Mutant("types are not read", "jax/_private.py", "return kind.manual_axis_type.varying", "return frozenset()", "jax/test_private_jax.py", "still_says"),
+    Mutant("a former gather is not found", "jax/_private.py", 'if "to" in inspect.signature(lax.all_gather).parameters:', "if True:",
+           "jax/test_private_jax.py", "typed_as_the_same and True"),
+    Mutant("a former name of pcast is not found", "jax/_private.py", 'if hasattr(lax, "pcast"):', "if True:", "jax/test_private_jax.py", "becomes_varying and True"),
     Mutant("no collective", AXES, "return self.size == 1 and not self.checked", "return True", ENGINE_TESTS, "batch and ragged-unchecked"),
     Mutant("mean of means", MAPPED, "    counts = counts if members is True", "    counts = jnp.minimum(counts, 1)\n    counts = counts if members is True",
            ENGINE_TESTS, "batch and ragged-checked"),
@@ -41,7 +44,7 @@ MUTANTS = [
     Mutant("a message a moment", MAPPED, "rows, members = replicas.by_group(replicas.gather(jnp.concatenate([n.astype(bits)[None], floats])))",
            "rows, members = replicas.by_group(jnp.concatenate([replicas.gather(n.astype(bits)[None]), *(replicas.gather(v) for v in jnp.split(floats, 3))], 1))",
            ENGINE_TESTS, "one_collective and None and unchecked"),
-    Mutant("moments without their name", MAPPED, "checkpoint_name((counts, *rest), MOMENTS)", "(counts, *rest)", LAYER_TESTS, "checkpoint and saved"),
+    Mutant("moments without their name", MAPPED, "checkpoint_name(v, MOMENTS)", "v", LAYER_TESTS, "checkpoint and saved"),
     Mutant("every platform has the CPU's form", "jax/_private.py", "mlir.lower_fun(default,", "mlir.lower_fun(cpu,", ENGINE_TESTS, "have_their_form"),
     Mutant("the branch over platforms back", XLA, "    return _materialised(v)", "    return lax.platform_dependent(v, cpu=_behind_a_call, default=lax.optimization_barrier)",
            ENGINE_TESTS, "members_that_lie"),
@@ -57,7 +60,7 @@ MUTANTS = [
     Mutant("the layout is not read", AXES, "return not any(sharded.batch in names for names in along[1:])", "return True", LAYER_TESTS, "a_layout_that_is_known"),
     Mutant("global sums that are not finite move statistics", ENGINE, "measured._replace(replicas=_of_distribution(group)) if replicas.local else measured", "measured",
            LAYER_TESTS, "does_not_divide and 6-data"),
-    Mutant("channels gathered under ModelParallel", DISTRIBUTION, "    return layout.axes[0]\n", "    return None\n", LAYER_TESTS, "when_sharded and channels"),
+    Mutant("channels gathered under ModelParallel", DISTRIBUTION, "return None if len(axes) != 1 or axes[0] == found.batch_dim_name else axes[0]", "return None", LAYER_TESTS, "when_sharded and channels"),
     Mutant("the distribution wins over axis_name", LAYER, "if self.axis_name is None and keras", "if keras", LAYER_TESTS, "wins_over"),
     Mutant("statistics that are not finite move", "contract.py", "usable = usable & (finite if", "usable = usable | (finite if",
            LAYER_TESTS, "says_nothing and nan"),

@@ -12,6 +12,7 @@ import tensorflow as tf
 from cases import RAGGED, Case
 from checks import close
 from test_engine_tensorflow import count_messages
+from versions import needs_remat_scope
 
 from syncbn import SyncBatchNormalization
 from syncbn.tensorflow import replicas
@@ -463,6 +464,7 @@ def test_recompute_grad(world, graph):
     np.testing.assert_allclose(statistics(world, layer)["moving_mean"], twice, atol=1e-12)
 
 
+@needs_remat_scope
 def test_remat_scope(world):
     """Eager only: in a tf.function Keras 3.15's scope fails for every layer that is called with a keyword."""
     case = Case("remat", RAGGED, (4, 3), dtype="float64")

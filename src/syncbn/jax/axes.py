@@ -12,7 +12,7 @@ from jax import lax
 
 from syncbn import validation
 from syncbn.groups import Axes, Group, Sharded
-from syncbn.jax._private import varying_axes
+from syncbn.jax._private import gather_invariant, to_varying, varying_axes
 
 # Above this many replicas gathering every replica's moments would cost more than two sums.
 GATHERED_REPLICAS = 64
@@ -58,7 +58,7 @@ class Replicas(NamedTuple):
         if self.local:
             return v[None]
         if self.checked:
-            return lax.all_gather(v, self.names, to="invarying")
+            return gather_invariant(v, self.names)
         if set(self.names) <= set(manual_axes()):
             return lax.all_gather(v, self.names)
         # vmap gathers along one axis at a time, and its axes are not typed.
@@ -219,4 +219,4 @@ def _bound(name: str) -> bool:
 def vary(v: jax.Array, axes: frozenset[str]) -> jax.Array:
     """v, typed as varying along these axes too. The transpose sums the gradient of v over them."""
     more = tuple(sorted(axes - varying_axes(v)))
-    return lax.pcast(v, more, to="varying") if more else v
+    return to_varying(v, more) if more else v

@@ -75,7 +75,8 @@ def moments(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, replica
         counts, *rest = _merge_by_two_sums(replicas, n, k, r, m2)
     # A message has one type. So where a mesh axis cuts the channels, counts would be typed as varying along it.
     counts = equal_along(counts, varying_axes(counts) - varying_axes(n))
-    measured = checkpoint_name((counts, *rest), MOMENTS)
+    # One by one: JAX before 0.7 names no tuple.
+    measured = tuple(checkpoint_name(v, MOMENTS) for v in (counts, *rest))
     average = None if replicas.table is None else _average(*measured)
     count, hi, lo, variance = (v[replicas.own_group()] for v in measured)
     return Moments(count[0], (hi, lo), variance, replicas.size, average)
@@ -273,7 +274,9 @@ def _attach_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Measured, Meas
     rest = (x.astype(dx.dtype) - layout.spread(measured.hi)) - layout.spread(attached.lo)
     own, _ = plan.replicas.sums(jnp.concatenate([layout.sum(dx), 2 * layout.sum(rest * dx)]))
     dmean, dvariance = (v / jnp.maximum(measured.n, 1) for v in jnp.split(own, 2))
-    return attached, Measured(jnp.zeros_like(measured.n), jnp.zeros_like(measured.hi), dmean, dvariance)
+    found = Measured(jnp.zeros_like(measured.n), jnp.zeros_like(measured.hi), dmean, dvariance)
+    # JAX before 0.7 wants the very type of each moment, which varies more in a second derivative.
+    return attached, Measured(*(vary(t, varying_axes(v)) for t, v in zip(found, attached, strict=True)))
 
 
 def _where(mask: jax.Array | None, v: jax.Array) -> jax.Array:

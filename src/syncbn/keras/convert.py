@@ -37,6 +37,10 @@ class Before:
     cls: type
     attributes: dict[str, Any]
 
+    def has_renorm(self) -> bool:
+        """Whether the layer had renorm on. Keras before 3.14 has no such attribute."""
+        return self.attributes["renorm"] is not ABSENT and bool(self.attributes["renorm"])
+
 
 def convert(model: Any, arguments: dict[str, Any], filter: Filter, on_unknown: str) -> Any:
     """See `syncbn.convert`."""
@@ -119,7 +123,7 @@ def _synchronise(layer: Any, pattern: dict[str, Any]) -> None:
     attributes = vars(layer)
     given = {key: v for key, v in pattern.items() if key not in attributes}
     saved = {key: attributes.get(key, ABSENT) for key in (*given, "renorm", "renorm_clipping", "supports_jit")}
-    clipping = attributes.pop("renorm_clipping")  # a property of our class
+    clipping = attributes.pop("renorm_clipping", None)  # a property of our class
     attributes.update(given, _before=Before(type(layer), saved))
     _private.change_class(layer, converted.class_named(type(layer).__name__))
     layer.renorm_clipping = clipping if layer.renorm else None
@@ -149,6 +153,7 @@ def _as_if_converted(layer: Any) -> Before:
     """The Keras layer from which a layer that no conversion made would have been converted."""
     ours, keras_own = vars(SyncBatchNormalization(name=layer.name)), vars(layers.BatchNormalization(name=layer.name))
     same = {"renorm": layer.renorm, "renorm_clipping": layer.renorm_clipping, "supports_jit": True}
+    same = {key: value if key in keras_own else ABSENT for key, value in same.items()}
     return Before(layers.BatchNormalization, {**{key: ABSENT for key in ours if key not in keras_own}, **same})
 
 
@@ -172,7 +177,7 @@ def _restore(layer: Any) -> None:
     """Sets the attributes and the class from before the conversion; without one, those of a `BatchNormalization`."""
     attributes = vars(layer)
     before = attributes.pop("_before", None) or _as_if_converted(layer)
-    if layer.built and layer.renorm and not before.attributes["renorm"]:
+    if layer.built and layer.renorm and not before.has_renorm():
         for name in RENORM_STATISTICS:
             _private.untrack_variable(layer, attributes[name])
     shape = attributes.pop("_built_for", None)
@@ -180,7 +185,7 @@ def _restore(layer: Any) -> None:
     for key, value in before.attributes.items():
         if value is not ABSENT:
             attributes[key] = value
-        elif not (before.attributes["renorm"] and key in RENORM_STATISTICS):
+        elif not (before.has_renorm() and key in RENORM_STATISTICS):
             attributes.pop(key, None)
     _private.change_class(layer, before.cls)
     if shape is not None:
@@ -200,6 +205,8 @@ def _beyond_keras(layer: Any) -> str | None:
         return "adjustment"
     if layer.activation is not activations.linear:
         return f"activation={activations.serialize(layer.activation)!r}"
+    if layer.renorm and "_before" not in vars(layer) and not _private.has_renorm():
+        return f"renorm=True, which Keras {keras.__version__} does not know: Keras 3.14 and later do"
     bounds = (layer.renorm_clipping or {}).values()
     return "renorm_clipping that is no number" if any(not isinstance(v, int | float | None) for v in bounds) else None
 

@@ -133,13 +133,14 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             gamma_regularizer=gamma_regularizer,
             beta_constraint=beta_constraint,
             gamma_constraint=gamma_constraint,
-            renorm_momentum=arguments.check_momentum("renorm_momentum", renorm_momentum),
             trainable=trainable,
             name=name,
             **arguments.check_keywords(type(self).__name__, kwargs),
         )
         self.axis = validation.check_axis(axis)
+        # Set here, because Keras knows no renorm before 3.14.
         self.renorm = bool(renorm)
+        self.renorm_momentum = arguments.check_momentum("renorm_momentum", renorm_momentum)
         self._clipping = variables.Untracked(validation.check_renorm_clipping(renorm_clipping))
         self.adjustment = adjustment
         self.group_size = validation.check_group_size(group_size)
@@ -367,6 +368,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         return {
             **config,
             "axis": list(self.axis) if isinstance(self.axis, tuple) else self.axis,
+            "renorm": self.renorm,
+            "renorm_momentum": self.renorm_momentum,
             "renorm_clipping": clipping and {key: _serialized_bound(key, v) for key, v in clipping.items()},
             "adjustment": self.adjustment and _serialized("adjustment", self.adjustment),
             "group_size": self.group_size,

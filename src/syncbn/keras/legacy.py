@@ -26,8 +26,9 @@ def load_legacy(path: Any, *, convert: bool = False, custom_objects: dict[str, A
 
     `tf.keras.layers.experimental.SyncBatchNormalization` becomes `syncbn.SyncBatchNormalization`, with its axes, renorm and
     statistics. `BatchNormalization` stays Keras's, because the files do not say `synchronized`; with convert=True it becomes
-    ours. One with several axes, which Keras 3 does not have, always becomes ours, with a warning. A `/` in a layer's name becomes
-    `_`. The model computes what it did, and is not compiled. No code of a file runs. The kind of a file is told by its content.
+    ours. One with several axes, which Keras 3 does not have, always becomes ours, with a warning. So does one with renorm where
+    Keras has none, before 3.14. A `/` in a layer's name becomes `_`. The model computes what it did, and is not compiled. No code
+    of a file runs. The kind of a file is told by its content.
     A SavedModel is read with TensorFlow.
 
     Args:

@@ -205,7 +205,7 @@ def _with_constants(
 ) -> Tensor:
     """Operators that tracing, export, vmap and jacrev know; their own gradients are right."""
     dtype = arithmetic_dtype(x)
-    mean, variance, scale, offset = (v.to(dtype) for v in (moments.mean_hi, moments.variance, scale, offset))
+    mean, variance, scale, offset = (v.to(dtype) for v in (moments.mean, moments.variance, scale, offset))
     y = torch.nn.functional.batch_norm(x, mean, variance, scale, offset, False, 0.0, epsilon)
     if residual is not None:
         y = y + residual.to(y.dtype)

@@ -290,7 +290,7 @@ class SyncBatchNorm(_BatchNorm):
         usable = contract.are_usable(moments, may_update, engine.OPERATORS)
         if usable is False:
             return
-        of_stddev = moments._replace(variance=stddev)
+        of_stddev = GroupMoments(moments.count, moments.mean, stddev, moments.replicas)
         moving = Statistics(self.running_mean, self.moving_stddev, self.momentum, batches=batches)
         renorm = Statistics(self.renorm_mean, self.renorm_stddev, self.renorm_momentum)
         moving, renorm = (contract.updated(v, of_stddev, usable, engine.OPERATORS) for v in (moving, renorm))
