@@ -187,7 +187,7 @@ def test_a_converted_model_takes_its_integers(dtype):
     trained = numbers(keras.models.clone_model(model)(x, training=True))
     assert trained.shape == before.shape
     syncbn.convert(model)
-    assert type(model.layers[0]) is SyncBatchNormalization
+    assert isinstance(model.layers[0], SyncBatchNormalization)
     np.testing.assert_allclose(numbers(model(x, training=False)), before, atol=1e-5)
     model.compile("sgd", "mse")
     model.fit(x, data(8, 4, 2, dtype="float32"), batch_size=4, verbose=0)

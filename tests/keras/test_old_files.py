@@ -231,7 +231,7 @@ def test_each_row_of_the_page_does_what_it_says(code, name, tmp_path, monkeypatc
     if name != "training":
         near(known["model"](old.x, training=False), old.arrays["y"], 1e-5)
     norms = [layer for layer in known["model"]._flatten_layers() if isinstance(layer, layers.BatchNormalization)]
-    assert sum(type(norm) is SyncBatchNormalization for norm in norms) == (2 if "convert" in code or which == "nested" else 1)
+    assert sum(isinstance(norm, SyncBatchNormalization) for norm in norms) == (2 if "convert" in code or which == "nested" else 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ weights

@@ -497,14 +497,14 @@ def test_group_size_that_does_not_divide(world, monkeypatch):
     assert np.isfinite(layer(np.ones((2, 4, 3), "float32"))).all(), "inference does not ask"
 
 
-def test_bad_mask_and_integers_on_replicas(world, monkeypatch):
+def test_bad_mask_and_complex_numbers_on_replicas(world, monkeypatch):
     case = Case("bad", RAGGED, (4, 3))
     layer = make(world, case)
     masks = [np.ones((x.shape[0], 5), bool) for x in case.inputs(world.replicas)]
     text = "`mask` must have the input's shape without the channel axes"
     refused_before_any_message(world, monkeypatch, ValueError, text, layer, case.inputs(world.replicas), masks)
-    integers = [x.astype("int32") for x in case.inputs(world.replicas)]
-    refused_before_any_message(world, monkeypatch, TypeError, "The input must be of a float dtype", layer, integers)
+    numbers = [x.astype("complex64") for x in case.inputs(world.replicas)]
+    refused_before_any_message(world, monkeypatch, TypeError, "The input must be of a float dtype", layer, numbers)
 
 
 def test_cross_replica_training(world):
