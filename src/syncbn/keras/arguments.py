@@ -34,7 +34,8 @@ def check_numbers(path: str, layer: Any) -> None:
     try:
         validation.check_epsilon(layer.epsilon)
         for name in ("momentum", "renorm_momentum"):
-            check_momentum(name, getattr(layer, name))
+            # Keras knows no renorm before 3.14.
+            check_momentum(name, getattr(layer, name, 0.99))
     except ValueError as error:
         # The constructor's text, which has what was received and the mend.
         text = f"The layer {path!r} cannot be converted, and no layer was: {error}"
