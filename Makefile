@@ -10,9 +10,9 @@ PYTEST := $(BIN)/pytest
 REPLICATED := tests/tensorflow/test_engine_tensorflow.py tests/tensorflow/test_layer_tensorflow.py
 # What TensorFlow 2.2 to 2.15 wrote, on each backend of Keras.
 FILES := tests/keras/test_old_files.py tests/keras/test_matching.py tests/keras/test_hostile_files.py
-TESTS := test-architecture test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants
+TESTS := test-architecture test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants test-docs
 
-.PHONY: demo test check lint quick mutants gpu gpu-ranks gpu-tensorflow benchmark clean $(TESTS)
+.PHONY: demo test check lint quick mutants gpu gpu-ranks gpu-tensorflow benchmark clean docs $(TESTS)
 
 demo: $(SETUP)
 	$(BIN)/syncbn demo
@@ -21,7 +21,7 @@ test: $(SETUP)
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(TESTS)
 
 test-architecture:
-	$(PYTEST) tests/test_architecture.py tests/test_benchmarks.py tests/test_errors.py tests/test_settings.py tests/test_maths.py tests/test_mutants.py -k "not is_caught"
+	$(PYTEST) tests/test_architecture.py tests/test_benchmarks.py tests/test_errors.py tests/test_settings.py tests/test_maths.py tests/test_prose.py tests/test_mutants.py -k "not is_caught"
 
 test-demos:
 	$(PYTEST) tests/demo/test_demo.py
@@ -65,6 +65,20 @@ test-conversion:
 	KERAS_BACKEND=jax $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"
 	KERAS_BACKEND=torch $(PYTEST) $(FILES) -k "(computes or in_code) and (tf2.2 or tf2.15) or hdf5 or fit"
 	KERAS_BACKEND=jax $(PYTEST) $(FILES) -k "(computes or in_code) and (tf2.2 or tf2.15) or hdf5 or fit"
+
+# The site, into site/: strict, so that a dead link fails.
+DOCS := .venv-docs
+docs: $(DOCS)/.made
+	$(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/.made: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $@
+
+# What README.md and the site show, run.
+test-docs: $(SETUP)
+	$(PYTEST) tests/test_docs_blocks.py
 
 # Most mistakes, in about two minutes.
 quick: lint test-architecture
@@ -118,7 +132,7 @@ benchmark: $(SETUP)
 	$(BIN)/python benchmarks/run.py jax-cpu
 
 clean:
-	rm -rf $(VENV) demo-results .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS) site demo-results .pytest_cache .mypy_cache .ruff_cache
 
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
