@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from mutants import ESSENTIAL, conversion, jax, kernels, tensorflow, torch
+from mutants import ESSENTIAL, command, conversion, jax, kernels, tensorflow, torch
 
 ROOT = Path(__file__).resolve().parent.parent
-LISTS = {"tensorflow": tensorflow, "torch": torch, "jax": jax, "kernels": kernels, "conversion": conversion}
+LISTS = {"tensorflow": tensorflow, "torch": torch, "jax": jax, "kernels": kernels, "conversion": conversion, "command": command}
 MUTANTS = {
     f"{name}: {mutant.name}": (mutant, getattr(faults, "OPTIONS", ()))
     for name, faults in LISTS.items()

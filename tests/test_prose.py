@@ -81,19 +81,8 @@ LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 def test_links_lead_somewhere(name):
     page = PAGES[name]
     targets = [match[1] for match in LINK.finditer(page.read_text(encoding="utf-8"))]
-    missing = [target for target in targets if not (page.parent / target).exists() and Path(target).name not in NOT_YET]
+    missing = [target for target in targets if not (page.parent / target).exists()]
     assert not missing
-
-
-# Examples that other branches bring. Empty this set when they are there.
-NOT_YET = {
-    "accelerate.py", "equinox_module.py", "flax_linen.py", "fsdp2.py", "keras_mirrored.py", "keras_xla.py",
-    "legacy_to_keras3.py", "lightning_layer_sync.py", "torch_accelerate.py", "torch_ddp.py", "torch_detection.py", "two_hosts.md",
-}  # fmt: skip
-
-
-def test_no_example_is_excused_that_is_there():
-    assert not [name for name in NOT_YET if (ROOT / "examples" / name).exists()]
 
 
 def test_commands_of_make_are_there():
@@ -115,21 +104,11 @@ def test_what_troubleshooting_quotes_stands_in_the_source():
     headings = re.findall(r"^### (.*)$", page, re.M)
     assert headings == sorted(headings, key=lambda text: text.strip("`").lower())
     missing = {text for text in headings if not all(part in source for part in text.split(" … "))}
-    assert missing == OF_OTHERS | NOT_YET_SAID
+    assert missing == OF_OTHERS
 
 
 OF_OTHERS = {
     "Received data size doesn't match expected size",
     "Unknown layer: 'SyncBatchNormalization'",
     "Watchdog caught collective operation timeout: WorkNCCL",
-}
-
-# Texts that other branches bring. Empty this set when they are there.
-NOT_YET_SAID: set[str] = {
-    "A converter of another library must not run on synchronised layers: it replaces them by its own",
-    "Synchronised layers need a process group: without one each rank normalises with its own batch",
-    "`mask` must be of dtype bool, or of integers",
-    "needs the package … Received: a Python environment without it",
-    "torch.jit.trace cannot record the messages of a synchronised training step",
-    "trains inside a map over mesh axes, and none is named",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -58,8 +59,12 @@ def listed(found: Iterable[tuple[str, str]]) -> str:
     return "; ".join(f"{name or 'the model itself'} ({why})" for name, why in found)
 
 
-# Warnings name the line that called syncbn.convert, which calls a framework's convert, which calls these.
-_CALLER = 4
+def callers_level() -> int:
+    """For the function that asks: the `stacklevel` of a warning that names the first line outside of this library."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("syncbn."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def check_all_known(unknown: Sequence[tuple[str, str]], on_unknown: str) -> None:
@@ -72,7 +77,7 @@ def check_all_known(unknown: Sequence[tuple[str, str]], on_unknown: str) -> None
     )
     if on_unknown == "error":
         raise ValueError(text)
-    warnings.warn(text, stacklevel=_CALLER)
+    warnings.warn(text, stacklevel=callers_level())
 
 
 def warn_if_none(found: Sequence[Any], function: str, wanted: str, filtered: bool) -> None:
@@ -80,7 +85,17 @@ def warn_if_none(found: Sequence[Any], function: str, wanted: str, filtered: boo
     if not found:
         which = "that `filter` takes" if filtered else "at all"
         text = f"{function} expects a model that holds {wanted}. Received: a model with none {which}. It is returned unchanged."
-        warnings.warn(text, stacklevel=_CALLER)
+        warnings.warn(text, stacklevel=callers_level())
+
+
+def warn_if_rebuilt(classes: Sequence[str]) -> None:
+    """Warns where a file brings back no synchronised layer: these classes build their layers themselves."""
+    if classes:
+        text = (
+            "A file of a model whose class builds its layers brings back plain batch norms, with all weights. "
+            f"Received: {', '.join(classes)}. Call syncbn.convert on the model after loading, as after building."
+        )
+        warnings.warn(text, stacklevel=callers_level())
 
 
 def check_revertible(beyond: Sequence[tuple[str, str]], target: str) -> None:

@@ -21,12 +21,12 @@ layer     the layer's name or None, for errors that name it; an engine may have 
 y         x's shape and dtype
 
 A layer may also ask `supports_jit()`: whether what is made now can be compiled as a whole; and `should_update_statistics`,
-`record_or_replay` and `materialize`, which are here for the engines that have nothing to add to them.
+`record_or_replay`, `materialize` and `ensure_channels`, which are here for the engines that have nothing to add to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from syncbn import maths
@@ -95,6 +95,12 @@ class Operators(NamedTuple):
     cast: Callable[..., Any]
 
 
+def _of_batch(moments: Any) -> tuple[Any, Any, Any]:
+    """(count, mean, variance) for the moving statistics. By its fields: torch 2.6 compiles no property of a named tuple."""
+    mean = moments.mean[0] if isinstance(moments.mean, tuple) else moments.mean
+    return moments.average or (moments.count, mean, moments.variance)
+
+
 def are_usable(moments: Any, may_update: Any, operators: Operators) -> Any:
     """Whether a step with these moments updates the moving statistics: False, or a bool array.
 
@@ -102,7 +108,7 @@ def are_usable(moments: Any, may_update: Any, operators: Operators) -> Any:
     """
     if may_update is False:
         return False
-    count, mean, variance = moments.average or (moments.count, moments.mean_hi, moments.variance)
+    count, mean, variance = _of_batch(moments)
     usable = count > 0
     if moments.replicas > 1:
         # Every replica sees the same statistics, so all skip the same steps. One replica does as its framework does.
@@ -116,7 +122,7 @@ def updated(statistics: Statistics, moments: Any, usable: Any, operators: Operat
     """The statistics after a step with these moments. usable: of `are_usable`."""
     if usable is False:
         return ASSIGNED
-    count, mean, variance = moments.average or (moments.count, moments.mean_hi, moments.variance)
+    count, mean, variance = _of_batch(moments)
     wide, weight, batches = variance.dtype, statistics.weight, statistics.batches
     if batches is not None:
         batches = batches + operators.cast(usable, batches.dtype)
@@ -129,7 +135,9 @@ def updated(statistics: Statistics, moments: Any, usable: Any, operators: Operat
         new = maths.moving_average(operators.cast(old, wide), batch, 1 - weight)
         return operators.where(usable, operators.cast(new, old.dtype), old)
 
-    return statistics._replace(mean=moved(statistics.mean, mean), variance=moved(statistics.variance, variance), batches=batches)
+    # Not by `_replace`, which torch 2.6 does not compile.
+    mean, variance = moved(statistics.mean, mean), moved(statistics.variance, variance)
+    return Statistics(mean, variance, statistics.weight, statistics.unbiased, batches)
 
 
 def default_train_step(
@@ -178,6 +186,11 @@ def record_or_replay(find: Callable[[], Any]) -> Any:
 def materialize(*vectors: Any) -> Any:
     """The same vectors, which no compiler works out anew in the backward pass: what they were made of may have changed."""
     return vectors
+
+
+def ensure_channels(x: Any, shape: Sequence[int | None], axes: tuple[int, ...]) -> Any:
+    """x with the rank and the channels of this shape known: frameworks whose graphs leave sizes unknown compare them later."""
+    return x
 
 
 def check_variables(name: str, *variables: Any) -> None:

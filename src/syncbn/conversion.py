@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar
 
+from syncbn.validation import foreign_model
+
 Model = TypeVar("Model")
 ON_UNKNOWN = ("error", "warn", "skip")
 # Pickles of version 0.1.0 name modules below this one: `syncbn._moved` finds them.
@@ -30,15 +32,16 @@ def convert(
         y = weight · (x − mean) / √(variance + epsilon) + bias
 
     No weight is copied. Names, hooks, sharing, `training`, `trainable`, `requires_grad`, dtypes and devices stay, and so does
-    an optimizer that holds the parameters. `state_dict` and `.weights.h5` keep their values. `state_dict` keeps its keys;
-    those of `.weights.h5` follow class names (see `syncbn.load_weights`). Layers that are synchronised already get the given
-    arguments.
+    an optimizer that holds the parameters. `state_dict` and Keras's files keep their keys and values. Layers that are
+    synchronised already get the given arguments. A Keras layer gets a subclass of `SyncBatchNormalization` that has the former
+    class's name, from which Keras makes the keys. A model whose class builds its layers must be converted again after loading.
 
     torch: `BatchNorm1d/2d/3d`, `SyncBatchNorm`, their lazy forms, and timm's `BatchNormAct2d` with its dropout and activation.
     Keras, on any backend: `BatchNormalization` in Sequential, functional, nested and subclassed models. A subclass that
     overrides only `__init__` is converted too. Any other is left to `on_unknown`. Instance norms and other layers stay.
 
-    Convert a model before it is compiled, scripted, quantised or wrapped for distribution. It may be on its device already.
+    Convert a model before it is compiled, scripted, quantised or sharded. It may be on its device already, and wrapped in
+    DistributedDataParallel. On a torch module the class method `SyncBatchNorm.convert_sync_batchnorm` does the same.
 
     Args:
         model: a torch.nn.Module or a Keras layer or model. Without batch norms it is returned with a warning.
@@ -51,7 +54,8 @@ def convert(
 
     Raises:
         TypeError: something that is no torch or Keras model.
-        ValueError: a model that must be converted earlier; unknown batch norms; arguments that do not fit.
+        ValueError: a model that must be converted earlier; unknown batch norms; arguments, or settings of a batch norm, that
+            do not fit. No layer is changed then.
 
     Source: docs/decisions/0005-conversion-by-class.md.
 
@@ -88,7 +92,7 @@ def revert(model: Model, *, filter: Callable[[str, Any], bool] | None = None, ex
 
     Raises:
         TypeError: something that is no torch or Keras model.
-        ValueError: a compiled, scripted, quantised or wrapped model; a layer that does more than the framework's own, or whose
+        ValueError: a compiled, scripted, quantised or sharded model; a layer that does more than the framework's own, or whose
             class is not known. No layer is changed then.
 
     Source: docs/decisions/0005-conversion-by-class.md.
@@ -142,9 +146,4 @@ def _module(function: str, model: Any, verb: str = "convert") -> ModuleType:
         return importlib.import_module(f"syncbn.keras.{verb}")
     if torch is not None and isinstance(model, torch.nn.Module):
         return importlib.import_module(f"syncbn.torch.{verb}")
-    cls = type(model)
-    raise TypeError(
-        f"{function} takes a torch.nn.Module or a Keras 3 layer or model. Received: {cls.__module__}.{cls.__qualname__}. "
-        "In Flax, Equinox and Haiku call syncbn.functional.sync_batch_norm in the layer. A model of tf_keras must be saved: "
-        "syncbn.load_legacy reads the file."
-    )
+    raise foreign_model(function, "a torch.nn.Module or a Keras 3 layer or model", model)

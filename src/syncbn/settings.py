@@ -28,6 +28,17 @@ def peer_memory() -> bool:
     return os.environ.get("SYNCBN_PEER_MEMORY", "1") != "0"
 
 
+def launched_ranks() -> int:
+    """`WORLD_SIZE`, a variable of torchrun's: how many ranks it started. 1 where it says nothing."""
+    value = os.environ.get("WORLD_SIZE", "1")
+    return int(value) if value.isdecimal() else 1
+
+
 def triton_interpreter() -> bool:
     """`TRITON_INTERPRET`, a variable of Triton's: whether kernels run on the CPU, in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def legacy_keras() -> bool:
+    """TensorFlow's TF_USE_LEGACY_KERAS: whether `tf.keras` is the package tf_keras, which is Keras 2."""
+    return os.environ.get("TF_USE_LEGACY_KERAS", "0") in ("1", "true", "True")

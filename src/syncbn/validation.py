@@ -15,7 +15,7 @@ RECORD_MOMENTS = "Give torch.utils.checkpoint.checkpoint use_reentrant=False, co
 
 
 def check_axis(value: Any) -> int | tuple[int, ...]:
-    """The channel axis, or axes, as an int or a tuple of ints."""
+    """The channel axis, or axes, as an int or a tuple of ints. A list of one axis is that axis."""
     several = isinstance(value, Iterable) and not isinstance(value, (str, bytes))
     entries = tuple(value) if several else (value,)
     for entry in entries:
@@ -26,13 +26,13 @@ def check_axis(value: Any) -> int | tuple[int, ...]:
             )
     if not entries:
         raise ValueError(f"`axis` must name at least one axis. Received: axis={value!r}. Give for example -1.")
-    return tuple(int(entry) for entry in entries) if several else int(entries[0])
+    return tuple(int(entry) for entry in entries) if len(entries) > 1 else int(entries[0])
 
 
-def channel_axes(axis: int | tuple[int, ...], shape: Sequence[int | None]) -> tuple[int, ...]:
+def channel_axes(axis: int | tuple[int, ...], shape: Sequence[int | None], least_rank: int = 2) -> tuple[int, ...]:
     """The channel axes of an input of this shape, sorted, none of them negative."""
     rank = len(shape)
-    if rank < 2:
+    if rank < least_rank:
         raise ValueError(
             f"The input must have a batch axis and a channel axis, so rank 2 at least. Received: shape {tuple(shape)}. "
             "Add the missing axis."
@@ -64,6 +64,15 @@ def check_float_dtype(dtype: str, is_float: bool) -> None:
         raise TypeError(f"The input must be of a float dtype. Received: {dtype}. Cast it first, for example to float32.")
 
 
+def check_mask_dtype(dtype: str) -> None:
+    """Raises where a mask's dtype is neither bool nor an integer: floats are often added to scores, and 0 keeps a value there."""
+    if not any(kind in dtype for kind in ("bool", "int")):
+        raise TypeError(
+            "`mask` must be of dtype bool, or of integers: True, or not 0, marks what counts. Received: a mask of dtype "
+            f"{dtype}. Give for example mask > 0.5."
+        )
+
+
 def mask_omits_channels(mask: Sequence[int | None], shape: Sequence[int | None], axes: tuple[int, ...]) -> bool:
     """Whether a mask of this shape leaves the channel axes out, or has 1 there. Raises where it does not broadcast."""
     rest = [size for i, size in enumerate(shape) if i not in axes]
@@ -79,12 +88,17 @@ def mask_omits_channels(mask: Sequence[int | None], shape: Sequence[int | None],
     return left_out
 
 
-def check_epsilon(value: Any) -> float:
+def is_epsilon(value: Any) -> bool:
+    """Whether a value can be added to the variance."""
+    return isinstance(value, Real) and 0 <= float(value) < math.inf
+
+
+def check_epsilon(value: Any, name: str = "epsilon") -> float:
     """What is added to the variance."""
-    if not isinstance(value, Real) or not 0 < float(value) < math.inf:
+    if not is_epsilon(value):
         raise ValueError(
-            f"`epsilon` must be positive: it keeps the division by the standard deviation from failing. Received: "
-            f"epsilon={value!r}. Give for example 0.001."
+            f"`{name}` must be a finite number, 0 or more: it is added to the variance. Received: {name}={value!r}. Give for "
+            "example 0.001."
         )
     return float(value)
 
@@ -142,14 +156,14 @@ def number_of_groups(replicas: int, size: int | None) -> int:
 
 
 def check_axis_name(value: Any) -> str | tuple[str, ...] | None:
-    """The named axes of a JAX program along which the replicas lie, as None, a name or a tuple of names."""
+    """The named axes of a JAX program along which the replicas lie, as None, a name or a tuple of names; () for none of them."""
     if value is None or (isinstance(value, str) and value):
         return value
-    names = tuple(value) if isinstance(value, (list, tuple)) else ()
-    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+    names = tuple(value) if isinstance(value, (list, tuple)) else ("",)
+    if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
         raise ValueError(
-            "`axis_name` must be None, the name of a mapped axis of a JAX program, or a tuple of different names. Received: "
-            f"axis_name={value!r}. Give the name that jax.shard_map, pmap or vmap has for it."
+            "`axis_name` must be None, the name of a mapped axis of a JAX program, or a tuple of different names; () keeps the "
+            f"statistics local. Received: axis_name={value!r}. Give the name that jax.shard_map, pmap or vmap has for it."
         )
     return names
 
@@ -162,3 +176,38 @@ def check_no_axis_name(group: Any, framework: str, replicas: int) -> int | None:
             "that train. Leave `axis_name` out there. Inference runs with it."
         )
     return group if isinstance(group, int) else None
+
+
+# What to do with a model of another framework, by the package of its class.
+FOREIGN = {
+    "torch": "A torch module loads its own files by load_state_dict.",
+    "tf_keras": (
+        "Save it as `.h5`: syncbn.load_legacy(path, convert=True) makes a Keras 3 model of the file. Or unset "
+        "TF_USE_LEGACY_KERAS, and build the model with `import keras`."
+    ),
+    **dict.fromkeys(("flax", "equinox", "haiku"), "Call syncbn.functional.sync_batch_norm in its layers."),
+}
+
+
+def foreign_model(function: str, takes: str, model: Any) -> TypeError:
+    """The error of a model that a function does not take, with what to do about one of its kind."""
+    packages = [base.__module__.partition(".")[0] for base in type(model).__mro__]
+    mend = next((FOREIGN[name] for name in packages if name in FOREIGN), "Give the model itself.")
+    return TypeError(f"{function} takes {takes}. Received: {type(model).__module__}.{type(model).__qualname__}. {mend}")
+
+
+# Arguments of torch's and Flax's batch norms, and what stands for them in the words of Keras.
+RENAMED = {
+    "eps": "Give `epsilon` for `eps`.",
+    "num_features": "Drop `num_features`: the channels are the input's.",
+    "affine": "Give `scale` and `center` for `affine`.",
+    "bias": "Give `center` for `bias`.",
+    "process_group": "Give `group_size` for `process_group`.",
+    "use_scale": "Give `scale` for `use_scale`.",
+    "use_bias": "Give `center` for `use_bias`.",
+}
+
+
+def renamed(names: Iterable[str]) -> str:
+    """What to do about keywords that are not known."""
+    return " ".join(RENAMED[name] for name in names if name in RENAMED) or "Drop or rename them."

@@ -3,52 +3,36 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-SYNCBN = Path(sys.executable).with_name("syncbn")
-
-
-def syncbn(*words):
-    done = subprocess.run([SYNCBN, *map(str, words)], capture_output=True, text=True, timeout=300, env={"COLUMNS": "120"})
-    return done.returncode, done.stdout + done.stderr
-
-
-def rows(text):
-    """The table as {run: cells}."""
-    lines = [line.strip("│ ").split("│") for line in text.splitlines() if line.startswith("│")]
-    return {cells[0].strip(): [c.strip() for c in cells[1:]] for cells in lines}
+from demo_output import NORMS, OPTIONS, check_table, rows, syncbn
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """Two runs with the same seed."""
     folders = [tmp_path_factory.mktemp("demo") for _ in range(2)]
-    options = ("--replicas", 2, "--batch", 8, "--epochs", 1, "--seed", 5)
-    return folders, [syncbn("demo", *options, "--output", folder) for folder in folders]
+    return folders, [syncbn("demo", *OPTIONS, "--output", folder) for folder in folders]
 
 
 def test_demo_shows_what_synchronising_does(demo):
     folders, [(code, text), _] = demo
     assert code == 0, text
-    table = rows(text)
-    assert list(table) == ["keras BatchNormalization", "SyncBatchNormalization", "SyncBatchNormalization, renorm"]
-    for name, (accuracy, _, apart, output_off, gradient_off) in table.items():
-        if name.startswith("Sync"):
-            assert float(accuracy.rstrip("%")) > 50
-            assert float(apart) == 0
-            assert float(output_off) < 1e-5
-            assert float(gradient_off) < 1e-4
-        else:
-            assert min(map(float, (apart, output_off, gradient_off))) > 1e-3
-    assert "89/89 steps" in text
+    check_table(text)
     assert (folders[0] / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (folders[0] / "accuracy.svg").read_text()
-    assert str(folders[0] / "accuracy.png") in text.replace("\n", "")
-    assert "Traceback" not in text
+    assert str(folders[0] / "accuracy.png") in text
+
+
+def test_demo_shows_life_before_it_trains_and_a_sentence_after(demo):
+    lines = demo[1][0][1].splitlines()
+    assert re.match(r"syncbn \S+, tensorflow 2\.\S+, Python 3\.", lines[0])
+    assert lines[2] == "2 replicas × 8 images, 1 epoch of 89 steps."
+    for norm in NORMS:
+        assert any(line.startswith(f"{norm}, epoch 1 of 1: ") for line in lines)
+    assert re.fullmatch(r"Synchronising: \d+\.\d % instead of \d+\.\d % of the test images right\.", lines[-1])
 
 
 def test_the_same_seed_gives_the_same_table_but_for_times(demo):
@@ -62,12 +46,107 @@ def test_the_same_seed_gives_the_same_table_but_for_times(demo):
 def test_help_tells_the_options():
     code, text = syncbn("demo", "--help")
     assert code == 0
-    for option in ("--backend", "--replicas", "--batch", "--epochs", "--output", "--seed"):
+    for option in (
+        "--backend",
+        "--replicas",
+        "--batch",
+        "--epochs",
+        "--output",
+        "--seed",
+        "--sweep",
+        "--seeds",
+        "--steps",
+        "--rows",
+    ):
         assert option in text
 
 
-@pytest.mark.parametrize("words", [("--replicas", 0), ("--batch", "many"), ("--epochs", -1), ("--backend", "caffe")], ids=str)
-def test_options_that_make_no_sense(words):
-    code, text = syncbn("demo", *words)
-    assert code == 2
-    assert re.search(r"Invalid value for '--\w+'", text)
+WRONG = {
+    ("--replicas", 0): "argument --replicas: must be an integer from 1 to 64. Received: 0.",
+    ("--batch", "many"): "argument --batch: must be an integer from 1 to 64. Received: many.",
+    ("--epochs", -1): "argument --epochs: must be an integer, at least 1. Received: -1.",
+    ("--backend", "caffe"): "argument --backend: invalid choice: 'caffe'",
+    ("--replicas", 64, "--batch", 64): "--replicas times --batch must be at most 1437, the training images.",
+    ("--backend", "torch", "--batch", 1): "torch.nn.BatchNorm1d takes no single value per channel.",
+    ("--seeds", 3): "--seeds needs --sweep.",
+    ("--sweep", "--batch", 3): "--batch does not go with --sweep.",
+    ("--sweep", "--rows", "nowhere.jsonl"): "--rows must name a file that `syncbn demo --sweep` wrote. Received: nowhere.jsonl",
+}
+
+
+@pytest.mark.parametrize("words", WRONG, ids=lambda words: " ".join(map(str, words)))
+def test_options_that_make_no_sense(words, capsys):
+    from syncbn import cli
+
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(cli.main(["demo", *map(str, words)]))
+    said = capsys.readouterr().err if isinstance(ended.value.code, int) else ended.value.code
+    assert ended.value.code != 0
+    assert WRONG[words] in said
+
+
+def test_a_missing_package_is_one_sentence_with_the_extra(monkeypatch, capsys):
+    from syncbn import cli
+
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "jax", None)
+    assert cli.main(["demo", "--backend", "jax"]) == 2
+    said = capsys.readouterr().err
+    assert said == 'The demo needs jax and rich. Install the extra: pip install "syncbn[demo,jax]"\n'
+
+
+def test_version_and_doctor_need_no_extra():
+    from syncbn import __version__
+
+    without = (sys.executable, "-c", "import sys; sys.modules.update(dict.fromkeys(['rich', 'typer', 'sklearn', 'matplotlib']));"
+               "from syncbn import cli; sys.exit(cli.main())")  # fmt: skip
+    assert syncbn("--version", command=without) == (0, f"syncbn {__version__}\n")
+    code, text = syncbn("doctor", "--backend", "torch", command=without)
+    assert code == 0, text
+
+
+def test_plain_numbers():
+    from syncbn.demo.report import plain
+
+    assert [plain(v) for v in (5.4, 0.061, 16.2, 142.0, 0, 4.2e-7, float("nan"))] == [
+        "5.4",
+        "0.061",
+        "16",
+        "142",
+        "0",
+        "4e-7",
+        "nan",
+    ]
+
+
+def test_labels_of_lines_do_not_overlap():
+    from syncbn.demo.plots import label_heights
+
+    heights = label_heights([97.0, 99.0, 98.5, 20.0], gap=5)
+    assert heights == [89.0, 99.0, 94.0, 20.0]
+
+
+def test_best_row_is_bold(capsys, monkeypatch):
+    from syncbn.demo import Run, Task, report
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    runs = [
+        Run(Task(norm, 2, 3, 1, 0), [accuracy], 0.001, 0, 0, 0) for norm, accuracy in zip(NORMS, (0.5, 0.9, 0.8), strict=True)
+    ]
+    report.table(runs, "torch")
+    bold = [line for line in capsys.readouterr().out.splitlines() if "\x1b[1m" in line and "%" in line]
+    assert len(bold) == 1
+    assert "90.0 %" in bold[0]
+    assert report.verdict(runs) == "Synchronising: 90.0 % instead of 50.0 % of the test images right."
+
+
+def test_the_rows_of_the_figure_are_whole():
+    """docs/figures/images-per-device.svg: `syncbn demo --sweep --rows docs/figures/images-per-device.jsonl --output docs/figures`."""
+    from syncbn.demo import sweep
+
+    rows = sweep.read(Path(__file__).parents[2] / "docs" / "figures" / "images-per-device.jsonl")
+    kinds = {(row["norm"], row["images_per_device"]) for row in rows}
+    assert kinds == {(norm, size) for norm in NORMS for size in sweep.IMAGES_PER_DEVICE}
+    assert len(rows) == len({(row["norm"], row["images_per_device"], row["seed"]) for row in rows}) >= 5 * len(kinds)
+    assert len({(row["steps"], row["devices"], row["backend"]) for row in rows}) == 1

@@ -1,39 +1,36 @@
-"""The demo on JAX, over host devices."""
+"""The demo on JAX, over host devices, and its sweep."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import json
 
-from test_demo import rows
+from demo_output import NORMS, OPTIONS, check_table, syncbn
 
 
 def test_demo_shows_what_synchronising_does(tmp_path):
-    options = (
-        "demo",
-        "--backend",
-        "jax",
-        "--replicas",
-        "2",
-        "--batch",
-        "8",
-        "--epochs",
-        "1",
-        "--seed",
-        "5",
-        "--output",
-        str(tmp_path),
-    )
-    done = subprocess.run([sys.executable, "-m", "syncbn.cli", *options], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    table = rows(done.stdout)
-    assert list(table) == ["keras BatchNormalization", "SyncBatchNormalization", "SyncBatchNormalization, renorm"]
-    for name, (accuracy, _, apart, output_off, gradient_off) in table.items():
-        if name.startswith("Sync"):
-            assert float(accuracy.rstrip("%")) > 50
-            assert float(apart) == 0
-            assert float(output_off) < 1e-5
-            assert float(gradient_off) < 1e-4
-        else:
-            assert min(map(float, (apart, output_off, gradient_off))) > 1e-3
+    code, text = syncbn("demo", "--backend", "jax", *OPTIONS, "--output", tmp_path)
+    assert code == 0, text
+    check_table(text)
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sweep_keeps_rows_and_draws_them_again(tmp_path):
+    words = ("demo", "--sweep", "--backend", "jax", "--replicas", 2, "--steps", 60, "--seeds", 2, "--output", tmp_path)
+    code, text = syncbn(*words)
+    assert code == 0, text
+    path = tmp_path / "images-per-device.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {(r["norm"], r["images_per_device"], r["seed"]) for r in rows} == {
+        (norm, size, seed) for norm in NORMS for size in (1, 2, 4, 8, 16) for seed in (0, 1)
+    }
+    assert {(r["steps"], r["devices"], r["backend"]) for r in rows} == {(60, 2, "jax")}
+    # One value per channel after the dense layer: the local batch norm gives its offset, whatever the image.
+    assert max(r["accuracy"] for r in rows if r["norm"] == "local" and r["images_per_device"] == 1) < 0.2
+    assert min(r["accuracy"] for r in rows if r["norm"] != "local" and r["images_per_device"] == 16) > 0.5
+    assert len({r["accuracy"] for r in rows if r["norm"] == "syncbn"}) > 5
+    code, again = syncbn("demo", "--sweep", "--rows", path, "--output", tmp_path / "again")
+    assert code == 0, again
+    figure = "images-per-device.svg"
+    assert (tmp_path / figure).read_text() == (tmp_path / "again" / figure).read_text()
+    assert again.splitlines()[0].startswith("  1 images per device: local ")
+    assert again.splitlines()[:5] == text.splitlines()[-7:-2]

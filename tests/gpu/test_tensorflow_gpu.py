@@ -110,7 +110,7 @@ def test_replicas_train_as_one_device_does(compiled):
     out = run(f"""
     tf.config.experimental.enable_tensor_float_32_execution(False)
     sys.path.insert(0, "examples")
-    import keras_compiled_step as example
+    import keras_xla as example
     many, losses = example.train(strategy, example.CompiledModel if {compiled} else keras.Model)
     one, expected = example.train(tf.distribute.OneDeviceStrategy("/gpu:0"), keras.Model)
     print(max(np.abs(a - b).max() for a, b in zip(many.get_weights(), one.get_weights())), max(np.abs(np.divide(losses, expected) - 1)))

@@ -500,6 +500,46 @@ def test_an_ensemble_under_vmap(how):
         close([g["gradients"][0][i] for g in got], truth.backward(dys, scale)[0], case, "gradient")
 
 
+def test_members_that_lie_along_a_mesh_axis():
+    """vmap with a spmd_axis_name maps the members along an axis of the mesh that the shard_map has not seen."""
+    case, members = Case("members on a mesh", (2, 2, 2, 2), (4, 3)), 2
+    given = [arguments(Case(f"member {i}", (2, 2, 2, 2), (4, 3)), 4) for i in range(members)]
+    mesh, along, same = Mesh(np.array(jax.devices()).reshape(4, 2), (AXIS, "member")), PartitionSpec(AXIS), PartitionSpec()
+
+    def step_of(x, dy, scale, offset):
+        def f(x, scale, offset):
+            moments = engine.moments(x, axes=(2,), group=Axes((AXIS,)))
+            return engine.normalize(x, moments, scale, offset, axes=(2,), epsilon=EPSILON, group=Axes((AXIS,)))
+
+        y, pull = jax.vjp(f, x, scale, offset)
+        return y, *pull(dy)
+
+    specs = {"in_specs": (along, along, same, same), "out_specs": (along, along, same, same)}
+    program = jax.jit(jax.vmap(jax.shard_map(step_of, mesh=mesh, **specs), spmd_axis_name="member"))
+    got = program(*(np.stack([full_batch(m[k]) if k < 2 else m[k][0] for m in given]) for k in range(4)))
+    for y, dx, dscale, doffset, (xs, dys, scale, offset, _) in zip(*map(np.asarray, got), given, strict=True):
+        truth = oracle.BatchNorm(xs, axes=(2,), epsilon=EPSILON)
+        close(np.split(y, 4), truth.forward(scale[0], offset[0]), case, "output")
+        dxs, dscales, doffsets = truth.backward(dys, scale[0])
+        close(np.split(dx, 4), dxs, case, "gradient")
+        close([dscale, doffset], [sum(dscales), sum(doffsets)], case, "gradient")
+
+
+def test_programs_for_other_platforms_have_their_form():
+    """Lowered on this machine for GPUs and TPUs: the call that is not inlined is for CPUs alone, and no branch chooses."""
+
+    def f(x):
+        moments = engine.moments(x, axes=(1,))
+        return engine.normalize(x, moments, jnp.ones(3), jnp.zeros(3), axes=(1,), epsilon=EPSILON)
+
+    traced = jax.jit(f).trace(jax.ShapeDtypeStruct((8, 3), "float32"))
+    assert "cond" not in str(traced.jaxpr)
+    for platform in ("cpu", "cuda", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("inlineable" in text) == (platform == "cpu")
+        assert "stablehlo.optimization_barrier" in text
+
+
 # ------------------------------------------------------------------------------------------------- bad input
 
 

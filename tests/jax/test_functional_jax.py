@@ -1,9 +1,8 @@
-"""`sync_batch_norm` on JAX arrays, beside Flax where it is installed, and the example in examples/."""
+"""`sync_batch_norm` on JAX arrays, beside Flax where it is installed."""
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,12 @@ import pytest
 from cases import Case
 from checks import EPSILON, close
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from test_engine_jax import collectives, equal_shards, full_batch, of
 from worlds import JaxWorld
 
 from syncbn.functional import sync_batch_norm
+from syncbn.jax import axes as jax_axes
 
 AXIS, EACH, SAME = JaxWorld.axis, PartitionSpec(JaxWorld.axis), PartitionSpec()
 HOWS = ["checked", "unchecked", "pmap", "vmap"]
@@ -170,26 +170,6 @@ def test_flax_makes_as_many_messages():
     assert found == {"all-reduce": 2}
 
 
-def example():
-    path = Path(__file__).resolve().parents[2] / "examples" / "flax_nnx.py"
-    spec = importlib.util.spec_from_file_location("example_flax_nnx", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_nnx_example_on_4_devices_equals_one_device():
-    pytest.importorskip("flax")
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(32, 8)).astype("float32")
-    y = np.sin(x.sum(1, keepdims=True))
-    train = example().train
-    many, one, start = (jax.tree.leaves(train(*a)) for a in ((4, x, y), (1, x, y), (1, x, y, 0)))
-    for a, b, c in zip(many, one, start, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
-        assert not np.array_equal(b, c), "nothing was learned"
-
-
 def test_docstring_example():
     import doctest
 
@@ -198,24 +178,162 @@ def test_docstring_example():
     assert doctest.testmod(syncbn.functional).failed == 0
 
 
+# ------------------------------------------------------------------------------------------------- what may be left out
+
+
+@pytest.mark.parametrize("left_out", [("scale",), ("offset",), ("scale", "offset")], ids=str)
+def test_scale_and_offset_may_be_none(left_out):
+    xs = Case("no parameters", (2, 2, 2, 2), (3,)).inputs(4)
+    given = {"scale": np.array([1.5, 2, 3], "float32"), "offset": np.array([4, 5, 6], "float32"), **dict.fromkeys(left_out)}
+
+    def replica(x):
+        f = jax.vjp(lambda x: sync_batch_norm(x, **given, axis_name=AXIS)[0], x)
+        return f[0], f[1](jnp.cos(x))[0]
+
+    got = JaxWorld(4).run(replica, xs)
+    truth = oracle.BatchNorm(xs)
+    scale, offset = (np.full(3, default) if given[k] is None else given[k] for k, default in (("scale", 1), ("offset", 0)))
+    expected = truth.forward(scale, offset), truth.backward([np.cos(x) for x in xs], scale)[0]
+    for i, values in enumerate(expected):
+        np.testing.assert_allclose([g[i] for g in got], values, atol=1e-5)
+
+
+def test_a_numpy_array_is_jax_where_something_says_so():
+    x = np.random.default_rng(0).normal(size=(6, 3))
+    expected = oracle.BatchNorm([x]).forward(np.ones(3), np.zeros(3))[0]
+    for arguments in ({"scale": jnp.ones(3)}, {"offset": jnp.zeros(3)}, {"axis_name": ()}):
+        y, *_ = sync_batch_norm(x, **arguments)
+        assert isinstance(y, jax.Array)
+        np.testing.assert_allclose(y, expected, atol=1e-5)
+    y = jax.jit(lambda scale: sync_batch_norm(x, scale)[0])(jnp.ones(3))
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    with pytest.raises(TypeError, match=r"The input must be of a float dtype. Received: int32"):
+        sync_batch_norm(np.ones((4, 3), "int32"), jnp.ones(3))
+    with pytest.raises(TypeError, match="must be an array of JAX, TensorFlow or PyTorch"):
+        sync_batch_norm(x, np.ones(3, "float32"))
+
+
+def test_examples_of_rank_1():
+    """Each lane of a vmap holds one example, as Equinox's modules do; a mask is a scalar then."""
+    rng = np.random.default_rng(0)
+    x, dy, mask = rng.normal(size=(6, 3)), rng.normal(size=(6, 3)), np.arange(6) % 3 > 0
+
+    def loss(x, masked):
+        norm = jax.vmap(lambda x, mask: sync_batch_norm(x, axis_name="v", mask=mask)[::3], axis_name="v")
+        y, count = (
+            norm(x, mask) if masked else jax.vmap(lambda x: sync_batch_norm(x, axis=0, axis_name="v")[::3], axis_name="v")(x)
+        )
+        return jnp.vdot(y, dy), count
+
+    for masked in (False, True):
+        dx, count = jax.grad(loss, has_aux=True)(jnp.asarray(x), masked)
+        truth = oracle.BatchNorm([x], masks=[mask[:, None]] if masked else None)
+        assert (np.asarray(count) == (4 if masked else 6)).all()
+        np.testing.assert_allclose(dx, truth.backward([dy], np.ones(3))[0][0], atol=1e-5)
+    with pytest.raises(ValueError, match="so rank 2 at least"):
+        sync_batch_norm(jnp.ones(3))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("gathered", [True, False], ids=["gathered", "two sums"])
+def test_the_count_leaves_a_mesh_that_divides_the_channels(monkeypatch, masked, gathered):
+    """Its type says that it is the same wherever a channel lies, so out_specs=P() takes it. No message is added."""
+    if not gathered:
+        monkeypatch.setattr(jax_axes, "GATHERED_REPLICAS", 0)
+    x, mask = np.random.default_rng(0).normal(size=(8, 6)).astype("float32"), np.arange(8) % 3 > 0
+    mesh, both, channel = (
+        Mesh(np.array(jax.devices()).reshape(4, 2), (AXIS, "model")),
+        PartitionSpec(AXIS, "model"),
+        PartitionSpec("model"),
+    )
+
+    def replica(x, mask):
+        return sync_batch_norm(x, mask=mask if masked else None, axis_name=AXIS)
+
+    specs = {"in_specs": (both, EACH), "out_specs": (both, channel, channel, SAME)}
+    program = jax.jit(jax.shard_map(replica, mesh=mesh, **specs))
+    y, mean, _, count = program(x, mask)
+    truth = oracle.BatchNorm([x], masks=[mask[:, None]] if masked else None)
+    assert count.shape == ()
+    assert count == truth.moments[0][0]
+    np.testing.assert_allclose(mean, truth.moments[0][1], atol=2e-6)
+    np.testing.assert_allclose(y, truth.forward(np.ones(6), np.zeros(6))[0], atol=1e-5)
+    assert sum(collectives(program.lower(x, mask).compile()).values()) == (1 if gathered else 2)
+
+
+# ------------------------------------------------------------------------------------------------- local
+
+
+@pytest.fixture
+def _no_warning_yet(monkeypatch):
+    monkeypatch.setattr(jax_axes, "warned_of", set())
+
+
+LOCAL_STEPS = {
+    "checked": lambda f, x: jax.jit(jax.shard_map(f, mesh=JaxWorld(4).mesh(), in_specs=EACH, out_specs=EACH))(x),
+    "unchecked": lambda f, x: jax.shard_map(f, mesh=JaxWorld(4).mesh(), in_specs=EACH, out_specs=EACH, check_vma=False)(x),
+    "pmap": lambda f, x: jax.pmap(f)(x.reshape(4, 2, 3)).reshape(8, 3),
+}
+
+
+@pytest.mark.usefixtures("_no_warning_yet")
+@pytest.mark.parametrize("how", LOCAL_STEPS)
+def test_a_map_that_is_not_named_warns_once(how):
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    with pytest.warns(UserWarning, match=r"sync_batch_norm trains inside a map over mesh axes, and none is named") as caught:
+        y = LOCAL_STEPS[how](lambda x: sync_batch_norm(sync_batch_norm(x)[0])[0], x)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LOCAL_STEPS[how](lambda x: sync_batch_norm(x, epsilon=0.1)[0], x)
+    local = [oracle.BatchNorm([part]).forward(np.ones(3), np.zeros(3))[0] for part in np.split(x, 4)]
+    np.testing.assert_allclose(
+        y, np.concatenate([oracle.BatchNorm([v]).forward(np.ones(3), np.zeros(3))[0] for v in local]), atol=1e-4
+    )
+
+
+@pytest.mark.usefixtures("_no_warning_yet")
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("how", LOCAL_STEPS)
+def test_local_on_purpose_does_not_warn(how):
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    y = LOCAL_STEPS[how](lambda x: sync_batch_norm(x, axis_name=())[0], x)
+    np.testing.assert_allclose(
+        y, np.concatenate([oracle.BatchNorm([v]).forward(np.ones(3), np.zeros(3))[0] for v in np.split(x, 4)]), atol=1e-5
+    )
+
+
+@pytest.mark.usefixtures("_no_warning_yet")
+@pytest.mark.filterwarnings("error")
+def test_what_does_not_differ_along_a_map_does_not_warn():
+    """vmap's axes, which may map an ensemble; what a mesh holds as copies; a mesh of one device."""
+    x = np.random.default_rng(0).normal(size=(8, 4, 3)).astype("float32")
+    jax.vmap(lambda x: sync_batch_norm(x)[0], axis_name="v")(jnp.asarray(x))
+    jax.shard_map(lambda x: sync_batch_norm(x)[0], mesh=JaxWorld(4).mesh(), in_specs=SAME, out_specs=SAME)(x)
+    jax.shard_map(lambda x: sync_batch_norm(x)[0], mesh=JaxWorld(1).mesh(), in_specs=EACH, out_specs=EACH)(x)
+
+
 # ------------------------------------------------------------------------------------------------- bad input
 
 X, ONES = jnp.ones((4, 3)), jnp.ones(3)
 
 
 @pytest.mark.parametrize(("error", "text", "arguments"), [
-    (TypeError, "`x` must be an array of JAX, TensorFlow or PyTorch. Received: numpy.ndarray.", {"x": np.ones((4, 3))}),
+    (TypeError, "`x` must be an array of JAX, TensorFlow or PyTorch. Received: numpy.ndarray.", {"x": np.ones((4, 3)), "scale": None, "offset": None}),
     (TypeError, "The input must be of a float dtype. Received: int32.", {"x": jnp.ones((4, 3), "int32")}),
     (TypeError, "`process_group` is for PyTorch arrays. Received: it with an array of JAX.", {"process_group": 1}),
     (TypeError, "`axis` must be an integer or a list of integers.", {"axis": 1.0}),
     (ValueError, "`axis_index_groups` must come with `axis_name`", {"axis_index_groups": [[0, 1]]}),
+    (ValueError, "they number the devices along it. Received: axis_name=()", {"axis_index_groups": [[0, 1]], "axis_name": ()}),
     (ValueError, "`axis_name` must name an axis that is mapped where the layer trains. Received: 'data'", {"axis_name": "data"}),
     (ValueError, "`axis_name` must be None, the name of a mapped axis", {"axis_name": 3}),
     (ValueError, "`axis` must lie in [-2, 2) for an input of rank 2.", {"axis": 2}),
-    (ValueError, "`epsilon` must be positive", {"epsilon": 0.0}),
+    (ValueError, "`epsilon` must be a finite number, 0 or more", {"epsilon": -1.0}),
     (ValueError, "`mask` must have the input's shape without the channel axes", {"mask": jnp.ones((3, 3), bool)}),
-    (ValueError, "`scale` must have one value a channel: shape [3] or [3]. Received: shape (4,).", {"scale": jnp.ones(4)}),
-    (ValueError, "`offset` must have one value a channel: shape [3] or [1, 3]. Received: shape ().", {"offset": 0.0, "axis": [1]}),
+    (ValueError, "`scale` must have one value a channel: shape [3]. Received: shape (4,) for x of shape (4, 3). Reshape it.", {"scale": jnp.ones(4)}),
+    (ValueError, "`scale` must have one value a channel: shape [5]. Received: shape (3,) for x of shape (2, 3, 4, 5). Give axis=1 if the channels are there.",
+     {"x": jnp.ones((2, 3, 4, 5))}),
+    (ValueError, "`offset` must have one value a channel: shape [3] or [1, 3]. Received: shape () for x of", {"offset": 0.0, "axis": [1]}),
 ])  # fmt: skip
 def test_bad_input(error, text, arguments):
     with pytest.raises(error) as caught:

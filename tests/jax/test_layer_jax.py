@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,15 @@ import oracle
 import pytest
 from cases import Case
 from checks import close
-from jax import lax
+from jax import export, lax
 from jax.sharding import PartitionSpec
 from test_engine_jax import collectives, equal_shards, full_batch
+from versions import needs_keras_renorm
 from worlds import JaxWorld
 
 from syncbn import SyncBatchNormalization
+from syncbn.jax import axes as jax_axes
+from syncbn.keras import _private
 
 AXIS, ONE_EACH, SAME = JaxWorld.axis, PartitionSpec(JaxWorld.axis), PartitionSpec()
 RNG = np.random.default_rng(11)
@@ -263,7 +267,7 @@ def distributed(kind, devices=4, **layouts):
         made = keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch")
     keras.distribution.set_distribution(made)
     try:
-        yield made.device_mesh.backend_mesh
+        yield _private.backend_mesh(made.device_mesh)
     finally:
         keras.distribution.set_distribution(None)
 
@@ -294,6 +298,41 @@ def test_a_step_under_model_parallel(case, layouts, size):
         before = state(layer)
         got = jax.jit(step(layer))(*before, full_batch(args[0]), full_batch(args[1]), full_batch(args[4]))
         is_a_step(case, before, got, args, size)
+
+
+@pytest.mark.parametrize("kind", ["data", "channels sharded"])
+@pytest.mark.parametrize("leading", [6, 1])
+def test_axis_0_that_the_mesh_does_not_divide(leading, kind):
+    """A time-major tensor, or prototypes: the batch may lie on another axis, or there is none. The statistics are global."""
+    case = Case("time first", (leading,), (8, 6), mask="rows")
+    args = equal_shards(case, 1)
+    with distributed(*(("data",) if kind == "data" else ("model", 8)), **(CHANNELS if kind != "data" else {})) as mesh:
+        layer = make(case, momentum=0.6)
+        batch = PartitionSpec(None, mesh.axis_names[0])
+        arrays = [jax.device_put(a[0], jax.NamedSharding(mesh, batch)) for a in (args[0], args[1], args[4])]
+        before = state(layer)
+        got = jax.jit(step(layer))(*before, *arrays)
+        is_a_step(case, before, got, args)
+        arrays[0] = arrays[0].at[0, 0, 0].set(np.inf)
+        _, _, updated = jax.jit(step(layer))(*before, *arrays[:2])
+        np.testing.assert_array_equal(updated[0], before[1][0])
+
+
+def test_a_layout_that_is_known_tells_where_the_batch_is():
+    """Outside of jit an array's layout is known. Here the mesh divides axis 1, so axis 0 is not taken apart, nor made groups of."""
+    x = np.random.default_rng(0).normal(size=(4, 8, 3)).astype("float32")
+    with distributed("data") as mesh:
+        time_first = jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec(None, mesh.axis_names)))
+        y = make(Case("time first", rest=(8, 3)))(time_first, training=True)
+        assert y.sharding.is_equivalent_to(time_first.sharding, 3)
+        with pytest.raises(ValueError, match="divides axis 0 of the input, which must be the batch"):
+            make(Case("time first", rest=(8, 3)), group_size=2)(time_first, training=True)
+        batch_first = jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+        layer = make(Case("batch first", rest=(8, 3)), group_size=2)
+        y = layer(batch_first, training=True)
+    gamma, beta, *_ = layer.get_weights()
+    truth = oracle.BatchNorm(list(x[:, None]), group_size=2)
+    np.testing.assert_allclose(y, np.concatenate(truth.forward(gamma, beta)), atol=1e-5)
 
 
 def test_renorm_in_groups_under_data_parallel():
@@ -512,10 +551,11 @@ def test_no_recompilation_and_donation():
 
 
 def test_export_of_an_inference_function():
+    pytest.importorskip("flatbuffers")
     layer = make(Case("exported", rest=(4, 3)), axis_name=AXIS)
     x = RNG.normal(size=(2, 4, 3)).astype("float32")
-    exported = jax.export.export(jax.jit(lambda x: layer.stateless_call(*state(layer), x, training=False)[0]))(x)
-    again = jax.export.deserialize(exported.serialize())
+    exported = export.export(jax.jit(lambda x: layer.stateless_call(*state(layer), x, training=False)[0]))(x)
+    again = export.deserialize(exported.serialize())
     np.testing.assert_allclose(again.call(x), layer(x), atol=1e-6)
 
 
@@ -533,8 +573,8 @@ def test_forward_mode_in_training_and_inference():
 
 
 @pytest.mark.parametrize("arguments", [
-    {}, {"center": False}, {"scale": False}, {"axis": 1}, {"renorm": True, "renorm_clipping": {"rmax": 1.1, "dmax": 0.2}},
-    {"dtype": "float16"}, {"dtype": "mixed_bfloat16"},
+    {}, {"center": False}, {"scale": False}, {"axis": 1}, {"dtype": "float16"}, {"dtype": "mixed_bfloat16"},
+    pytest.param({"renorm": True, "renorm_clipping": {"rmax": 1.1, "dmax": 0.2}}, marks=needs_keras_renorm),
 ], ids=str)  # fmt: skip
 def test_one_replica_equals_keras(arguments):
     ours, theirs = SyncBatchNormalization(**arguments), keras.layers.BatchNormalization(**arguments)
@@ -559,7 +599,7 @@ def test_keras_own_refuses_to_synchronise_here():
 
 
 def test_config_keeps_axis_name():
-    for name, stored in (("data", "data"), (("data", "model"), ("data", "model")), (["data"], ("data",))):
+    for name, stored in (("data", "data"), (("data", "model"), ("data", "model")), (["data"], ("data",)), ((), ())):
         layer = SyncBatchNormalization(axis_name=name)
         assert layer.axis_name == stored
         assert SyncBatchNormalization.from_config(layer.get_config()).axis_name == stored
@@ -576,10 +616,40 @@ def test_a_file_of_a_mapped_layer_runs_anywhere(tmp_path):
 # ------------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("name", ["", (), 3, ("a", 3), ("a", "a")], ids=str)
+@pytest.mark.parametrize("name", ["", 3, ("a", 3), ("a", "a"), ("",)], ids=str)
 def test_bad_axis_names(name):
     with pytest.raises(ValueError, match="`axis_name` must be None, the name of a mapped axis"):
         SyncBatchNormalization(axis_name=name)
+
+
+def test_a_layer_in_a_map_that_it_does_not_name_warns_with_its_name(monkeypatch):
+    monkeypatch.setattr(jax_axes, "warned_of", set())
+    case = Case("local", (3, 3, 3, 3), (4, 3))
+    layer, named, on_purpose = make(case, name="mine"), make(case, axis_name=AXIS), make(case, axis_name=())
+    arrays = [full_batch(a) for a in equal_shards(case, 4)[:2]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for quiet in (named, on_purpose):
+            mapped(quiet, "unchecked", 4, False)(*state(quiet), *arrays)
+        layer(arrays[0], training=True)
+    with pytest.warns(UserWarning, match=rf"^mine trains inside a map .* where the mapped axes are \['{AXIS}'\]"):
+        mapped(layer, "unchecked", 4, False)(*state(layer), *arrays)
+
+
+def test_a_map_that_a_distribution_does_not_know_warns(monkeypatch):
+    monkeypatch.setattr(jax_axes, "warned_of", set())
+    case = Case("local", (3, 3, 3, 3), (4, 3))
+    with distributed("data"):
+        layer = make(case)
+        with pytest.warns(UserWarning, match="trains inside a map over mesh axes"):
+            mapped(layer, "unchecked", 4, False)(*state(layer), *(full_batch(a) for a in equal_shards(case, 4)[:2]))
+
+
+def test_groups_of_a_layer_that_is_local_on_purpose():
+    layer = SyncBatchNormalization(axis_name=(), group_size=2)
+    assert np.isfinite(layer(np.ones((4, 3), "float32"))).all()
+    with pytest.raises(ValueError, match=r"`group_size` must not come with axis_name=\(\)"):
+        layer(np.ones((4, 3), "float32"), training=True)
 
 
 def test_an_axis_that_is_not_bound_where_the_layer_trains():
@@ -613,8 +683,13 @@ def test_group_size_that_does_not_divide_the_devices():
         assert np.isfinite(layer(np.ones((8, 4, 3), "float32"))).all()
 
 
-def test_a_batch_that_the_mesh_does_not_divide():
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("leading", [6, 1])
+def test_groups_of_a_batch_that_the_mesh_does_not_divide(leading, size):
+    x = np.ones((leading, 4, 3), "float32")
     with distributed("data"):
-        layer = make(Case("indivisible", rest=(4, 3)))
-        with pytest.raises(ValueError, match="The batch must be divisible by the number of replicas"):
-            layer(np.ones((6, 4, 3), "float32"), training=True)
+        layer = make(Case("indivisible", rest=(4, 3)), group_size=size)
+        with pytest.raises(ValueError, match=rf"divides axis 0 of the input.* group_size={size} .* shape \({leading}, 4, 3\)"):
+            layer(x, training=True)
+        all_of_them = make(Case("indivisible", rest=(4, 3)), group_size=4)
+        assert np.isfinite(all_of_them(x, training=True)).all()

@@ -10,12 +10,16 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from versions import KERAS_HAS_RENORM
 
 import syncbn
 from syncbn import SyncBatchNormalization
+from syncbn.keras import _private
 
 BACKEND = keras.backend.backend()
-RENORM = {"renorm": True, "renorm_clipping": {"rmin": 0.5, "rmax": 2.0, "dmax": 1.0}, "renorm_momentum": 0.7}
+CLIPPING = {"rmin": 0.5, "rmax": 2.0, "dmax": 1.0}
+# Of Keras's own layer, which has no renorm before 3.14.
+RENORM = {"renorm": True, "renorm_clipping": CLIPPING, "renorm_momentum": 0.7} if KERAS_HAS_RENORM else {}
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +158,7 @@ def test_every_kind_of_model(kind, built):
     model(x)
     randomised(twin)
     model.set_weights(twin.get_weights())
-    assert all(type(layer) is SyncBatchNormalization for layer in norms(model))
+    assert all(isinstance(layer, SyncBatchNormalization) for layer in norms(model))
     assert [layer.name for layer in norms(model)] == names
     assert [id(layer) for layer in norms(model)] == objects
     near(outputs(model, x), outputs(twin, x))
@@ -228,7 +232,7 @@ def test_saves_and_loads_as_ours(tmp_path):
     syncbn.convert(randomised(model))
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
-    assert all(type(layer) is SyncBatchNormalization for layer in norms(again))
+    assert all(isinstance(layer, SyncBatchNormalization) for layer in norms(again))
     same([ops.convert_to_numpy(again(x))], [ops.convert_to_numpy(model(x))])
     # No conversion made these layers: they become Keras's.
     syncbn.revert(again)
@@ -262,10 +266,45 @@ def test_renorm_starts_from_the_models_own_statistics(built):
     same([ops.convert_to_numpy(layer.renorm_mean)], [mean])
     near([ops.convert_to_numpy(layer(x, training=True))], [(x - mean) / stddev * gamma + beta], 1e-4)
     syncbn.revert(layer)
-    assert not layer.renorm
+    assert not getattr(layer, "renorm", False)
     assert len(layer.weights) == (count or 4)
     assert not hasattr(layer, "moving_stddev")
     layer(x, training=True)
+
+
+# What Keras's layer has since version 3.14.
+WITH_RENORM = ("renorm", "renorm_clipping", "renorm_momentum", "moving_stddev", "renorm_mean", "renorm_stddev")
+
+
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("renorm", [True, False])
+def test_a_layer_of_a_keras_without_renorm(built, renorm):
+    """The attribute is absent before the conversion, and afterwards."""
+    layer, x = layers.BatchNormalization(), data(4, 3)
+    if built:
+        layer(x)
+    for name in WITH_RENORM:
+        vars(layer).pop(name, None)
+    syncbn.convert(layer, renorm=renorm)
+    layer(x, training=True)
+    assert (layer.renorm, layer.renorm_clipping, layer.renorm_momentum, len(layer.weights)) == (
+        renorm,
+        None,
+        0.99,
+        7 if renorm else 4,
+    )
+    syncbn.revert(layer)
+    assert not [name for name in WITH_RENORM if name in vars(layer)]
+    assert len(layer.weights) == 4
+
+
+def test_what_a_keras_without_renorm_cannot_do_is_named(monkeypatch):
+    layer = SyncBatchNormalization(renorm=True, name="bn")
+    monkeypatch.setattr(_private, "has_renorm", lambda: False)
+    with pytest.raises(
+        ValueError, match=r"Received: bn \(renorm=True, which Keras 3\.\S+ does not know: Keras 3\.14 and later do\)\."
+    ):
+        syncbn.revert(layer)
 
 
 def test_group_size_is_given_to_ours_too():
@@ -287,8 +326,8 @@ def test_filter_takes_path_and_layer():
     syncbn.convert(model, filter=lambda path, layer: seen.append((path, layer)) or path == "shared")
     assert [layer for _, layer in seen] == norms(model)
     assert [path for path, _ in seen].count("shared") == 1
-    assert [type(layer) for layer in norms(model) if layer.name == "shared"] == [SyncBatchNormalization]
-    assert sum(type(layer) is SyncBatchNormalization for layer in norms(model)) == 1
+    assert [isinstance(layer, SyncBatchNormalization) for layer in norms(model) if layer.name == "shared"] == [True]
+    assert sum(isinstance(layer, SyncBatchNormalization) for layer in norms(model)) == 1
 
 
 # ---------------------------------------------------------------------------------------------- unknown, bad input
@@ -322,7 +361,7 @@ def test_subclass_that_overrides_only_init():
     layer, x = OnlyInit(), data(4, 3)
     layer(x)
     syncbn.convert(layer)
-    assert type(layer) is SyncBatchNormalization
+    assert isinstance(layer, SyncBatchNormalization)
     layer(x, training=True)
     near([ops.convert_to_numpy(layer.moving_mean)], [x.mean(0) / 2], 1e-5)
     assert type(syncbn.revert(layer)) is OnlyInit
@@ -338,19 +377,33 @@ def test_unknown_ones_are_named_and_left(kind):
     assert [type(layer) for layer in norms(model)] == kinds
     with pytest.warns(UserWarning, match=message):
         syncbn.convert(model, on_unknown="warn")
-    assert sorted(type(layer) is SyncBatchNormalization for layer in norms(model)) == [False, True]
+    assert sorted(isinstance(layer, SyncBatchNormalization) for layer in norms(model)) == [False, True]
     syncbn.revert(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         syncbn.convert(model, on_unknown="skip")
-    assert sorted(type(layer) is SyncBatchNormalization for layer in norms(model)) == [False, True]
+    assert sorted(isinstance(layer, SyncBatchNormalization) for layer in norms(model)) == [False, True]
+
+
+@pytest.mark.parametrize("wrong", [{"momentum": 1.5}, {"momentum": -0.1}, {"renorm_momentum": 2.0}, {"epsilon": -1e-3}], ids=str)
+def test_numbers_that_the_constructor_refuses_are_refused(wrong):
+    """Before anything is changed: such a model would be saved, and could not be loaded."""
+    model = keras.Sequential([layers.BatchNormalization(), layers.BatchNormalization(**wrong, name="wrong")])
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"The layer 'wrong' cannot be converted, and no layer was: `{name}` must") as caught:
+        syncbn.convert(model)
+    with pytest.raises(ValueError) as constructed:
+        SyncBatchNormalization(**wrong)
+    assert str(caught.value).endswith(str(constructed.value))
+    assert {type(layer) for layer in norms(model)} == {layers.BatchNormalization}
 
 
 BEYOND = {
     "axis": (lambda: SyncBatchNormalization(axis=[1, 2], name="bn"), r"bn \(axis=\[1, 2\]\)"),
     "adjustment": (lambda: SyncBatchNormalization(adjustment=lambda shape: (1, 0), name="bn"), r"bn \(adjustment\)"),
     "activation": (lambda: SyncBatchNormalization(activation="relu", name="bn"), r"bn \(activation='relu'\)"),
-    "clipping": (lambda: SyncBatchNormalization(renorm=True, renorm_clipping={"rmax": lambda: 2.0}, name="bn"), "bn .renorm_clipping that"),
+    "clipping": (lambda: SyncBatchNormalization(renorm=True, renorm_clipping={"rmax": lambda: 2.0}, name="bn"),
+                 "bn .renorm_clipping that" if KERAS_HAS_RENORM else "bn .renorm=True, which Keras"),
 }  # fmt: skip
 
 
@@ -363,7 +416,7 @@ def test_what_keras_cannot_do_is_named(kind):
         ValueError, match=rf"Only what keras\.layers\.BatchNormalization can do can be reverted\. Received: {message}"
     ):
         syncbn.revert(model)
-    assert type(converted) is SyncBatchNormalization
+    assert isinstance(converted, SyncBatchNormalization)
 
 
 def test_nothing_to_do_is_a_warning():

@@ -12,11 +12,14 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from versions import KERAS_HAS_RENORM, needs_keras_renorm
 
 import syncbn
 from syncbn import SyncBatchNormalization
+from syncbn.keras import legacy_config
 
-RENORM = {"renorm": True}
+# Of Keras's own layer, which has no renorm before 3.14.
+RENORM = {"renorm": True} if KERAS_HAS_RENORM else {}
 
 
 # ----------------------------------------------------------------------------------------------------------- Keras 2
@@ -56,7 +59,7 @@ def test_old_model_computes_what_it_did(folder, name, kind, convert):
     model = syncbn.load_legacy(str(path), convert=convert)
     kinds = {layer.name: type(layer) is SyncBatchNormalization for layer in norms(model)}
     expected = OURS[name] or [True]
-    if convert:
+    if convert or (name == "renorm" and not KERAS_HAS_RENORM):
         assert all(kinds.values())
     else:
         assert kinds == expected if isinstance(expected, dict) else list(kinds.values()) == expected
@@ -74,6 +77,16 @@ def test_old_model_computes_what_it_did(folder, name, kind, convert):
                     near(w, expected, 0.03 if layer.name.startswith("batch_normalization") else 1e-5)
                 else:
                     np.testing.assert_array_equal(w, expected)
+
+
+@pytest.mark.parametrize("kind", ["h5", "SavedModel"])
+def test_renorm_where_keras_has_none(folder, kind, monkeypatch):
+    monkeypatch.setattr(legacy_config, "has_renorm", lambda: False)
+    with pytest.warns(UserWarning, match=r"has no renorm before Keras 3\.14\. Received: the layer 'batch_normalization_1'"):
+        model = syncbn.load_legacy(folder / ("renorm.h5" if kind == "h5" else "renorm"))
+    assert [type(layer) for layer in norms(model)] == [SyncBatchNormalization] * 2
+    old = np.load(folder / "renorm.npz")
+    near(ops.convert_to_numpy(model(old["x"], training=True)), old["y0 True"], 1e-5)
 
 
 def test_loaded_model_saves_as_keras_3(folder, tmp_path):
@@ -170,7 +183,9 @@ def test_weights_of_any_batch_norm(kind, wrote, reads, tmp_path):
     else:
         source, target = (model_of(*(cls(**arguments) for arguments in ({}, RENORM))) for cls in (wrote, reads))
     if kind == "converted":
-        syncbn.convert(target, filter=lambda path, layer: not layer.renorm) if reads is Plain else syncbn.revert(target)
+        syncbn.convert(
+            target, filter=lambda path, layer: not getattr(layer, "renorm", False)
+        ) if reads is Plain else syncbn.revert(target)
     for i, v in enumerate(source.weights):
         v.assign(np.full(v.shape, i + 2.0))
     source.compile("adam", "mse")
@@ -203,6 +218,7 @@ def test_weights_of_keras_2(folder):
         np.testing.assert_array_equal(a, b.astype("float32"))
 
 
+@needs_keras_renorm
 def test_weights_that_do_not_fit_are_named_and_none_is_loaded(tmp_path):
     source = model_of(Plain(name="first"), Plain(name="second", renorm=True))
     source.save_weights(tmp_path / "of.weights.h5")
@@ -307,13 +323,27 @@ def test_weights_of_any_structure(ending, dtype, tmp_path):
         np.testing.assert_array_equal(ops.convert_to_numpy(a).astype("float32"), ops.convert_to_numpy(b).astype("float32"))
 
 
-@pytest.mark.parametrize("wrote", [-1, [3], [1, 3]])
+def with_ones(path):
+    """The weights of a file in the shapes that version 0.1.0 gave them for a list of one axis."""
+    with h5py.File(path, "r+") as file:
+        found = []
+        file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+        for name in found:
+            value = file[name][()]
+            del file[name]
+            file[name] = value.reshape(1, 1, 1, -1)
+
+
+@pytest.mark.parametrize("wrote", [-1, "version 0.1.0", [1, 3]])
 @pytest.mark.parametrize("reads", [-1, [3], [1, 3]])
 def test_a_list_of_one_axis_is_an_axis(wrote, reads, tmp_path):
-    source, target = (keras.Sequential([keras.Input((4, 5, 3)), Ours(axis=axis)]) for axis in (wrote, reads))
+    axes = (-1 if wrote == "version 0.1.0" else wrote, reads)
+    source, target = (keras.Sequential([keras.Input((4, 5, 3)), Ours(axis=axis)]) for axis in axes)
     for i, v in enumerate(source.weights):
         v.assign(np.random.default_rng(i).uniform(size=v.shape))
     source.save_weights(tmp_path / "of.weights.h5")
+    if wrote == "version 0.1.0":
+        with_ones(tmp_path / "of.weights.h5")
     if (wrote == [1, 3]) != (reads == [1, 3]):
         with pytest.raises(ValueError, match="of other shapes"):
             syncbn.load_weights(target, tmp_path / "of.weights.h5")
@@ -321,6 +351,12 @@ def test_a_list_of_one_axis_is_an_axis(wrote, reads, tmp_path):
     syncbn.load_weights(target, tmp_path / "of.weights.h5")
     for a, b in zip(source.weights, target.weights, strict=True):
         np.testing.assert_array_equal(ops.reshape(a, [-1]), ops.reshape(b, [-1]))
+    if reads != [1, 3]:
+        for v in target.weights:
+            v.assign(ops.zeros_like(v))
+        target.load_weights(tmp_path / "of.weights.h5")
+        for a, b in zip(source.weights, target.weights, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_links_out_of_a_weights_file_are_not_followed(tmp_path):
@@ -334,9 +370,10 @@ def test_links_out_of_a_weights_file_are_not_followed(tmp_path):
 
 
 def test_examples_in_the_docs_run():
-    from syncbn.keras import legacy, weights
+    from syncbn import loading
+    from syncbn.keras import legacy
 
-    for module in (legacy, weights):
+    for module in (legacy, loading):
         failed, tried = doctest.testmod(module)
         assert tried
         assert not failed

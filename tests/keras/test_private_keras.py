@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 import pytest
 from keras import layers
+from versions import KERAS, KERAS_HAS_RENORM
 
 import syncbn
 from syncbn.keras import _private
@@ -40,13 +41,17 @@ def test_keras_still_has_each_attribute_of_a_layer():
         "_lock_state",
         "_untrack_variable",
         "_flatten_layers",
-        "_remat_mode",
+        *["_remat_mode"] * hasattr(keras, "RematScope"),
         "_reduction_axes",
     ]
     assert [name for name in names if not hasattr(layer, name)] == []
     model = keras.Model(inputs := keras.Input((3,)), layer(inputs))
     assert hasattr(model, "_nodes_by_depth")
     assert hasattr(inputs, "_keras_history")
+
+
+def test_no_version_lacks_what_it_is_said_to_have():
+    assert _private.has_renorm() == KERAS_HAS_RENORM == (KERAS >= (3, 14))
 
 
 def test_the_wrapper_of_build_still_holds_the_method():

@@ -24,7 +24,7 @@ MUTANTS = [
     Mutant("dropped term in the input gradient", POINTWISE, "through = -rstd * rstd * mean_gx", "through = 0 * mean_gx", KERNELS, "small_tiles and 7"),
     Mutant("what registers hold past the end taken for values", RESIDENT, "if MASKED or not EVEN:", "if MASKED:", KERNELS, "equals_oracle and bfloat16 and launch"),
     Mutant("moments in registers of masked values too", RESIDENT, "part = tl.where(counted[:, None], part, 0.0)", "part += 0", KERNELS, "registers_a_masked_value"),
-    Mutant("statistics move in registers at count 0", RESIDENT, "(c < C) & (n != 0))", "c < C)", KERNELS, "registers_a_batch"),
+    Mutant("statistics move in registers at count 0", RESIDENT, "there = c < tl.where(n != 0, C, 0)", "there = c < C", KERNELS, "registers_a_batch"),
     Mutant("sums in registers before the scale dropped", RESIDENT, "        sum_g *= gamma", "        sum_g *= 1", KERNELS, "equals_oracle and bfloat16 and launch"),
     Mutant("lo dropped in registers", RESIDENT, "(tl.sum(g * v, 0) - lo * sum_g)", "tl.sum(g * v, 0)", KERNELS, "equals_oracle and large and launch"),
     Mutant("a sum in registers that is too large", RESIDENT, "part = v * each", "part = v", KERNELS, "too_large"),

@@ -12,7 +12,8 @@ KERNELS, GPU, LAYER, MATHS, CONTRACT = (
     "maths.py",
     "contract.py",
 )
-GPU_TESTS = "tensorflow/test_passes_gpu.py"
+ADJUSTMENT, DTYPES = "keras/adjustment.py", "keras/dtypes.py"
+GPU_TESTS, INPUT_TESTS = "tensorflow/test_passes_gpu.py", "keras/test_inputs_keras.py"
 ENGINE_TESTS, LAYER_TESTS, ALONE_TESTS = (
     "tensorflow/test_engine_tensorflow.py",
     "tensorflow/test_layer_tensorflow.py",
@@ -23,6 +24,10 @@ ENGINE_TESTS, LAYER_TESTS, ALONE_TESTS = (
 SUMS = "    return tf.concat([tf.reshape(count, [1]), *maths.raw_sums(count, tf.cast(k, tf.float64), s, q)], 0)\n"
 FLOAT32 = "tf.cast(tf.cast({}, tf.float32), tf.float64)"
 MUTANTS = [
+    Mutant("a sum's failure unexplained", "tensorflow/replicas.py", "ReduceOp.SUM, v)\n        except tf.errors.OpError", "ReduceOp.SUM, v)\n        except KeyError",
+           "tensorflow/test_engine_tensorflow.py", "message_that_fails and (forward or backward)"),
+    Mutant("a gathering's failure unexplained", "tensorflow/replicas.py", "all_gather(payload, axis=0)\n        except tf.errors.OpError", "all_gather(payload, axis=0)\n        except KeyError",
+           "tensorflow/test_engine_tensorflow.py", "message_that_fails and gathered"),
     Mutant("no collective", REPLICAS, "        if self.replicas == 1:\n            return v\n", "        return v\n",
            ENGINE_TESTS, "concatenated and ragged and graph"),
     Mutant("mean of means", KERNELS, SUMS, SUMS.replace("return", "message =") + "    return message / tf.maximum(count, 1)\n",
@@ -66,12 +71,27 @@ MUTANTS = [
            LAYER_TESTS, "padding"),
     Mutant("momentum the wrong way round", MATHS, "old * momentum + new * (1 - momentum)", "new * momentum + old * (1 - momentum)",
            ALONE_TESTS, "equals_keras or renorm_by_formula"),
-    Mutant("adjustment dropped", LAYER, "a, b = flat", "a, b = 1, 0", ALONE_TESTS, "adjustment_by_formula or adjustment_in"),
-    Mutant("r and d after the statistics moved", LAYER, "            scale, offset = self._scale_and_offset(inputs, moments, gamma, beta)\n            self._update_statistics(moments)\n",
-           "            self._update_statistics(moments)\n            scale, offset = self._scale_and_offset(inputs, moments, gamma, beta)\n", ALONE_TESTS, "renorm_by_formula"),
+    Mutant("adjustment dropped", ADJUSTMENT, "return (self.scale * gamma, self.bias * gamma + beta) if self.per_channel", "return (gamma, beta) if self.per_channel",
+           ALONE_TESTS, "adjustment_by_formula or adjustment_in"),
+    Mutant("a bias that broadcasts is not multiplied by gamma", ADJUSTMENT, "(self.bias * ops.reshape(gamma, along) +", "(self.bias +", INPUT_TESTS, "broadcasts"),
+    Mutant("beta is adjusted", ADJUSTMENT, "else (gamma, ops.zeros_like(beta))", "else (gamma, beta)", INPUT_TESTS, "broadcasts"),
+    Mutant("the channels are last", ADJUSTMENT, "missing = [i for i in range(rank) if i not in axes] if per_channel else", "missing =", INPUT_TESTS, "broadcasts"),
+    Mutant("what differs outside of the channels is fused", ADJUSTMENT, "for i, n in enumerate(v.shape) if i not in axes):", "for i, n in enumerate(v.shape) if i < 0):",
+           INPUT_TESTS, "broadcasts"),
+    Mutant("an adjustment makes the input larger", ADJUSTMENT, "return ops.reshape(y, ops.shape(normalized))", "return y", ALONE_TESTS, "does_not_broadcast_the_input"),
+    Mutant("the activation before the adjustment", LAYER, '{**fused, "activation": None}', "fused", INPUT_TESTS, "before_the_activation"),
+    Mutant("rounded before the adjustment", LAYER, "inputs, fused = ops.cast(inputs, gamma.dtype),", "inputs, fused = inputs,", INPUT_TESTS, "before_the_activation"),
+    Mutant("integers in half precision", DTYPES, "        dtype = \"float32\"\n", "        dtype = compute_dtype\n", INPUT_TESTS, "integers_are_cast"),
+    Mutant("half inputs of a wide layer", DTYPES, "    if dtype == compute_dtype:", "    if True:", INPUT_TESTS, "not_rounded_again"),
+    Mutant("a list of one axis is a list", "validation.py", "if len(entries) > 1 else int(entries[0])", "if several else int(entries[0])", INPUT_TESTS, "list_of_one_axis"),
+    Mutant("weights of version 0.1.0 keep their shapes", "keras/variables.py", "    return np.reshape(stored, own.shape)", "    return stored",
+           "keras/test_files_before_keras.py", "of_version_0_1_0_computes"),
+    Mutant("unknown channels stay unknown", ENGINE, "any(x.shape[a] is None for a in axes)):", "False):", ALONE_TESTS, "channels_that_a_graph"),
+    Mutant("r and d after the statistics moved", LAYER, "        scale, offset = self._renormed(moments, scale, offset)\n        self._update_statistics(moments)\n",
+           "        self._update_statistics(moments)\n        scale, offset = self._renormed(moments, scale, offset)\n", ALONE_TESTS, "renorm_by_formula"),
     Mutant("renorm is recomputed", "validation.py", "    if recomputed:", "    if False:", "keras/test_layer_keras.py", "remat"),
-    Mutant("variable bounds become weights", LAYER, "self._clipping = _Untracked(validation.check_renorm_clipping(renorm_clipping))",
-           "self._clipping = _Untracked(validation.check_renorm_clipping(renorm_clipping)); self._bounds = validation.check_renorm_clipping(renorm_clipping)",
+    Mutant("variable bounds become weights", LAYER, "self._clipping = variables.Untracked(validation.check_renorm_clipping(renorm_clipping))",
+           "self._clipping = variables.Untracked(validation.check_renorm_clipping(renorm_clipping)); self._bounds = validation.check_renorm_clipping(renorm_clipping)",
            ALONE_TESTS, "clipping_takes"),
     Mutant("on GPUs no path through the moments", GPU, "through = _where(mask, (wide - hi) * a + b)", "through = 0 * wide", GPU_TESTS, "a_training_step"),
     Mutant("on GPUs one replica's message", GPU, "    message = tf.add_n(messages)\n", "    message = messages[0]\n", GPU_TESTS, "a_training_step"),

@@ -12,22 +12,34 @@ ENGINE_TESTS, ONE_PROCESS, RANKS, TRAINING = (
     f"torch/test_{name}.py" for name in ("engine_torch", "layer_torch", "layer_torch_ranks", "torch_training")
 )
 
+LOCAL, FAILURES = "torch/test_local_torch.py", "torch/test_failures_torch.py"
+PRIVATE, COMPILED, STATE = (f"torch/{name}.py" for name in ("_private", "compiled", "local"))
+# Threads' state that is held by other means.
+IMPORTED = "from syncbn.torch._private import get_obj_in_tls, is_key_in_tls, remove_obj_from_tls, stash_obj_in_tls"
+THREADS = """import threading
+import types
+
+_state = {kind}()
+is_key_in_tls, get_obj_in_tls = (lambda key: hasattr(_state, "v")), (lambda key: True)
+stash_obj_in_tls, remove_obj_from_tls = (lambda key, v: setattr(_state, "v", v)), (lambda key: delattr(_state, "v"))"""
+DROP_IN, DROP_IN_RANKS = "torch/test_drop_in_torch.py", "torch/test_drop_in_ranks.py"
+
 MESSAGE = "return torch.cat([n[None], *maths.raw_sums(n, k.to(wide), s.to(wide), q.to(wide))])"
 SUM = "global_sums(partial_sums, config.communicator)"
 RAGGED = "concatenated and ragged-step]"
 MUTANTS = [
-    Mutant("no collective", TRANSPORT, "    if communicator is not None:\n        dist.all_reduce", "    if False:\n        dist.all_reduce", ENGINE_TESTS, RAGGED),
+    Mutant("no collective", TRANSPORT, "    if communicator is not None:\n        group = communicator", "    if False:\n        group = communicator", ENGINE_TESTS, RAGGED),
     Mutant("mean of means", REFERENCE, MESSAGE, MESSAGE.replace("return", "m =") + "\n    return m / m[0].clamp_min(1)", ENGINE_TESTS, RAGGED),
     Mutant("E[x²] − E[x]² in float32", REFERENCE, MESSAGE, MESSAGE + ".float().double()", ENGINE_TESTS, "one_process and large"),
     Mutant("lo dropped from normalize", CPU, "norm.offset - lo * (norm.scale * rstd)", "norm.offset", ENGINE_TESTS, "one_process and large"),
-    Mutant("x − hi not formed first", CPU, "if x.numel() > SMALL and (hi * rstd).abs().max().item() < NEAR:", "if True:", ENGINE_TESTS,
+    Mutant("x − hi not formed first", CPU, "if norm.epsilon and x.numel() > SMALL and (hi * rstd).abs().max().item() < NEAR:", "if norm.epsilon:", ENGINE_TESTS,
            "one_process and large"),
     Mutant("dropped term in the input gradient", CPU, "a / rstd, b)", "0 * a, b)", ENGINE_TESTS, "one_process and ragged"),
     Mutant("local count in the backward pass", AUTOGRAD, "input_gradient(dz, x, mask, norm, count, reduced_sums) if needs_x",
            "input_gradient(dz, x, mask, norm, count / config.communicator.size, reduced_sums) if needs_x", ENGINE_TESTS, RAGGED),
     Mutant("message times a local scale", AUTOGRAD, SUM, "global_sums(sums.clone(), config.communicator) * scale.repeat(2)",
            ENGINE_TESTS, "concatenated and differ-step]"),
-    Mutant("moments are constants of the second derivative", AUTOGRAD, "centred = x - mean_of(x)", "centred = x - mean_of(x).detach()",
+    Mutant("moments are constants of the second derivative", AUTOGRAD, "centred = x - mean\n", "centred = x - mean.detach()\n",
            ENGINE_TESTS, "gradgradcheck"),
     Mutant("mask forgotten in the count", REFERENCE, "return mask.sum() * each", "return size", ENGINE_TESTS, "one_process and masked"),
     Mutant("mask forgotten in the backward pass", REFERENCE, "through = torch.where(mask, through, 0)", "pass", ENGINE_TESTS, "one_process and masked"),
@@ -63,9 +75,33 @@ MUTANTS = [
     Mutant("groups kept past their end", "torch/groups.py", "group.size(), process_group.group_name, weakref.ref(process_group))",
            "group.size(), process_group.group_name, lambda: process_group)", RANKS, "go_and_come"),
     Mutant("the backward pass of local statistics is not", ENGINE, "config = NormConfig(epsilon, activation, moments.communicator,", "config = NormConfig(epsilon, activation, communicator_of(group),", RANKS, "local_in_both"),
-    Mutant("statistics move in the recomputation", CHECKPOINT, "    first = current_graph_task_id() == -1\n    check_renorm_not_recomputed(renorm", "    first = True\n    check_renorm_not_recomputed(renorm", TRAINING, "one_process_moves"),
+    Mutant("statistics move in the recomputation", CHECKPOINT, "    return not recomputed", "    return True", TRAINING, "one_process_moves"),
+    Mutant("a sum's failure unexplained", TRANSPORT, "            dist.all_reduce(v, group=group)\n        except RuntimeError as error:", "            dist.all_reduce(v, group=group)\n        except KeyError as error:", FAILURES, "left_alone and forward and not (compiled or renorm or without)"),
+    Mutant("a gathering's failure unexplained", TRANSPORT, "        dist.all_gather(rows, v, group=group)\n    except RuntimeError as error:", "        dist.all_gather(rows, v, group=group)\n    except KeyError as error:", FAILURES, "left_alone and without"),
+    Mutant("a message taken for the one before", "torch/desync.py", "    sends(direction, layer, shape)", "    pass", FAILURES, "left_alone and forward and not (compiled or renorm or without)"),
+    Mutant("a derivative's message taken for the one before", TRANSPORT, 'sends("derivative of the backward pass", None, None)', "pass", FAILURES, "left_alone and double"),
+    Mutant("a compiled message taken for the one before", COMPILED, 'sends("backward", COMPILED_LAYER, message.numel() // 2)', "pass", FAILURES, "left_alone and compiled"),
+    Mutant("the name on the stack not asked for", "torch/failures.py", 'if direction == "forward" else None', "if False else None", FAILURES, "left_alone and forward and not (compiled or renorm or without)"),
+    Mutant("a group that cannot be made unexplained", GROUPS, 'raise set_up_failed("make its process group", error) from error', "raise", FAILURES, "first_call"),
+    Mutant("mailboxes that nobody agrees on unexplained", "torch/peer_memory.py", 'raise set_up_failed("agree on its mailboxes", error) from error', "raise", FAILURES, "first_call"),
+    Mutant("a store that is gone unexplained", "torch/desync.py", "    with contextlib.suppress(Exception):\n        return [other", "    with contextlib.suppress(ValueError):\n        return [other", FAILURES, "without_its_store"),
     Mutant("a recomputation that sends again", CHECKPOINT, "found = replayed[0] if replayed else find()", "found = find()", TRAINING, "test_checkpointing and one-recorded]"),
-    Mutant("renorm recomputed", CHECKPOINT, "renorm and not first and not is_replaying()", "False", TRAINING, "without_a_record and one"),
+    Mutant("renorm recomputed", CHECKPOINT, "renorm and recomputed", "False", TRAINING, "without_a_record and one"),
+    Mutant("a hook taken for a recomputation", PRIVATE, "if None in _REPEATS or None in _STARTS:", "if True:", LOCAL, "hook_calls and plain"),
+    Mutant("a hook of a recomputed block taken for the block", PRIVATE, "while frame is not None and frame.f_code not in _STARTS:",
+           "while frame is not None:", LOCAL, "checkpointed_block_sets"),
+    Mutant("only torch's checkpoint is a recomputation", PRIVATE, "_REPEATS = frozenset([*_codes(_function_backward),", "_REPEATS = frozenset([",
+           LOCAL, "function_that_recomputes"),
+    Mutant("local statistics of the process", STATE, IMPORTED, THREADS.format(kind="types.SimpleNamespace"), LOCAL, "makes_nobody_local or starts_inside"),
+    Mutant("local statistics that autograd's threads miss", STATE, IMPORTED, THREADS.format(kind="threading.local"), LOCAL, "thread_of_autograd"),
+    Mutant("local statistics that never end", STATE, "if not was_local:", "if False:", LOCAL, "outermost"),
+    Mutant("compiled moments never local", COMPILED, "    local = is_local()\n    sends(\"forward\", COMPILED_LAYER, x.shape)", "    local = False\n    sends(\"forward\", COMPILED_LAYER, x.shape)",
+           LOCAL, "compiled_in_both and around"),
+    Mutant("a compiled backward pass never local", COMPILED, "    if was_local:\n        return", "    if False:\n        return", LOCAL, "compiled_in_both and around"),
+    Mutant("a graph without its own local statistics", COMPILED, "isinstance(group, Local) or is_local_in_graph()", "isinstance(group, Local)", LOCAL, "compiled_in_both and inside"),
+    Mutant("compiled for ever alone", COMPILED, "if not AVAILABLE or dist.GroupMember.WORLD is None:", "if not AVAILABLE:", LOCAL, "older_than"),
+    Mutant("ranks alone in silence", GROUPS, "    if ranks > 1:", "    if False:", LOCAL, "no_process_group_joins"),
+    Mutant("a warning where each rank is to be alone", GROUPS, "or group == 1 or", "or", LOCAL, "no_process_group_joins"),
     Mutant("r and d after the statistics moved", LAYER,
            "        r, d = engine.materialize(*engine.record_or_replay(",
            "        self._update_renorm_statistics(moments)\n        r, d = engine.materialize(*engine.record_or_replay(",
@@ -74,8 +110,31 @@ MUTANTS = [
     Mutant("the group saved with the layer", LAYER, '{**self.__dict__, "process_group": None}', "self.__dict__", RANKS, "left_out_of_files"),
     Mutant("what a rank says raises", "torch/peer_memory.py", "    except Exception as error:\n        facts[", "    except ZeroDivisionError as error:\n        facts[",
            "torch/test_private_torch.py", "raises_nothing"),
-    Mutant("a private name that vanishes unnoticed", "torch/_private.py", "        MISSING.append(", "        [].append(", "torch/test_private_torch.py", "vanished_is_listed"),
+    Mutant("a private name that vanishes unnoticed", "torch/_private.py", "MISSING.append(path", "[].append(path", "torch/test_private_torch.py", "vanished_is_listed"),
     Mutant("native where dtypes are mixed", ENGINE, "    dtype = x.dtype\n    return (", "    dtype = x.dtype\n    return True or (", ONE_PROCESS, "combination_of_dtypes"),
+    Mutant("a momentum that the constructor takes", LAYER, 'check_weight("momentum", momentum)', "pass", ONE_PROCESS, "bad_arguments"),
+    Mutant("an eps that the constructor takes", LAYER, 'check_epsilon(eps, "eps")', "pass", ONE_PROCESS, "bad_arguments"),
+    Mutant("a mask of floats", "validation.py", 'if not any(kind in dtype for kind in ("bool", "int")):', "if False:", ONE_PROCESS, "bad_calls"),
+    Mutant("channels last get the wrong mend", "torch/arguments.py", "if len(shape) > 2 and shape[-1] == channels:", "if False:", ONE_PROCESS, "bad_calls"),
+    Mutant("a constant channel is divided by 0", ENGINE, "if epsilon == 0 and moments.count is not None:", "if False:", ONE_PROCESS, "epsilon_0"),
+    Mutant("rounding taken for a variance", REFERENCE, "ROUNDING = 2.0**-48", "ROUNDING = 0.0", ONE_PROCESS, "many_constants"),
+    Mutant("a constant channel's second derivative", AUTOGRAD, "    if config.epsilon == 0:\n", "    if False:\n", ONE_PROCESS, "epsilon_0"),
+    Mutant("torch's function trains with an epsilon of 0", ENGINE, "plain = epsilon and communicator", "plain = communicator", ONE_PROCESS, "epsilon_0"),
+    Mutant("convert_sync_batchnorm forgets the group", LAYER, "return importlib.import_module(\"syncbn.conversion\").convert(module, process_group=process_group)", "return importlib.import_module(\"syncbn.conversion\").convert(module)", DROP_IN, "is_convert"),
+    Mutant("Keras's epsilon passes", "torch/arguments.py", 'if "epsilon" in named:', "if False:", DROP_IN, "name_in_keras"),
+    Mutant("another converter passes unsaid", "torch/replaced.py", 'if not converter.startswith("convert_sync"):', "if True:", DROP_IN, "that_replaces_ours"),
+    Mutant("the warning names torch's line", "torch/replaced.py", "level, frame = 3, sys._getframe(2)", "level, frame = 2, sys._getframe(2)", DROP_IN, "that_replaces_ours"),
+    Mutant("scripting goes on", LAYER, "def __prepare_scriptable__(", "def _prepare_scriptable(", DROP_IN, "scripting"),
+    Mutant("a trace is recorded", AUTOGRAD, "    if tracing_state() is not None:\n", "    if False:\n", DROP_IN_RANKS, "transforms_of and trace"),
+    Mutant("a transform goes on", AUTOGRAD, "if are_functorch_transforms_active() or", "if False or", DROP_IN_RANKS, "transforms_of and grad"),
+    Mutant("forward mode goes on", AUTOGRAD, "or unpack_dual(x).tangent is not None", "", DROP_IN_RANKS, "transforms_of and forward"),
+    Mutant("a tangent of the parameters", AUTOGRAD, "        raise no_transform()\n\n\ndef differentiable(", "        return None\n\n\ndef differentiable(", DROP_IN, "parameters_alone"),
+    Mutant("one value in a group of one", LAYER, "or self.group_size == 1 or", "or", DROP_IN_RANKS, "one_value and size"),
+    Mutant("one value in a process group of one", LAYER, "and size() == 1", "and False", DROP_IN_RANKS, "one_value and group"),
+    Mutant("a DTensor's gradient is one rank's", "torch/dtensor.py", "Partial() if i in sharded else Replicate()", "Replicate()", DROP_IN_RANKS, "whole_batch and sharded"),
+    Mutant("a DTensor's statistics are one rank's", "torch/dtensor.py", "x.device_mesh.get_group(sharded[0]) if sharded else None\n    attributes[\"group_size\"] = None if sharded else 1",
+           "None\n    attributes[\"group_size\"] = 1", DROP_IN_RANKS, "whole_batch and sharded"),
+    Mutant("a replicated DTensor counts twice", "torch/dtensor.py", "None if sharded else 1", "None", DROP_IN_RANKS, "whole_batch and replicated"),
 ]  # fmt: skip
 
 # Two processes tell as much as four.

@@ -226,3 +226,35 @@ def test_without_float64(world, monkeypatch, case, group, gathered):
     close([g[3] for g in got], truth.forward(scale, offset), case, quantity[0])
     for i, expected in enumerate(truth.backward(dys, scale)):
         close([g[4][i] for g in got], expected, case, quantity[1])
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward", "gathered"])
+def test_a_message_that_fails_says_what_to_do(world, monkeypatch, kind):
+    """In eager code; the type of the error stays."""
+    case = Case("fails", RAGGED, (4, 3))
+    xs, dys, scale, offset, _ = arguments(case, world.replicas)
+
+    def fails(*arguments, **named):
+        raise tf.errors.UnavailableError(None, None, "Connection reset by peer\nmore")
+
+    def replica(x, dy, scale, offset):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            moments = engine.moments(x, axes=(2,))
+            y = engine.normalize(x, moments, scale, offset, axes=(2,), epsilon=EPSILON)
+        if kind == "backward":
+            monkeypatch.setattr(tf.distribute.ReplicaContext, "all_reduce", fails)
+        return tape.gradient(y, x, dy)
+
+    if kind == "gathered":
+        monkeypatch.setattr(replicas, "has_float64", lambda strategy: False)
+        monkeypatch.setattr(tf.distribute.ReplicaContext, "all_gather", fails)
+    elif kind == "forward":
+        monkeypatch.setattr(tf.distribute.ReplicaContext, "all_reduce", fails)
+    with pytest.raises(tf.errors.UnavailableError, match=r"All replicas must run the same synchronised layers") as caught:
+        world.run(replica, xs, dys, scale, offset)
+    said = str(caught.value)
+    assert "failed with 'Connection reset by peer'" in said
+    assert {"forward": "shape (7,)", "backward": "shape (6,)", "gathered": "shape (1, 10)"}[kind] in said
+    assert "training=False" in said
+    assert isinstance(caught.value.__cause__, tf.errors.UnavailableError)

@@ -37,6 +37,13 @@ def test_equals_the_concatenated_batch(world, graph):
         close([out["gradients"][i] for out in got], expected, case, "gradient")
 
 
+def test_scale_and_offset_may_be_none():
+    x = np.random.default_rng(0).normal(size=(6, 4, 3)).astype("float32")
+    y, mean, *_ = sync_batch_norm(tf.constant(x))
+    np.testing.assert_allclose(y, oracle.BatchNorm([x]).forward(np.ones(3), np.zeros(3))[0], atol=1e-5)
+    assert mean.shape == (3,)
+
+
 @pytest.mark.parametrize(("name", "owner"), [("axis_name", "JAX"), ("axis_index_groups", "JAX"), ("process_group", "PyTorch")])
 def test_keywords_of_other_frameworks(name, owner):
     with pytest.raises(TypeError, match=f"`{name}` is for {owner} arrays. Received: it with an array of TensorFlow"):
@@ -44,5 +51,5 @@ def test_keywords_of_other_frameworks(name, owner):
 
 
 def test_bad_scale():
-    with pytest.raises(ValueError, match=r"`scale` must have one value a channel: shape \[3\] or \[3\]. Received: shape \(4,\)."):
+    with pytest.raises(ValueError, match=r"`scale` must have one value a channel: shape \[3\]\. Received: shape \(4,\) for x of"):
         sync_batch_norm(tf.ones([4, 3]), tf.ones(4), tf.zeros(3))

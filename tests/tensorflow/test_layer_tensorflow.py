@@ -12,6 +12,7 @@ import tensorflow as tf
 from cases import RAGGED, Case
 from checks import close
 from test_engine_tensorflow import count_messages
+from versions import needs_remat_scope
 
 from syncbn import SyncBatchNormalization
 from syncbn.tensorflow import replicas
@@ -126,6 +127,36 @@ def test_each_replica_draws_its_own_adjustment(world):
     scales = [(1 + 0.1 * r) * gamma for r in range(world.replicas)]
     close([y for y, _ in got], truth.forward(scales, [0.2 * r * gamma + beta for r in range(world.replicas)]), case, "output")
     close([g[0] for _, g in got], truth.backward(dys, scales)[0], case, "gradient")
+
+
+@pytest.mark.parametrize("renorm", [False, True])
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_an_adjustment_of_each_example_equals_the_concatenated_batch(world, graph, renorm):
+    """Plain operators after the normalization; the gradient goes through the global moments."""
+    case = Case("adjustment of examples", RAGGED, (4, 3), dtype="float64")
+    layer = make(world, case, renorm=renorm, adjustment=lambda shape: (factor(shape), 0.5 * factor(shape)))
+
+    def factor(shape):
+        replica = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.float64)
+        return tf.reshape(1 + 0.1 * replica + 0.2 * tf.cast(tf.range(shape[0]), tf.float64), [-1, 1, 1])
+
+    held = {w.name: w.numpy() for w in layer.weights}
+    gamma, beta = held["gamma"], held["beta"]
+    xs, dys = case.inputs(world.replicas), case.cotangents(world.replicas)
+    got = world.run(step(layer), xs, dys, graph=graph)
+    truth = oracle.BatchNorm(xs)
+    _, mean, variance = truth.moments[0]
+    std = np.sqrt(variance + 1e-3)
+    r, d = (
+        (std / held["renorm_stddev"], (mean - held["renorm_mean"]) / held["renorm_stddev"]) if renorm else (0 * std + 1, 0 * std)
+    )
+    factors = [(1 + 0.1 * i + 0.2 * np.arange(len(x)))[:, None, None] for i, x in enumerate(xs)]
+    ys = [(y * f + 0.5 * f) * gamma + beta for y, f in zip(truth.forward(r, d), factors, strict=True)]
+    close([y for y, _ in got], ys, case, "output")
+    dxs, _, _ = truth.backward([dy * f for dy, f in zip(dys, factors, strict=True)], r * gamma)
+    close([g[0] for _, g in got], dxs, case, "gradient")
+    dgammas = [((y - beta) / gamma * dy).sum((0, 1)) for y, dy in zip(ys, dys, strict=True)]
+    close([g[1] for _, g in got], dgammas, case, "gradient")
 
 
 @pytest.mark.parametrize("what", ["empty", "masked", "infinite", "nan"])
@@ -433,6 +464,7 @@ def test_recompute_grad(world, graph):
     np.testing.assert_allclose(statistics(world, layer)["moving_mean"], twice, atol=1e-12)
 
 
+@needs_remat_scope
 def test_remat_scope(world):
     """Eager only: in a tf.function Keras 3.15's scope fails for every layer that is called with a keyword."""
     case = Case("remat", RAGGED, (4, 3), dtype="float64")
@@ -465,14 +497,14 @@ def test_group_size_that_does_not_divide(world, monkeypatch):
     assert np.isfinite(layer(np.ones((2, 4, 3), "float32"))).all(), "inference does not ask"
 
 
-def test_bad_mask_and_integers_on_replicas(world, monkeypatch):
+def test_bad_mask_and_complex_numbers_on_replicas(world, monkeypatch):
     case = Case("bad", RAGGED, (4, 3))
     layer = make(world, case)
     masks = [np.ones((x.shape[0], 5), bool) for x in case.inputs(world.replicas)]
     text = "`mask` must have the input's shape without the channel axes"
     refused_before_any_message(world, monkeypatch, ValueError, text, layer, case.inputs(world.replicas), masks)
-    integers = [x.astype("int32") for x in case.inputs(world.replicas)]
-    refused_before_any_message(world, monkeypatch, TypeError, "The input must be of a float dtype", layer, integers)
+    numbers = [x.astype("complex64") for x in case.inputs(world.replicas)]
+    refused_before_any_message(world, monkeypatch, TypeError, "The input must be of a float dtype", layer, numbers)
 
 
 def test_cross_replica_training(world):

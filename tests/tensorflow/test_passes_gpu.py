@@ -160,7 +160,7 @@ def test_a_step_that_xla_compiles_keeps_large_means():
 
 
 def test_the_example_of_a_compiled_step_trains_as_keras_does():
-    example = importlib.import_module("keras_compiled_step")
+    example = importlib.import_module("keras_xla")
     one = tf.distribute.get_strategy()
     (compiled, losses), (plain, expected) = (example.train(one, cls) for cls in (example.CompiledModel, keras.Model))
     np.testing.assert_allclose(losses, expected, rtol=1e-4)

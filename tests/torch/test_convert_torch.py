@@ -525,17 +525,14 @@ def one_process():
     dist.destroy_process_group()
 
 
-def test_wrapped_and_sharded_models_are_refused(one_process):
+def test_sharded_models_are_refused(one_process):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    wrapped = nn.parallel.DistributedDataParallel(net())
     sharded = net()
     mesh = init_device_mesh("cpu", (1,))
     fully_shard(sharded[3], mesh=mesh)
     for verb in (syncbn.convert, syncbn.revert):
-        with pytest.raises(ValueError, match=r"a torch\.nn\.parallel\.distributed\.DistributedDataParallel, which is wrapped"):
-            verb(wrapped)
         with pytest.raises(ValueError, match=r"the submodule '3', a .*FSDPSequential, which is sharded\. Build the model again"):
             verb(sharded)
     model = syncbn.convert(net())
@@ -550,6 +547,49 @@ def test_fully_sharded_data_parallel_is_known_by_name():
     from syncbn.torch.convert import _state
 
     assert _state(FullyShardedDataParallel) == "wrapped"
+
+
+def test_a_model_in_ddp_converts_and_comes_back(one_process):
+    """Every parameter stays the same object, which is what DDP holds."""
+    wrapped = nn.parallel.DistributedDataParallel(net())
+    parameters = list(wrapped.parameters())
+    assert SyncBatchNorm.convert_sync_batchnorm(wrapped, process_group=None) is wrapped
+    assert [type(m) for m in norms(wrapped)] == [SyncBatchNorm] * 2
+    assert all(a is b for a, b in zip(parameters, wrapped.parameters(), strict=True))
+    wrapped(torch.randn(4, 3, 9)).backward(torch.randn(4, 5, 5))
+    syncbn.revert(wrapped)
+    assert [type(m) for m in norms(wrapped)] == [nn.BatchNorm1d] * 2
+    wrapped(torch.randn(4, 3, 9))
+
+
+WRONG = {
+    "momentum": (lambda: nn.BatchNorm1d(3, momentum=1.5), r"momentum=1\.5"),
+    "negative momentum": (lambda: nn.SyncBatchNorm(3, momentum=-0.1), r"momentum=-0\.1"),
+    "lazy": (lambda: nn.LazyBatchNorm1d(momentum=2), "momentum=2"),
+    "eps": (lambda: nn.BatchNorm1d(3, eps=-1e-5), "eps=-1e-05"),
+    "nan": (lambda: nn.BatchNorm1d(3, eps=float("nan")), "eps=nan"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_settings_that_the_constructor_refuses(kind):
+    """Refused before anything is changed."""
+    make, said = WRONG[kind]
+    model = nn.Sequential(nn.BatchNorm1d(3), make())
+    kinds = [type(m) for m in model]
+    with pytest.raises(ValueError, match=rf"`momentum` must be None or lie in \[0, 1\].*Received: 1 \({said}\)\."):
+        syncbn.convert(model)
+    assert [type(m) for m in model] == kinds
+    assert "_class_before" not in vars(model[0])
+
+
+@pytest.mark.parametrize("arguments", [{"momentum": None}, {"momentum": 0}, {"momentum": 1}, {"eps": 0}], ids=str)
+def test_settings_at_the_edge_convert(arguments):
+    layer = syncbn.convert(nn.BatchNorm1d(3, **arguments))
+    made = SyncBatchNorm(3, **arguments)
+    for name, value in arguments.items():
+        assert getattr(layer, name) is value
+        assert getattr(made, name) is value
 
 
 # --------------------------------------------------------------------------------------------------- checkpoints

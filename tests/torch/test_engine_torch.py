@@ -15,8 +15,8 @@ from checks import EPSILON, arguments, close, equals_oracle
 from syncbn.contract import Moments, Statistics
 from syncbn.groups import Activation
 from syncbn.torch import cpu, dispatch, engine, groups, peer_memory, reference, transport
+from syncbn.torch.arguments import ACTIVATIONS
 from syncbn.torch.channel_view import ChannelView
-from syncbn.torch.module import ACTIVATIONS
 
 # ------------------------------------------------------------------------------------------------- what a process runs
 

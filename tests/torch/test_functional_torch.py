@@ -44,6 +44,16 @@ def test_equals_the_concatenated_batch(torch_world, pair):
         close([out["gradients"][i] for out in got], expected, case, "gradient")
 
 
+def test_scale_and_offset_may_be_none():
+    x = np.random.default_rng(0).normal(size=(6, 4, 3)).astype("float32")
+    mask = np.arange(24).reshape(6, 4) % 3 > 0
+    y, mean, *_ = sync_batch_norm(torch.tensor(x, requires_grad=True), mask=mask)
+    truth = oracle.BatchNorm([x], masks=[mask[..., None]])
+    np.testing.assert_allclose(y.detach(), truth.forward(np.ones(3), np.zeros(3))[0], atol=1e-5)
+    assert mean.shape == (3,)
+    assert y.requires_grad
+
+
 @pytest.mark.parametrize("name", ["axis_name", "axis_index_groups"])
 def test_keywords_of_other_frameworks(name):
     with pytest.raises(TypeError, match=f"`{name}` is for JAX arrays. Received: it with an array of PyTorch"):

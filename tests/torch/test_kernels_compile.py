@@ -22,17 +22,17 @@ def test_every_kernel_compiles_and_fits():
 
 
 def test_doctor_on_one_replica():
-    from syncbn import doctor
+    from syncbn.doctor import torch as doctor
 
-    lines, well = doctor.report()
-    said = dict(lines)
-    assert well
-    assert said["replicas"].startswith("1")
-    assert said["exchange"].startswith("none")
-    assert "right" in said["error of input gradient"]
+    found = doctor.report()
+    lines = dict(found.lines)
+    assert found.well
+    assert lines["replicas"].startswith("1")
+    assert lines["exchange"].startswith("none")
+    assert found.verdict().startswith("OK: 1 replica agrees")
 
 
-def test_doctor_sees_what_is_wrong(monkeypatch):
+def test_doctor_sees_what_is_wrong(monkeypatch, capsys):
     import torch
 
     from syncbn import doctor
@@ -41,9 +41,10 @@ def test_doctor_sees_what_is_wrong(monkeypatch):
     monkeypatch.setattr(
         torch.nn.functional, "batch_norm", lambda x, *rest: original(x, *rest) * (1.01 if x.dtype == torch.float64 else 1)
     )
-    lines, well = doctor.report()
-    assert not well
-    assert "WRONG" in dict(lines)["error of output"]
+    assert doctor.check("torch") == 1
+    said = capsys.readouterr().out
+    assert "WRONG" in next(line for line in said.splitlines() if line.startswith("error of output"))
+    assert "FAILED: wrong beside float64 on the whole batch: output (1e-02)" in said
 
 
 def test_what_users_are_told(monkeypatch):
@@ -81,7 +82,7 @@ def test_kernels_that_cannot_be_imported_leave_torchs_operators(monkeypatch):
 def test_doctor_names_the_slow_launcher(monkeypatch):
     import triton
 
-    from syncbn import doctor
+    from syncbn.doctor import torch as doctor
 
     monkeypatch.setattr(triton, "__version__", "3.7.1")
     assert doctor.launcher_note() == ""

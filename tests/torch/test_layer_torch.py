@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import syncbn
 from syncbn import SyncBatchNorm
-from syncbn.torch import engine, module
+from syncbn.torch import engine
+from syncbn.torch.arguments import ACTIVATIONS as NAMED
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6, torch.float64: 1e-12}
@@ -231,7 +232,8 @@ def test_copies(copier):
 
 
 def test_repr():
-    assert repr(SyncBatchNorm(3)) == "SyncBatchNorm(3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)"
+    for arguments in ({}, {"affine": False}, {"bias": False}, {"momentum": None, "track_running_stats": False}):
+        assert repr(SyncBatchNorm(3, **arguments)) == repr(nn.SyncBatchNorm(3, **arguments))
     assert repr(SyncBatchNorm(3, renorm=True, activation="silu", group_size=2)).endswith(
         "track_running_stats=True, renorm=True, activation='silu', group_size=2)"
     )
@@ -342,6 +344,95 @@ def test_nothing_moves_where_there_is_nothing(what, momentum, renorm):
     assert all(p.grad.isfinite().all() for p in (x, layer.weight, layer.bias))
     for name, old in before.items():
         assert torch.equal(old, layer.state_dict()[name]), name
+
+
+def test_an_integer_mask_counts_what_is_not_0():
+    layer, again = (SyncBatchNorm(3) for _ in range(2))
+    x, mask = data(4, 3, 5), torch.randint(0, 3, (4, 5))
+    torch.testing.assert_close(layer(x, mask=mask), again(x, mask=mask != 0))
+    torch.testing.assert_close(layer.running_mean, again.running_mean)
+
+
+# ------------------------------------------------------------------------------------------------- an epsilon of 0
+
+
+def by_the_operator(layer, x, dy):
+    """As `step`, by torch's operator: the function around it refuses to train with an epsilon of 0."""
+    x = x.clone().requires_grad_()
+    statistics = layer.running_mean, layer.running_var.clone()
+    y = torch.batch_norm(x, layer.weight, layer.bias, *statistics, True, layer.momentum, 0.0, False)
+    y.backward(dy)
+    layer.running_var.copy_(statistics[1])
+    layer.num_batches_tracked.add_(1)
+    return [y.detach(), x.grad, *(p.grad for p in layer.parameters()), *(b.clone() for b in layer.buffers())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.5, 0.1])
+@pytest.mark.parametrize("shape", [(6, 3), (8, 3, 4), (2, 3, 200, 200)], ids=str)
+def test_a_constant_channel_with_epsilon_0_equals_torch(shape, value, dtype):
+    """x_hat and dx are 0 there. Of a value that torch cannot add up exactly it makes noise, so that it is given another."""
+    ours, theirs = randomised(SyncBatchNorm(3, eps=0, dtype=dtype)), theirs_for({"eps": 0, "dtype": dtype}, len(shape))
+    theirs.load_state_dict(ours.state_dict())
+    x, dy = data(*shape, dtype=dtype), data(*shape, dtype=dtype)
+    x[:, 0] = value
+    got = step(ours, x, dy)
+    x[:, 0] = 0.5
+    expected = by_the_operator(theirs, x, dy)
+    expected[4][0] += 0.1 * (value - 0.5)
+    assert_close(got, expected, 1e-5 if dtype == torch.float32 else 1e-10)
+    assert got[1][:, 0].abs().max() < 1e-12
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_constants_with_epsilon_0(dtype):
+    """Of some of them rounding makes a variance that is not 0: without a bound dx would be 1e8 and more."""
+    layer = SyncBatchNorm(500, eps=0, activation="relu", dtype=dtype)
+    x = (torch.rand(500, dtype=torch.float64) * 1000).to(dtype).expand(7, 500)
+    y, dx, *rest = step(layer, x, data(7, 500, dtype=dtype))
+    assert y.abs().max() < 1e-6
+    assert dx.abs().max() < 1e-12
+    assert all(v.isfinite().all() for v in rest)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_derivatives_of_a_constant_channel_with_epsilon_0(activation):
+    layer = SyncBatchNorm(2, eps=0, activation=activation, dtype=torch.float64)
+    x, dy = data(5, 2, dtype=torch.float64), data(5, 2, dtype=torch.float64)
+    x[:, 0] = 0.1
+    x.requires_grad_()
+    (once,) = torch.autograd.grad(layer(x), x, dy)
+    (again,) = torch.autograd.grad(layer(x), x, dy, create_graph=True)
+    torch.testing.assert_close(again, once, rtol=1e-9, atol=1e-12)
+    (second,) = torch.autograd.grad(again, x, dy)
+    assert second.isfinite().all()
+    assert once[:, 0].abs().max() < 1e-12
+
+
+def test_a_constant_channel_with_epsilon_0_and_renorm():
+    """x_hat is 0, and y = d·weight + bias, with d = (mean − renorm_mean) / renorm_stddev."""
+    layer = randomised(SyncBatchNorm(3, eps=0, renorm=True, dtype=torch.float64))
+    mean, stddev, weight, bias = (v[0].item() for v in (layer.renorm_mean, layer.renorm_stddev, layer.weight, layer.bias))
+    before = {name: v.clone() for name, v in layer.named_buffers()}
+    x, dy = data(6, 3, 4, dtype=torch.float64), data(6, 3, 4, dtype=torch.float64)
+    x[:, 0] = 0.1
+    y, dx, *rest = step(layer, x, dy)
+    torch.testing.assert_close(y[:, 0], torch.full_like(y[:, 0], (0.1 - mean) / stddev * weight + bias))
+    assert dx[:, 0].abs().max() < 1e-12
+    assert all(v.isfinite().all() for v in (y, dx, *rest))
+    torch.testing.assert_close(layer.renorm_stddev[0], before["renorm_stddev"][0] * 0.99, atol=1e-9, rtol=0)
+
+
+@pytest.mark.skipif("SYNCBN_TEST_DEVICE" in os.environ, reason="a compiler's cold start, once")
+def test_a_constant_channel_with_epsilon_0_when_compiled():
+    layer, eager = (SyncBatchNorm(3, eps=0) for _ in range(2))
+    x, dy = data(6, 3), data(6, 3)
+    x[:, 0] = 0.1
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled.parameters, compiled.buffers = layer.parameters, layer.buffers
+    assert_close(step(compiled, x, dy), step(eager, x, dy), 1e-5)
 
 
 ACTIVATIONS = {"relu": torch.relu, "silu": nn.functional.silu, "leaky_relu": nn.functional.leaky_relu}
@@ -573,6 +664,10 @@ def test_no_argument_without_an_effect(name):
     ({"activation": "tanh"}, "`activation` must be None, a callable or one of ['leaky_relu', 'relu', 'silu']. Received: activation='tanh'."),
     ({"renorm": True, "track_running_stats": False}, "renorm=True corrects towards the moving statistics, so they must be kept."),
     ({"renorm_clipping": {"max": 1}}, "`renorm_clipping` must be a dict with the keys"),
+    ({"momentum": 1.5}, "`momentum` must lie in [0, 1]: it is the weight of the new value. Received: momentum=1.5."),
+    ({"momentum": -0.1}, "`momentum` must lie in [0, 1]: it is the weight of the new value. Received: momentum=-0.1."),
+    ({"eps": -1e-5}, "`eps` must be a finite number, 0 or more: it is added to the variance. Received: eps=-1e-05."),
+    ({"eps": float("inf")}, "`eps` must be a finite number, 0 or more: it is added to the variance. Received: eps=inf."),
     ({"renorm_momentum": 2}, "`renorm_momentum` must lie in [0, 1]: it is the weight of the new value. Received: renorm_momentum=2."),
 ], ids=lambda v: v if isinstance(v, str) else None)  # fmt: skip
 def test_bad_arguments(arguments, text):
@@ -588,6 +683,11 @@ MASK = "`mask` must have the input's shape without the channel axes, or with 1 t
     ((3,), {}, ValueError, "expected at least 2D input (got 1D input)"),
     ((4, 0, 2), {}, ValueError, "SyncBatchNorm number of input channels should be non-zero"),
     ((4, 5), {}, ValueError, "The input must have the layer's number of channels on dim 1. Received: shape (4, 5) for num_features=3."),
+    ((2, 4, 3), {}, ValueError, "for num_features=3. The channels come second: move them there, for example with x.movedim(-1, 1)."),
+    ((2, 5, 5, 3), {}, ValueError, "for num_features=3. The channels come second"),
+    ((2, 5, 3, 5), {}, ValueError, "for num_features=3. Make a layer with num_features=5."),
+    ((4, 3, 5), {"mask": torch.ones(4, 5)}, TypeError, "`mask` must be of dtype bool, or of integers: True, or not 0, marks what counts. Received: a mask of dtype torch.float32."),
+    ((4, 3, 5), {"mask": torch.ones(4, 5, dtype=torch.float16)}, TypeError, "`mask` must be of dtype bool, or of integers"),
     ((4, 3, 5), {"mask": torch.ones(4, 3, dtype=torch.bool)}, ValueError, MASK),
     ((4, 3, 5), {"mask": torch.ones(4, 3, 5, dtype=torch.bool)}, ValueError, MASK),
     ((4, 3, 5), {"mask": torch.ones(4, dtype=torch.bool)}, ValueError, MASK),
@@ -639,5 +739,5 @@ def test_docstring_examples():
             found = doctest.testmod(importlib.import_module(f"syncbn.{name}"))
         assert found.failed == 0
         assert found.attempted > 1
-    assert module.ACTIVATIONS["leaky_relu"].slope == 0.01
+    assert NAMED["leaky_relu"].slope == 0.01
     assert {"SyncBatchNorm", "local_statistics", "checkpoint_contexts", "debug", "EmptySteps"} <= set(syncbn.__all__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import datetime
 import io
 import os
@@ -92,6 +93,9 @@ def step(case, arguments, pairs, x, dy, mask):
 @pytest.mark.parametrize("groups", [None, 1, 2, "pairs"], ids=str)
 @pytest.mark.parametrize("case", BY_NAME, ids=lambda case: case.name)
 def test_a_step_equals_the_concatenated_batch(torch_world, case, groups):
+    if groups == 1 and case.name == "rank 2":
+        # In a group of one a single value a channel is an error, as in torch's layer.
+        case = dataclasses.replace(case, batches=(4, 2, 0, 7))
     size = 2 if groups == "pairs" else groups
     arguments = {"momentum": 0.4, "eps": 1e-3, "group_size": None if groups == "pairs" else groups}
     if case.dtype == "float64":

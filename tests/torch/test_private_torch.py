@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from versions import version
 
 from syncbn.torch import _private, peer_memory
 from syncbn.torch.groups import Communicator
@@ -18,7 +19,8 @@ def test_all_private_names_are_there():
 
 
 def test_private_names_of_triton_and_of_cuda_are_there():
-    pytest.importorskip("triton")
+    if version("triton") < (3, 4):
+        pytest.skip("older versions have no names that the kernels need")
     from syncbn.torch.triton import _private as of_triton
 
     assert of_triton.has_known_launcher()
@@ -56,6 +58,56 @@ def test_a_name_that_nothing_replaces_gives_an_error_that_names_it():
     assert "RuntimeError: syncbn needs torch._C._current_graph_task_id of PyTorch: it tells a recomputed block" in found.stderr
 
 
+@pytest.mark.parametrize(
+    "name", ["utils.checkpoint._checkpoint_hook.__init__.unpack_hook", "autograd.graph._engine_run_backward"]
+)
+def test_without_a_name_every_forward_pass_in_a_backward_pass_is_a_recomputation(name):
+    """As it was before they were asked for."""
+    change = (
+        "torch.utils.checkpoint._checkpoint_hook.__init__ = lambda hook, frame: None"
+        if "unpack" in name
+        else "run = torch.autograd._engine_run_backward\ndel torch.autograd.graph._engine_run_backward"
+    )
+    found = python(
+        f"import torch\nimport torch.utils.checkpoint\n{change}\n"
+        "import syncbn\n"
+        "from syncbn.torch import _private\n"
+        "layer, x = syncbn.SyncBatchNorm(3), torch.randn(4, 3, requires_grad=True)\n"
+        "y = x * 2\n"
+        "y.register_hook(layer)\n"
+        "y.backward(torch.randn(4, 3))\n"
+        "print(_private.MISSING, int(layer.num_batches_tracked))\n"
+    )
+    said, batches = found.stdout.rsplit(maxsplit=1)
+    assert batches == "0", found.stderr
+    assert len(said.split(",")) == 1
+    assert name.rsplit(".", 1)[1] in said
+
+
+def test_without_the_state_of_threads_layers_train_and_nothing_is_local():
+    found = python(
+        "import torch\n"
+        "del torch._C._is_key_in_tls, torch._C._stash_obj_in_tls\n"
+        "import syncbn\n"
+        "syncbn.SyncBatchNorm(3)(torch.randn(4, 3))\n"
+        "with syncbn.local_statistics(): pass\n"
+    )
+    assert "RuntimeError: syncbn needs torch._C._stash_obj_in_tls of PyTorch: it tells a backward pass" in found.stderr
+
+
+def test_a_key_that_cannot_be_removed_means_nothing():
+    found = python(
+        "import torch\n"
+        "del torch._C._remove_obj_from_tls\n"
+        "import syncbn\n"
+        "from syncbn.torch.local import is_local\n"
+        "with syncbn.local_statistics(): print(is_local())\n"
+        "print(is_local())\n"
+        "with syncbn.local_statistics(): print(is_local())\n"
+    )
+    assert found.stdout.split() == ["True", "False", "True"], found.stderr
+
+
 def test_triton_without_a_needed_name_is_an_import_error():
     """Which `dispatch` takes as a reason to use torch's operators."""
     pytest.importorskip("triton")
@@ -68,13 +120,27 @@ def test_triton_without_a_needed_name_is_an_import_error():
     assert "torch's operators run instead" in found.stderr
 
 
+def test_an_old_triton_is_told_once():
+    """Versions before 3.4 cannot launch dependent kernels."""
+    pytest.importorskip("triton")
+    found = python(
+        "import triton.language.extra.cuda as cuda\n"
+        "vars(cuda).pop('gdc_launch_dependents', None)\n"
+        "from syncbn.torch import dispatch\n"
+        "print(dispatch.cuda_kernels(), dispatch.cuda_kernels())\n"
+    )
+    assert found.stdout.strip() == "None None", found.stderr
+    assert found.stderr.count("Install triton 3.6 or later") == 1
+    assert "cannot import name 'gdc_launch_dependents'" in found.stderr
+
+
 class Group:
     """A process group without the private names."""
 
 
 def test_process_groups_that_tell_nothing():
     assert _private.timeout_of(Group()) == torch.distributed.default_pg_timeout
-    with pytest.raises(Exception, match=r"(?i)group|initialized"):
+    with pytest.raises(Exception, match=r"(?i)group|initialized|invariant"):
         _private.backend_name(Group(), torch.device("cpu"))
 
 

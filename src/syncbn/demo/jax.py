@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 os.environ["KERAS_BACKEND"] = "jax"
+# Keras imports TensorFlow where it is installed.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +21,9 @@ import keras
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from syncbn.demo import OnStep, Run, Settings
-from syncbn.demo.data import Digits, digits
-from syncbn.demo.model import NORMS, network
+from syncbn.demo import LOCAL, Run, Task, Watch
+from syncbn.demo.data import Digits, batches, digits
+from syncbn.demo.model import LAYERS, network
 
 AXIS = "replica"
 LEARNING_RATE = 0.02
@@ -26,43 +31,59 @@ LEARNING_RATE = 0.02
 SAME, OWN = PartitionSpec(), PartitionSpec(AXIS)
 
 
-def train(settings: Settings, on_step: OnStep) -> list[Run]:
-    """The three runs, one after the other, on the same mesh."""
-    jax.config.update("jax_num_cpu_devices", settings.replicas)
-    devices = jax.devices()[: settings.replicas]
-    mesh, images = Mesh(np.array(devices), (AXIS,)), digits()
-    return [_run(name, settings, mesh, images, on_step) for name in NORMS]
+@dataclass
+class _Program:
+    """What one batch norm needs to train with any batch and seed: JAX compiles it once for each size of batch."""
+
+    model: keras.Model
+    optimizer: Any
+    step: Callable[..., Any]
+    accuracy: Callable[..., Any]
 
 
-def _norm(name: str) -> Callable[[], Any]:
+def train(replicas: int, tasks: Sequence[Task], watch: Watch) -> Iterator[Run]:
+    """The runs, one after the other, on one mesh."""
+    jax.config.update("jax_num_cpu_devices", replicas)
+    mesh, images, programs = Mesh(np.array(jax.devices()[:replicas]), (AXIS,)), digits(), {}
+    for task in tasks:
+        if task.norm not in programs:
+            programs[task.norm] = _program(task.norm, mesh)
+        yield _run(task, mesh, programs[task.norm], images, watch)
+
+
+def _layer(norm: str) -> Callable[[], Any]:
     """Keras's own layer knows no axes: under shard_map it is local, as data-parallel training without synchronisation is."""
-    return partial(NORMS[name], axis_name=AXIS) if name.startswith("Sync") else NORMS[name]
+    return LAYERS[norm] if norm == LOCAL else partial(LAYERS[norm], axis_name=AXIS)
 
 
-def _run(name: str, settings: Settings, mesh: Mesh, images: Digits, on_step: OnStep) -> Run:
-    keras.utils.set_random_seed(settings.seed)
-    model = network(_norm(name))
+def _program(norm: str, mesh: Mesh) -> _Program:
+    model = network(_layer(norm))
     optimizer = keras.optimizers.SGD(LEARNING_RATE, momentum=0.9)
     optimizer.build(model.trainable_variables)
-    output_off, gradient_off = _off_from_one_replica(name, settings, mesh, model, images)
-    step, accuracy = _step(model, optimizer, mesh), _accuracy(model)
-    state = _state(model, optimizer, mesh)
-    size, count = settings.batch * mesh.size, len(images.train_images)
-    steps, rng = count // size, np.random.default_rng(settings.seed)
+    return _Program(model, optimizer, _step(model, optimizer, mesh), _accuracy(model))
+
+
+def _run(task: Task, mesh: Mesh, program: _Program, images: Digits, watch: Watch) -> Run:
+    keras.utils.set_random_seed(task.seed)
+    model = network(_layer(task.norm))
+    off = _off_from_one_replica(task, mesh, model, images) if task.compare else ()
+    state = _state(model, program.optimizer, mesh)
+    rows = batches(task.batch * mesh.size, task.seed)
     accuracies, seconds = [], []
-    for epoch in range(settings.epochs):
-        # The last, incomplete batch is dropped: all shards of an array have the same size.
-        for i, rows in enumerate(rng.permutation(count)[: steps * size].reshape(steps, size)):
+    for epoch in range(task.epochs):
+        for drawn in islice(rows, task.steps):
             started = time.perf_counter()
-            state = jax.block_until_ready(step(*state, images.train_images[rows], images.train_labels[rows]))
+            state = jax.block_until_ready(program.step(*state, images.train_images[drawn], images.train_labels[drawn]))
             seconds.append(time.perf_counter() - started)
-            on_step(name, epoch * steps + i + 1, settings.epochs * steps)
+            watch.step(task)
         weights, statistics, _ = jax.device_get(state)
         # A file would hold the first replica's statistics.
-        accuracies.append(float(accuracy(weights, [s[0] for s in statistics], images.test_images, images.test_labels)))
+        first = [s[0] for s in statistics]
+        accuracies.append(float(program.accuracy(weights, first, images.test_images, images.test_labels)))
+        watch.epoch(task, epoch + 1, accuracies[-1])
     apart = max(float(np.ptp(s, axis=0).max()) for s in jax.device_get(state[1]))
-    late = seconds[steps:] or seconds[1:] or seconds
-    return Run(name, accuracies, float(np.median(late)), apart, output_off, gradient_off)
+    late = seconds[task.steps :] or seconds[1:] or seconds
+    return Run(task, accuracies, float(np.median(late)), apart, *off)
 
 
 def _state(model: keras.Model, optimizer: Any, mesh: Mesh) -> tuple[Any, ...]:
@@ -98,12 +119,12 @@ def _accuracy(model: keras.Model) -> Callable[..., Any]:
     return accuracy
 
 
-def _off_from_one_replica(name: str, settings: Settings, mesh: Mesh, model: keras.Model, images: Digits) -> tuple[float, float]:
+def _off_from_one_replica(task: Task, mesh: Mesh, model: keras.Model, images: Digits) -> tuple[float, float]:
     """How far the first batch norm's output and input gradient are from those of one replica with the whole batch."""
     convolution, norm = model.layers[0], model.layers[1]
-    x = np.asarray(convolution(images.train_images[: mesh.size * settings.batch]))
-    dy = np.random.default_rng(settings.seed).normal(size=x.shape).astype("float32")
-    alone = NORMS[name]()
+    x = np.asarray(convolution(images.train_images[: mesh.size * task.batch]))
+    dy = np.random.default_rng(task.seed).normal(size=x.shape).astype("float32")
+    alone = LAYERS[task.norm]()
     alone.build(x.shape)
 
     def step(layer: Any, x: Any, dy: Any) -> tuple[Any, Any]:

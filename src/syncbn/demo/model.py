@@ -1,4 +1,4 @@
-"""The network, in Keras, for every backend of Keras."""
+"""The network, in Keras, for TensorFlow and JAX. PyTorch's stands in `torch.py`."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Any
 import keras
 
 import syncbn
+from syncbn.demo import LOCAL, RENORM, SYNCED
 from syncbn.demo.data import CLASSES
 
 # Short runs: the default momentum of 0.99 would still remember the initial statistics.
 MOMENTUM = 0.9
 
 # On JAX the layer is told which axis the replicas are along.
-NORMS: dict[str, Callable[..., Any]] = {
-    "keras BatchNormalization": lambda: keras.layers.BatchNormalization(momentum=MOMENTUM),
-    "SyncBatchNormalization": lambda **along: syncbn.SyncBatchNormalization(momentum=MOMENTUM, **along),
-    "SyncBatchNormalization, renorm": lambda **along: syncbn.SyncBatchNormalization(
-        momentum=MOMENTUM, renorm=True, renorm_momentum=MOMENTUM, **along
-    ),
+LAYERS: dict[str, Callable[..., Any]] = {
+    LOCAL: lambda: keras.layers.BatchNormalization(momentum=MOMENTUM),
+    SYNCED: lambda **along: syncbn.SyncBatchNormalization(momentum=MOMENTUM, **along),
+    RENORM: lambda **along: syncbn.SyncBatchNormalization(momentum=MOMENTUM, renorm=True, renorm_momentum=MOMENTUM, **along),
 }
 
 

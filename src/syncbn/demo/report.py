@@ -1,80 +1,110 @@
-"""What a person sees of the demo: a progress bar, a table and a plot."""
+"""What a person sees of the demo: progress, a table and a last sentence."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
-import matplotlib
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from syncbn.demo import OnStep, Run, Settings
+from syncbn.demo import LOCAL, NORMS, Run, Task, Watch
 
-# Wide enough for the table where no terminal says how wide it is.
-PLAIN_WIDTH = 120
+# Where no terminal says how wide it is.
+PLAIN_WIDTH = 80
+# What the demo's names stand for.
+LAYERS = {
+    "tensorflow": ("keras.layers.BatchNormalization", "syncbn.SyncBatchNormalization"),
+    "jax": ("keras.layers.BatchNormalization", "syncbn.SyncBatchNormalization"),
+    "torch": ("torch.nn.BatchNorm2d", "syncbn.SyncBatchNorm"),
+}
 
 
 def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=PLAIN_WIDTH)
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=PLAIN_WIDTH, highlight=False)
+
+
+class _Lines:
+    """A line for each epoch, for a file or a pipe."""
+
+    def __init__(self, many_tasks: bool):
+        self.many_tasks = many_tasks
+
+    def step(self, task: Task) -> None:
+        pass
+
+    def epoch(self, task: Task, epoch: int, accuracy: float) -> None:
+        which = f"{task.batch} images per device, seed {task.seed}" if self.many_tasks else f"epoch {epoch} of {task.epochs}"
+        print(f"{task.norm}, {which}: {percent(accuracy)} of the test images right", flush=True)
+
+
+class _Bars:
+    """A bar for each batch norm, in a terminal."""
+
+    def __init__(self, bars: Progress, tasks: Sequence[Task]):
+        self.bars = bars
+        self.names: dict[str, TaskID] = {}
+        self.totals = {norm: sum(t.steps * t.epochs for t in tasks if t.norm == norm) for norm in NORMS}
+
+    def step(self, task: Task) -> None:
+        if task.norm not in self.names:
+            self.names[task.norm] = self.bars.add_task(task.norm, total=self.totals[task.norm])
+        self.bars.advance(self.names[task.norm])
+
+    def epoch(self, task: Task, epoch: int, accuracy: float) -> None:
+        pass
 
 
 @contextmanager
-def progress() -> Iterator[OnStep]:
-    """A bar a run; yields what trainers call after each step."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_console()) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def on_step(name: str, done: int, steps: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=steps)
-            bars.update(tasks[name], completed=done)
-
-        yield on_step
+def watching(tasks: Sequence[Task]) -> Iterator[Watch]:
+    """Yields what trainers call: bars in a terminal, a line for each epoch elsewhere."""
+    console = _console()
+    if not console.is_terminal:
+        yield _Lines(many_tasks=len(tasks) > len(NORMS))
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("steps"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bars:
+        yield _Bars(bars, tasks)
 
 
-def table(runs: Sequence[Run], settings: Settings, backend: str) -> None:
-    """Prints one row a run."""
-    title = f"Handwritten digits on {backend}: {settings.replicas} replicas × {settings.batch} images, {settings.epochs} epochs"
-    columns = Table(title=title, caption="off = largest difference from one replica that sees the whole batch, before training")
-    for name in ("", "test accuracy", "ms / step", "statistics apart", "output off", "gradient off"):
-        columns.add_column(name, justify="right" if name else "left")
+def percent(share: float) -> str:
+    """0.975 as "97.5 %"."""
+    return f"{100 * share:.1f} %"
+
+
+def plain(value: float) -> str:
+    """Two digits, without an exponent where a person reads it faster so: 5.4, 0.061, 4e-7."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if abs(value) < 1e-3:
+        digits, exponent = f"{value:.0e}".split("e")
+        return f"{digits}e{int(exponent)}"
+    return f"{value:.{max(0, 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def table(runs: Sequence[Run], backend: str) -> None:
+    """Prints a row for each run, the best one bold, and what the columns mean."""
+    columns = Table()
+    for heading in ("", "test\naccuracy", "ms per\nstep", "statistics\napart", "output\noff", "gradient\noff"):
+        columns.add_column(heading, justify="right" if heading else "left")
+    best = max(run.accuracies[-1] for run in runs)
     for run in runs:
-        differences = (run.statistics_apart, run.output_off, run.gradient_off)
-        row = f"{run.accuracies[-1]:.1%}", f"{run.seconds_per_step * 1e3:.1f}", *(f"{d:.1e}" if d else "0" for d in differences)
-        columns.add_row(run.name, *row)
-    _console().print(columns)
+        numbers = (1e3 * run.seconds_per_step, run.statistics_apart, run.output_off, run.gradient_off)
+        style = "bold" if run.accuracies[-1] == best else None
+        columns.add_row(run.task.norm, percent(run.accuracies[-1]), *map(plain, numbers), style=style)
+    console = _console()
+    console.print(columns)
+    local, synced = LAYERS[backend]
+    console.print(f"local: {local}. syncbn: {synced}.")
+    console.print("apart: largest difference of moving statistics between replicas, after training.")
+    console.print("off: largest difference from one replica with the whole batch, before training.")
 
 
-def plot(runs: Sequence[Run], settings: Settings, folder: Path) -> list[Path]:
-    """Saves the accuracy curves as PNG and SVG; gives their paths."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for run, style in zip(runs, ("C7--", "C0-", "C1-"), strict=False):
-        axes.plot(range(1, len(run.accuracies) + 1), [100 * a for a in run.accuracies], style, marker="o", label=run.name)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("test accuracy (%)")
-    axes.set_title(f"Handwritten digits, {settings.replicas} replicas × {settings.batch} images")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="best")
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"accuracy.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return paths
+def verdict(runs: Sequence[Run]) -> str:
+    """The last sentence: the better of the synchronised runs, and the local one."""
+    local = max(run.accuracies[-1] for run in runs if run.task.norm == LOCAL)
+    synced = max(run.accuracies[-1] for run in runs if run.task.norm != LOCAL)
+    return f"Synchronising: {percent(synced)} instead of {percent(local)} of the test images right."

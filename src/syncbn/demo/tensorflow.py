@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from syncbn.demo import OnStep, Run, Settings
+from syncbn.demo import Run, Task, Watch
 from syncbn.demo.data import Digits, digits
-from syncbn.demo.model import NORMS, network
+from syncbn.demo.model import LAYERS, network
 
 LEARNING_RATE = 0.02
 
 
-def train(settings: Settings, on_step: OnStep) -> list[Run]:
-    """The three runs, one after the other, under one strategy: a second one would break TensorFlow's collectives."""
+def train(replicas: int, tasks: Sequence[Task], watch: Watch) -> Iterator[Run]:
+    """The runs, one after the other, under one strategy: a second one would break TensorFlow's collectives."""
     tf.get_logger().setLevel("ERROR")
-    strategy, images = _strategy(settings.replicas), digits()
-    return [_run(name, settings, strategy, images, on_step) for name in NORMS]
+    strategy, images = _strategy(replicas), digits()
+    for task in tasks:
+        yield _run(task, strategy, images, watch)
 
 
 def _strategy(replicas: int) -> tf.distribute.MirroredStrategy:
@@ -36,61 +39,60 @@ def _strategy(replicas: int) -> tf.distribute.MirroredStrategy:
     return tf.distribute.MirroredStrategy([f"/cpu:{i}" for i in range(replicas)])
 
 
-def _run(name: str, settings: Settings, strategy: Any, images: Digits, on_step: OnStep) -> Run:
-    keras.utils.set_random_seed(settings.seed)
+def _run(task: Task, strategy: Any, images: Digits, watch: Watch) -> Run:
+    keras.utils.set_random_seed(task.seed)
     with strategy.scope():
-        model = network(NORMS[name])
+        model = network(LAYERS[task.norm])
         model.compile(
             keras.optimizers.SGD(LEARNING_RATE, momentum=0.9),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
         )
-    output_off, gradient_off = _off_from_one_replica(name, settings, strategy, model, images)
-    size = settings.batch * strategy.num_replicas_in_sync
-    # Keras's unsynchronised layer becomes NaN where a replica is empty, so the last, incomplete batch is dropped.
+    off = _off_from_one_replica(task, strategy, model, images) if task.compare else ()
     data = tf.data.Dataset.from_tensor_slices((images.train_images, images.train_labels))
-    data = data.shuffle(len(images.train_images), seed=settings.seed).batch(size, drop_remainder=True)
-    clock = _Clock(name, settings.epochs * len(data), on_step)
+    # Keras's unsynchronised layer becomes NaN where a replica is empty, so the last, incomplete batch is dropped.
+    data = data.shuffle(len(images.train_images), seed=task.seed)
+    data = data.batch(task.batch * strategy.num_replicas_in_sync, drop_remainder=True).repeat()
+    clock = _Clock(task, watch)
     test = tf.data.Dataset.from_tensor_slices((images.test_images, images.test_labels)).batch(120)
-    history = model.fit(data, epochs=settings.epochs, validation_data=test, callbacks=[clock], shuffle=False, verbose=0).history
-    return Run(
-        name, history["val_accuracy"], clock.seconds_per_step(), _statistics_apart(strategy, model), output_off, gradient_off
-    )
+    given: dict[str, Any] = {"epochs": task.epochs, "steps_per_epoch": task.steps, "shuffle": False, "verbose": 0}
+    history = model.fit(data, validation_data=test, callbacks=[clock], **given).history
+    return Run(task, history["val_accuracy"], clock.seconds_per_step(), _statistics_apart(strategy, model), *off)
 
 
 class _Clock(keras.callbacks.Callback):
-    """Reports every step, and times those after the first epoch, or, where there is no second, after the first step."""
+    """Reports every step and epoch, and times the steps. The first one is left out: it compiles."""
 
-    def __init__(self, name: str, steps: int, on_step: OnStep):
+    def __init__(self, task: Task, watch: Watch):
         super().__init__()
-        self.name, self.steps, self.on_step = name, steps, on_step
-        self.done, self.started, self.seconds = 0, 0.0, []  # type: int, float, list[float]
+        self.task, self.watch = task, watch
+        self.started, self.seconds = 0.0, []  # type: float, list[float]
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self.started = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.seconds.append(time.perf_counter() - self.started)
-        self.done += 1
-        self.on_step(self.name, self.done, self.steps)
+        self.watch.step(self.task)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.watch.epoch(self.task, epoch + 1, logs["val_accuracy"])
 
     def seconds_per_step(self) -> float:
         return float(np.median(self.seconds[1:] or self.seconds))
 
 
-def _off_from_one_replica(
-    name: str, settings: Settings, strategy: Any, model: keras.Model, images: Digits
-) -> tuple[float, float]:
+def _off_from_one_replica(task: Task, strategy: Any, model: keras.Model, images: Digits) -> tuple[float, float]:
     """How far the first batch norm's output and input gradient are from those of one replica with the whole batch."""
     convolution, norm = model.layers[0], model.layers[1]
     replicas = strategy.num_replicas_in_sync
-    x = np.asarray(convolution(images.train_images[: replicas * settings.batch]))
-    dy = np.random.default_rng(settings.seed).normal(size=x.shape).astype("float32")
+    x = np.asarray(convolution(images.train_images[: replicas * task.batch]))
+    dy = np.random.default_rng(task.seed).normal(size=x.shape).astype("float32")
     with strategy.scope():
-        layer = NORMS[name]()
+        layer = LAYERS[task.norm]()
         layer.build(x.shape)
         layer.set_weights(norm.get_weights())
-    alone = NORMS[name]()
+    alone = LAYERS[task.norm]()
     alone.build(x.shape)
     alone.set_weights(norm.get_weights())
 
@@ -101,7 +103,7 @@ def _off_from_one_replica(
         return y, tape.gradient(y, x, dy)
 
     def share(context: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        part = slice(context.replica_id_in_sync_group * settings.batch, (context.replica_id_in_sync_group + 1) * settings.batch)
+        part = slice(context.replica_id_in_sync_group * task.batch, (context.replica_id_in_sync_group + 1) * task.batch)
         return tf.constant(x[part]), tf.constant(dy[part])
 
     shares = strategy.experimental_distribute_values_from_function(share)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +11,13 @@ import numpy as np
 from jax import lax
 
 from syncbn import validation
-from syncbn.groups import Axes, Group
-from syncbn.jax._private import varying_axes
+from syncbn.groups import Axes, Group, Sharded
+from syncbn.jax._private import gather_invariant, to_varying, varying_axes
 
 # Above this many replicas gathering every replica's moments would cost more than two sums.
 GATHERED_REPLICAS = 64
+# The mapped axes of which a warning has told.
+warned_of: set[tuple[str, ...]] = set()
 
 
 class Replicas(NamedTuple):
@@ -55,7 +58,7 @@ class Replicas(NamedTuple):
         if self.local:
             return v[None]
         if self.checked:
-            return lax.all_gather(v, self.names, to="invarying")
+            return gather_invariant(v, self.names)
         if set(self.names) <= set(manual_axes()):
             return lax.all_gather(v, self.names)
         # vmap gathers along one axis at a time, and its axes are not typed.
@@ -101,12 +104,20 @@ def replicas_of(group: Group) -> Replicas:
     """The replicas that `group` names. Raises where an axis is not mapped here."""
     if not isinstance(group, Axes):
         return Replicas()
+    if not group.names:
+        if group.groups is not None:
+            raise ValueError(
+                "`group_size` must not come with axis_name=(), which keeps the statistics local. Received: "
+                f"group_size={group.groups}, axis_name=(). Name the axis, or leave `group_size` None."
+            )
+        return Replicas()
     mesh = manual_axes()
     for name in group.names:
         if not _bound(name):
             raise ValueError(
                 f"`axis_name` must name an axis that is mapped where the layer trains. Received: {name!r}, where the mapped axes "
-                f"of a mesh are {sorted(mesh)}. Call inside jax.shard_map, pmap or vmap(axis_name={name!r}), or drop `axis_name`."
+                f"of a mesh are {sorted(mesh)}. Call inside jax.shard_map, pmap or vmap(axis_name={name!r}). Give axis_name=() "
+                "where no axis is mapped, as in the `init` of Flax and Haiku."
             )
     of_mesh = [name for name in group.names if name in mesh]
     if of_mesh and len(of_mesh) < len(group.names):
@@ -146,6 +157,28 @@ def manual_axes() -> tuple[str, ...]:
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def unnamed_axes(x: jax.Array) -> tuple[str, ...]:
+    """The mesh axes that are mapped here and along which x may differ. Axes of vmap, which may map anything, are not asked."""
+    mesh = jax.sharding.get_abstract_mesh()
+    mapped = [name for name in mesh.manual_axes if mesh.shape[name] > 1]
+    checked = any(varying_axes(lax.axis_index(name)) for name in mapped)
+    varying = varying_axes(x)
+    return tuple(name for name in mapped if name in varying or not checked)
+
+
+def warn_of_unnamed(names: tuple[str, ...], layer: str | None) -> None:
+    """Warns, once a process, that the devices along these axes train without each other's statistics."""
+    if names in warned_of:
+        return
+    warned_of.add(names)
+    warnings.warn(
+        f"{layer or 'sync_batch_norm'} trains inside a map over mesh axes, and none is named: each device's statistics are "
+        f"local. Received: axis_name=None, where the mapped axes are {list(names)}. Give `axis_name` the axis along which the "
+        "batch is divided; jax.pmap takes an `axis_name` too. Give axis_name=() where local statistics are meant.",
+        stacklevel=3,
+    )
+
+
 def is_local(x: jax.Array) -> bool:
     """Whether one device holds all of x: mapped along all axes of a mesh, or in a program of one device."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -161,6 +194,20 @@ def on_one_device(x: jax.Array) -> bool:
     return len(x.sharding.device_set) == 1
 
 
+def may_be_divided(x: jax.Array, sharded: Sharded) -> bool:
+    """Whether axis 0 of a global array may be the batch that a mesh divides: unless its size or its layout tells otherwise.
+
+    A traced array's layout is not known, nor one that is on one device or copied to all.
+    """
+    if x.shape[0] % sharded.mesh.shape[sharded.batch]:
+        return False
+    layout = None if isinstance(x, jax.core.Tracer) else x.sharding
+    if not isinstance(layout, jax.sharding.NamedSharding):
+        return True
+    along = [names if isinstance(names, tuple) else (names,) for names in layout.spec]
+    return not any(sharded.batch in names for names in along[1:])
+
+
 def _bound(name: str) -> bool:
     try:
         lax.axis_size(name)
@@ -172,4 +219,4 @@ def _bound(name: str) -> bool:
 def vary(v: jax.Array, axes: frozenset[str]) -> jax.Array:
     """v, typed as varying along these axes too. The transpose sums the gradient of v over them."""
     more = tuple(sorted(axes - varying_axes(v)))
-    return lax.pcast(v, more, to="varying") if more else v
+    return to_varying(v, more) if more else v

@@ -21,18 +21,20 @@ from syncbn.contract import (
     Operators,
     check_variables,
     default_train_step,
+    ensure_channels,
     materialize,
     record_or_replay,
     should_update_statistics,
 )
-from syncbn.groups import Activation, Axes, Group, Sharded
+from syncbn.groups import Activation, Axes, Group, Local, Sharded
 from syncbn.jax import mapped
-from syncbn.jax.axes import Replicas, manual_axes, on_one_device, replicas_of
+from syncbn.jax.axes import Replicas, manual_axes, may_be_divided, on_one_device, replicas_of, unnamed_axes, warn_of_unnamed
 from syncbn.jax.mapped import arithmetic_dtype
 
 __all__ = [
     "arithmetic_dtype",
     "check_variables",
+    "ensure_channels",
     "materialize",
     "moments",
     "normalize",
@@ -61,7 +63,12 @@ def moments(
     x = jnp.asarray(x)
     sharded = _sharded(x, axes, group)
     if sharded is None:
-        return mapped.moments(x, axes, mask, _replicas(x, group))
+        replicas = _replicas(x, group)
+        if not isinstance(group, Axes | Local) and not replicas.names and (unnamed := unnamed_axes(x)):
+            warn_of_unnamed(unnamed, layer)
+        measured = mapped.moments(x, axes, mask, replicas)
+        # The partitioner's sums are of all replicas, so all skip a step that is not finite.
+        return measured._replace(replicas=_of_distribution(group)) if replicas.local else measured
     n, mean, variance, average = _moments_sharded(x, mask, axes, sharded)
     return Moments(n, mean, variance, sharded.mesh.shape[sharded.batch], average)
 
@@ -114,7 +121,7 @@ def _moments_sharded(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]
 
     def local(x: jax.Array, mask: jax.Array | None) -> Any:
         n, mean, variance, _, average = mapped.moments(x, axes, mask, replicas_of(specs.axes))
-        # One count per channel: the message holds a device's own channels, and is typed as varying with them.
+        # One count per channel, which tells the layer's update that the mesh may divide the channels.
         own = jnp.broadcast_to(n, variance.shape), mean, variance
         if average is None:
             return own, None
@@ -186,28 +193,34 @@ def _sharded(x: jax.Array, axes: tuple[int, ...], group: Group) -> Sharded | Non
     """The mesh over which a `shard_map` is to be opened, or None."""
     if not isinstance(group, Sharded) or manual_axes() or 0 in axes:
         return None
-    replicas = group.mesh.shape[group.batch]
-    if group.mesh.size == 1:
+    size = _group_size(group)
+    if group.mesh.size == 1 or not may_be_divided(x, group):
         return None
-    if x.shape[0] % replicas:
-        raise ValueError(
-            "The batch must be divisible by the number of replicas that the distribution has. Received: a batch of "
-            f"{x.shape[0]} for {replicas} replicas. Drop the remainder, or pad the batch and mask the padding."
-        )
-    size = None if validation.number_of_groups(replicas, group.size) == 1 else group.size
     return group._replace(size=size)
+
+
+def _of_distribution(group: Group) -> int:
+    """How many replicas share a global array that no `shard_map` has divided."""
+    return group.mesh.shape[group.batch] if isinstance(group, Sharded) and not manual_axes() else 1
+
+
+def _group_size(group: Sharded) -> int | None:
+    """`group_size`, checked; None where it makes one group."""
+    return None if validation.number_of_groups(group.mesh.shape[group.batch], group.size) == 1 else group.size
 
 
 def _replicas(x: jax.Array, group: Group) -> Replicas:
     """The replicas of the mapped form."""
+    several = isinstance(group, Sharded) and group.mesh.size > 1
     if isinstance(group, Sharded):
         if group.batch in manual_axes():
             return replicas_of(Axes((group.batch,), group.size))
-        group = group.size
-    if isinstance(group, int) and not on_one_device(x):
+        group = _group_size(group)
+    if isinstance(group, int) and (several or not on_one_device(x)):
         raise ValueError(
             "`group_size` must come with a way to tell the replicas that train. That is `axis_name`, or a keras.distribution "
-            f"whose batch axis is not a channel axis. Received: group_size={group} without. Give `axis_name`, set a "
-            "distribution, or leave `group_size` None."
+            "that divides axis 0 of the input, which must be the batch and no channel axis. Received: "
+            f"group_size={group} without, for an input of shape {x.shape}. Give `axis_name`, set a distribution, give a batch "
+            "that it divides, or leave `group_size` None."
         )
     return replicas_of(group)

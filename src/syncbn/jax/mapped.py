@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from syncbn import maths
 from syncbn.contract import Moments
-from syncbn.jax._private import varying_axes
+from syncbn.jax._private import equal_along, varying_axes
 from syncbn.jax.axes import Replicas, is_local, vary
 from syncbn.jax.xla import materialised, rounded, summed
 
@@ -70,10 +70,13 @@ def moments(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, replica
     x = materialised(lax.stop_gradient(vary(x, frozenset(replicas.names) if replicas.checked else frozenset())))
     n, k, r, m2 = _local_moments(x, Layout(axes, x.shape), mask, sampled)
     if replicas.gathered:
-        measured = _merge_gathered(replicas, n, k, r, m2, mask is None)
+        counts, *rest = _merge_gathered(replicas, n, k, r, m2, mask is None)
     else:
-        measured = _merge_by_two_sums(replicas, n, k, r, m2)
-    measured = checkpoint_name(measured, MOMENTS)
+        counts, *rest = _merge_by_two_sums(replicas, n, k, r, m2)
+    # A message has one type. So where a mesh axis cuts the channels, counts would be typed as varying along it.
+    counts = equal_along(counts, varying_axes(counts) - varying_axes(n))
+    # One by one: JAX before 0.7 names no tuple.
+    measured = tuple(checkpoint_name(v, MOMENTS) for v in (counts, *rest))
     average = None if replicas.table is None else _average(*measured)
     count, hi, lo, variance = (v[replicas.own_group()] for v in measured)
     return Moments(count[0], (hi, lo), variance, replicas.size, average)
@@ -271,7 +274,9 @@ def _attach_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Measured, Meas
     rest = (x.astype(dx.dtype) - layout.spread(measured.hi)) - layout.spread(attached.lo)
     own, _ = plan.replicas.sums(jnp.concatenate([layout.sum(dx), 2 * layout.sum(rest * dx)]))
     dmean, dvariance = (v / jnp.maximum(measured.n, 1) for v in jnp.split(own, 2))
-    return attached, Measured(jnp.zeros_like(measured.n), jnp.zeros_like(measured.hi), dmean, dvariance)
+    found = Measured(jnp.zeros_like(measured.n), jnp.zeros_like(measured.hi), dmean, dvariance)
+    # JAX before 0.7 wants the very type of each moment, which varies more in a second derivative.
+    return attached, Measured(*(vary(t, varying_axes(v)) for t, v in zip(found, attached, strict=True)))
 
 
 def _where(mask: jax.Array | None, v: jax.Array) -> jax.Array:

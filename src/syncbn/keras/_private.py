@@ -83,8 +83,20 @@ def producer(tensor: Any) -> Any:
 
 
 def remat_mode(layer: Any) -> Any:
-    """The keras.RematScope in which a layer was made, or None. No public name tells it."""
-    return _member(layer, "_remat_mode")
+    """The keras.RematScope in which a layer was made, or None. No public name tells it. Keras 3.8 has no such scope."""
+    return _member(layer, "_remat_mode") if hasattr(keras, "RematScope") else None
+
+
+def has_renorm() -> bool:
+    """Whether Keras's own batch norm knows renorm, which came with 3.14."""
+    return "renorm" in inspect.signature(keras.layers.BatchNormalization.__init__).parameters
+
+
+def backend_mesh(mesh: Any) -> Any:
+    """JAX's mesh of a Keras `DeviceMesh`, which older versions of Keras do not hold."""
+    if hasattr(mesh, "backend_mesh"):
+        return mesh.backend_mesh
+    return _find("keras.src.backend.jax.distribution_lib", "_to_jax_mesh")(mesh)
 
 
 @contextlib.contextmanager
@@ -113,6 +125,6 @@ def change_class(layer: Any, cls: type) -> None:
             layer.__class__ = cls
             return
     raise RuntimeError(
-        "A layer changes its class only where Keras wraps its `build` as versions 3.14 and 3.15 do. Received: the layer "
+        "A layer changes its class only where Keras wraps its `build` as versions 3.8 to 3.15 do. Received: the layer "
         f"{layer.name} of Keras {keras.__version__}, wrapped in another way. Install Keras 3.15, or set no `build` on the layer."
     )

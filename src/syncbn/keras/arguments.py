@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
 import keras
+
+from syncbn import settings, validation
 
 # What a Keras layer takes besides our own arguments.
 KERAS_KEYWORDS = frozenset({"activity_regularizer", "autocast", "dtype", "input_dim", "input_shape"})
@@ -25,6 +29,18 @@ def check_momentum(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_numbers(path: str, layer: Any) -> None:
+    """Raises where a layer of Keras's has a number that the constructor refuses: a saved model could not be loaded."""
+    try:
+        validation.check_epsilon(layer.epsilon)
+        for name in ("momentum", "renorm_momentum"):
+            check_momentum(name, getattr(layer, name))
+    except ValueError as error:
+        # The constructor's text, which has what was received and the mend.
+        text = f"The layer {path!r} cannot be converted, and no layer was: {error}"
+        raise ValueError(text) from None
+
+
 def check_keywords(owner: str, received: dict[str, Any]) -> dict[str, Any]:
     """The keywords that the Keras base class may see."""
     received = dict(received)
@@ -40,10 +56,29 @@ def check_keywords(owner: str, received: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(received) - KERAS_KEYWORDS)
     if unknown:
         raise ValueError(
-            f"{owner} takes no other keywords than its own and {sorted(KERAS_KEYWORDS)}. Received: {unknown}. Drop or rename "
-            "them."
+            f"{owner} takes no other keywords than its own and {sorted(KERAS_KEYWORDS)}. Received: {unknown}. "
+            f"{validation.renamed(unknown)}"
         )
     return received
+
+
+USE_KERAS_3 = "Unset TF_USE_LEGACY_KERAS, and build the model with `import keras`. syncbn.load_legacy reads files of tf_keras."
+
+
+def warn_of_legacy_keras() -> None:
+    """Warns where `tf.keras` is Keras 2, whose models take no layer of Keras 3."""
+    if settings.legacy_keras():
+        warnings.warn(
+            "SyncBatchNormalization is a layer of Keras 3, which models of tf_keras do not take. Received: "
+            f"TF_USE_LEGACY_KERAS, which makes tf_keras of tf.keras. {USE_KERAS_3}",
+            stacklevel=3,
+        )
+
+
+def described(layer: Any) -> str:
+    """A layer's `repr`. Where tf_keras is imported it says what tf_keras's error, which quotes it, does not."""
+    note = f": a layer of Keras 3, which tf_keras does not take. {USE_KERAS_3}" if "tf_keras" in sys.modules else ""
+    return f"<{type(layer).__qualname__.rpartition('.')[2]} name={layer.name}, built={layer.built}{note}>"
 
 
 def check_training(value: Any) -> bool:
@@ -66,18 +101,14 @@ def check_input_shape(shape: Sequence[int | None], built: Sequence[int | None], 
         )
 
 
-def check_adjustment_shape(
-    name: str, shape: Sequence[int | None], input_shape: Sequence[int | None], axes: tuple[int, ...]
-) -> None:
-    """Raises where a result of `adjustment` is neither one value, nor one a channel."""
-    channels = [input_shape[a] for a in axes]
-    broad = [size if i in axes else 1 for i, size in enumerate(input_shape)]
-    per_channel = len(axes) == 1 and len(shape) == 1 and shape[0] in (None, channels[0])
-    with_ones = len(shape) == len(broad) and all(s in (None, b) for s, b in zip(shape, broad, strict=True))
-    if len(shape) and not per_channel and not with_ones:
+def check_adjustment_shape(name: str, shape: Sequence[int | None], input_shape: Sequence[int | None], per_channel: bool) -> None:
+    """Raises where a result of `adjustment` does not broadcast to the input. per_channel: it is [C], on any channel axis."""
+    from_last = zip(reversed(tuple(shape)), reversed(tuple(input_shape)), strict=False)
+    fits = len(shape) <= len(input_shape) and all(n is None or s in (None, 1, n) for s, n in from_last)
+    if not (fits or per_channel):
         raise ValueError(
-            f"`adjustment` must return (scale, bias), each a scalar, of shape {channels} where there is one channel axis, or of "
-            f"shape {broad}. Received: {name} of shape {tuple(shape)} for an input of shape {tuple(input_shape)}. Reshape it."
+            "`adjustment` must return (scale, bias), each of a shape that broadcasts to the input's, or one value per channel. "
+            f"Received: {name} of shape {tuple(shape)} for an input of shape {tuple(input_shape)}. Reshape it."
         )
 
 
@@ -85,6 +116,6 @@ def check_registered(name: str, value: Any, registered: Any) -> None:
     """Raises where a file could not bring a callable back."""
     if keras.saving.get_registered_object(keras.saving.get_registered_name(registered)) is not registered:
         raise ValueError(
-            f"`{name}` can only be saved where it is registered with Keras. Received: {value!r}. Decorate the function, or its "
-            "class with `get_config`, with @keras.saving.register_keras_serializable()."
+            f"`{name}` can only be saved or cloned where it is registered with Keras. Received: {value!r}. Decorate the "
+            "function, or its class with `get_config`, with @keras.saving.register_keras_serializable()."
         )

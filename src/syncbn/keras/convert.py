@@ -10,8 +10,17 @@ from typing import Any
 import keras
 from keras import activations, layers, ops
 
-from syncbn.class_swap import check_all_known, check_revertible, known_ancestor, qualified, warn_if_none, why_unknown
-from syncbn.keras import _private
+from syncbn.class_swap import (
+    check_all_known,
+    check_revertible,
+    known_ancestor,
+    qualified,
+    warn_if_none,
+    warn_if_rebuilt,
+    why_unknown,
+)
+from syncbn.keras import _private, converted
+from syncbn.keras import arguments as arguments_of_layers
 from syncbn.keras.layer import SyncBatchNormalization
 from syncbn.validation import check_group_size
 
@@ -28,6 +37,10 @@ class Before:
     cls: type
     attributes: dict[str, Any]
 
+    def has_renorm(self) -> bool:
+        """Whether the layer had renorm on. Keras before 3.14 has no such attribute."""
+        return self.attributes["renorm"] is not ABSENT and bool(self.attributes["renorm"])
+
 
 def convert(model: Any, arguments: dict[str, Any], filter: Filter, on_unknown: str) -> Any:
     """See `syncbn.convert`."""
@@ -43,6 +56,7 @@ def convert(model: Any, arguments: dict[str, Any], filter: Filter, on_unknown: s
         if "call" in vars(layer) or not (ours or known_ancestor(type(layer), KNOWN)):
             unknown.append((name, why_unknown(layer, KNOWN, "call")))
         else:
+            arguments_of_layers.check_numbers(name, layer)
             chosen.append(layer)
     check_all_known(unknown, on_unknown)
     warn_if_none([*chosen, *unknown], "syncbn.convert", "batch norms", filter is not None)
@@ -56,6 +70,7 @@ def convert(model: Any, arguments: dict[str, Any], filter: Filter, on_unknown: s
         if arguments["renorm"] and not layer.renorm:
             _start_renorm(layer)
     _forget_traces(model)
+    warn_if_rebuilt(_rebuilt(model) if chosen else [])
     return model
 
 
@@ -77,14 +92,40 @@ def _batch_norms(model: Any, filter: Filter) -> list[tuple[str, Any]]:
     return [(name, layer) for name, layer in found if filter is None or filter(name, layer)]
 
 
+def _rebuilt(model: Any) -> list[str]:
+    """The classes in a model whose configurations hold none of our layers, though their objects do: a file makes plain ones."""
+    found = []
+    for part in _private.flatten_layers(model):
+        if _is_saved_by_its_class(part) and any(
+            isinstance(inner, SyncBatchNormalization) for inner in _private.flatten_layers(part)
+        ):
+            with contextlib.suppress(Exception):  # a configuration that cannot be made cannot be saved either
+                if "syncbn>" not in repr(keras.saving.serialize_keras_object(part)["config"]):
+                    found.append(qualified(type(part)))
+    return sorted(set(found))
+
+
+def _is_saved_by_its_class(part: Any) -> bool:
+    """Whether somebody made a class of layers to be saved: it is registered, or has a `get_config`. Keras's own are known."""
+    cls = type(part)
+    if _is_of_keras(cls) or isinstance(part, SyncBatchNormalization):
+        return False
+    owner = next(c for c in cls.__mro__ if "get_config" in vars(c))
+    return not _is_of_keras(owner) or keras.saving.get_registered_name(cls) != cls.__name__
+
+
+def _is_of_keras(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "keras"
+
+
 def _synchronise(layer: Any, pattern: dict[str, Any]) -> None:
     """Sets the attributes that Keras's layer lacks, or has in another form, then the class."""
     attributes = vars(layer)
     given = {key: v for key, v in pattern.items() if key not in attributes}
     saved = {key: attributes.get(key, ABSENT) for key in (*given, "renorm", "renorm_clipping", "supports_jit")}
-    clipping = attributes.pop("renorm_clipping")  # a property of our class
+    clipping = attributes.pop("renorm_clipping", None)  # a property of our class
     attributes.update(given, _before=Before(type(layer), saved))
-    _private.change_class(layer, SyncBatchNormalization)
+    _private.change_class(layer, converted.class_named(type(layer).__name__))
     layer.renorm_clipping = clipping if layer.renorm else None
     if layer.built:
         shape = [None] * layer.input_spec.ndim
@@ -112,6 +153,7 @@ def _as_if_converted(layer: Any) -> Before:
     """The Keras layer from which a layer that no conversion made would have been converted."""
     ours, keras_own = vars(SyncBatchNormalization(name=layer.name)), vars(layers.BatchNormalization(name=layer.name))
     same = {"renorm": layer.renorm, "renorm_clipping": layer.renorm_clipping, "supports_jit": True}
+    same = {key: value if key in keras_own else ABSENT for key, value in same.items()}
     return Before(layers.BatchNormalization, {**{key: ABSENT for key in ours if key not in keras_own}, **same})
 
 
@@ -135,7 +177,7 @@ def _restore(layer: Any) -> None:
     """Sets the attributes and the class from before the conversion; without one, those of a `BatchNormalization`."""
     attributes = vars(layer)
     before = attributes.pop("_before", None) or _as_if_converted(layer)
-    if layer.built and layer.renorm and not before.attributes["renorm"]:
+    if layer.built and layer.renorm and not before.has_renorm():
         for name in RENORM_STATISTICS:
             _private.untrack_variable(layer, attributes[name])
     shape = attributes.pop("_built_for", None)
@@ -143,7 +185,7 @@ def _restore(layer: Any) -> None:
     for key, value in before.attributes.items():
         if value is not ABSENT:
             attributes[key] = value
-        elif not (before.attributes["renorm"] and key in RENORM_STATISTICS):
+        elif not (before.has_renorm() and key in RENORM_STATISTICS):
             attributes.pop(key, None)
     _private.change_class(layer, before.cls)
     if shape is not None:
@@ -155,7 +197,7 @@ def _restore(layer: Any) -> None:
 
 def _beyond_keras(layer: Any) -> str | None:
     """What a synchronised layer does that Keras's cannot, or None."""
-    if type(layer) is not SyncBatchNormalization:
+    if not converted.is_exactly_ours(layer):
         return f"a {qualified(type(layer))}"
     if isinstance(layer.axis, tuple):
         return f"axis={list(layer.axis)}"
@@ -163,6 +205,8 @@ def _beyond_keras(layer: Any) -> str | None:
         return "adjustment"
     if layer.activation is not activations.linear:
         return f"activation={activations.serialize(layer.activation)!r}"
+    if layer.renorm and "_before" not in vars(layer) and not _private.has_renorm():
+        return f"renorm=True, which Keras {keras.__version__} does not know: Keras 3.14 and later do"
     bounds = (layer.renorm_clipping or {}).values()
     return "renorm_clipping that is no number" if any(not isinstance(v, int | float | None) for v in bounds) else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import h5py
 # What a file is.
 KERAS_2_MODEL, KERAS_2_WEIGHTS = "an HDF5 file of a whole model", "an HDF5 file of weights alone"
 KERAS_3_WEIGHTS, ARCHIVE = "a `.weights.h5` file, of weights alone", "a `.keras` file"
+TORCH = "a file of PyTorch"
 SAVED_MODEL, CHECKPOINT = "a SavedModel", "a TensorFlow checkpoint, of weights alone"
 
 
@@ -73,9 +75,14 @@ def _latest(state: Path) -> Path:
 
 def _kind_of_file(path: Path) -> str | None:
     with path.open("rb") as file:
-        start = file.read(4)
-    if start == b"PK\x03\x04":
-        return ARCHIVE
+        start = file.read(9)
+    if start.startswith(b"PK\x03\x04"):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        return TORCH if any(name.endswith("/data.pkl") for name in names) else ARCHIVE
+    # torch.save before version 1.6 pickled; safetensors begin with the length of their header, which is JSON.
+    if start.startswith(b"\x80\x02") or (start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size):
+        return TORCH
     if not h5py.is_hdf5(path):
         return None
     with h5py.File(path, "r") as file:
@@ -92,4 +99,12 @@ def no_tensorflow(path: Any, kind: str) -> ImportError:
     return ImportError(
         f"TensorFlow reads checkpoints and SavedModels. Received: {path}, {kind}, but `tensorflow` is not installed. Run "
         'pip install "syncbn[tensorflow]", or write a `.h5` where TensorFlow is installed.'
+    )
+
+
+def of_torch(function: str, path: Any) -> FileError:
+    """What torch.save, or safetensors, wrote."""
+    return FileError(
+        f"{function} reads files of Keras and TensorFlow. Received: {path}, a file of PyTorch, whose layouts are others. "
+        "Load it into the torch module with load_state_dict. For a Keras model write its arrays with layer.set_weights."
     )

@@ -10,7 +10,7 @@ from keras import activations, layers, ops
 
 from syncbn.class_swap import known_ancestor
 from syncbn.keras import _private
-from syncbn.keras.layer import SyncBatchNormalization
+from syncbn.keras.converted import is_exactly_ours
 
 # Layers by the axis on which their kernels have the output channels.
 LAST = (layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D)
@@ -94,9 +94,7 @@ def _fits(layer: Any, norm: Any) -> bool:
     """Whether the batch norm has the layer's channels, and the behaviour of both is known."""
     if type(layer) not in BEFORE or layer.activation is not activations.linear:
         return False
-    if not isinstance(norm, SyncBatchNormalization) and known_ancestor(type(norm), (layers.BatchNormalization,)) is None:
-        return False
-    if type(norm) is not SyncBatchNormalization and isinstance(norm, SyncBatchNormalization):
+    if not is_exactly_ours(norm) and known_ancestor(type(norm), (layers.BatchNormalization,)) is None:
         return False
     if isinstance(norm.axis, tuple) or "call" in vars(norm) or "call" in vars(layer) or not (layer.built and norm.built):
         return False

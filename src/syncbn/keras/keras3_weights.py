@@ -13,6 +13,7 @@ from keras import layers, ops
 
 from syncbn.keras import _private, hdf5
 from syncbn.keras.files import UnreadableError
+from syncbn.keras.layer import SyncBatchNormalization
 from syncbn.keras.matching import do_not_fit, fits, number, numbers
 
 # TensorFlow 2.12's name for the list `layers`; numbers have gaps there.
@@ -84,7 +85,9 @@ def _child(held: Any, key: str, keys: Mapping[str, Any], parent: str) -> Any:
         return getattr(held, "layers" if key == OLD_LAYERS else key, None)
     kind, place = _number(key)
     kinds = {_number(other)[0] for other in keys}
-    alike = [item for item in held if _is_a(item, kind, kinds)]
+    # Version 0.1.0 wrote a converted layer under our class's key, so that in its files the plain key does not count one.
+    apart = {PLAIN, OURS} <= kinds and OURS not in map(_kind, held)
+    alike = [item for item in held if _is_a(item, kind, kinds, apart)]
     if parent.endswith(OLD_LAYERS):
         alike = [item for item in alike if getattr(item, "weights", ())]
         place = sorted(_number(other) for other in keys if _number(other)[0] == kind).index((kind, place))
@@ -96,8 +99,10 @@ def _number(key: str) -> tuple[str, int]:
     return kind.replace("_", ""), place
 
 
-def _is_a(item: Any, kind: str, kinds: set[str]) -> bool:
+def _is_a(item: Any, kind: str, kinds: set[str], apart: bool) -> bool:
     """Whether keys of this kind count an item. One kind of batch norm stands for the other, unless both are in the list."""
+    if apart and isinstance(item, SyncBatchNormalization):
+        return kind == OURS
     if _kind(item) == kind or not isinstance(item, layers.BatchNormalization):
         return _kind(item) == kind
     return kind in (PLAIN, OURS) and not {PLAIN, OURS} <= kinds and _kind(item) not in kinds

@@ -12,7 +12,8 @@ from keras import activations, ops
 from syncbn import maths, validation
 from syncbn.contract import Moments, Operators, Statistics, are_usable, updated
 from syncbn.groups import LOCAL, Activation, Group, group_of_arguments
-from syncbn.keras import _private, arguments, backend, distribution
+from syncbn.keras import _private, arguments, backend, distribution, dtypes, variables
+from syncbn.keras.adjustment import Adjustment
 
 # Those that engines apply themselves, with Keras's slope; any other runs after them.
 FUSED_ACTIVATIONS = {
@@ -38,16 +39,16 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     masked, on every replica leaves the moving statistics as they were; so do, with more than one replica, statistics that are
     not finite. Where there is one replica, or no strategy, this is `keras.layers.BatchNormalization`.
 
-    Call arguments: inputs, of any rank from 2 up and any float dtype; training, a Python bool or None; mask, of the inputs'
+    Call arguments: inputs, of any rank from 2 up and any real dtype; training, a Python bool or None; mask, of the inputs'
     shape without the channel axes (or 1 there), each other axis full or 1, True where a value counts. A masked element enters
-    no statistic but is normalised like any other; where it is not finite it is read as 0. The output has the inputs' shape, and
-    the dtype of the layer's dtype policy.
+    no statistic but is normalised like any other; where it is not finite it is read as 0. Integers and bools are cast to the
+    compute dtype, or to float32 where that is narrower. The output has the inputs' shape, and the dtype of the layer's policy.
 
     Args:
-        axis: the channel axis (int), or several (list). Parameters are [C] for one, and shaped like the input with 1 in the
-            reduced axes for several.
+        axis: the channel axis (int), or several (list). Parameters are [C] for one axis, also in a list, and shaped like the
+            input with 1 in the reduced axes for several.
         momentum: weight of the old value in the moving averages, in [0, 1].
-        epsilon: added to the variance; positive.
+        epsilon: added to the variance; 0 or more.
         center, scale: whether there is a beta, a gamma.
         beta_initializer, gamma_initializer, moving_mean_initializer, moving_variance_initializer: Keras initializers.
         beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint: Keras regularizers and constraints.
@@ -57,20 +58,22 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             number, a scalar tensor or variable (saved as its value), or a callable without arguments that returns one.
         renorm_momentum: momentum of renorm_mean and renorm_stddev, in [0, 1].
         trainable: if False, the layer always runs in inference mode.
-        adjustment: callable that takes the input's shape (tuple; scalar tensors where unknown) and returns (scale, bias), each
-            a scalar, [C], or of the input's rank with 1 outside the channel axes; in training only,
-            y = ((x_hat·r + d)·scale + bias)·gamma + beta. Each replica draws its own.
+        adjustment: callable that takes the input's shape (tuple; scalar tensors where unknown) and returns (scale, bias). In
+            training only, y = ((x_hat·r + d)·scale + bias)·gamma + beta. Each of the two has any shape that broadcasts to the
+            input's, or [C]: one value per channel, on whichever axis they are. Each replica draws its own. What is constant
+            outside the channel axes costs nothing; anything else takes another pass over memory.
         name: the layer's name.
         group_size: synchronise among consecutive groups of that many replicas; must divide their number. The moving
             statistics are then the average over groups, weighted by count.
         axis_name: on JAX, the mapped axis, or a tuple of them, over which the replicas meet: the name that `jax.shard_map`,
-            `pmap` or `vmap` has for it. It wins over a `keras.distribution`; without either the layer is local there.
+            `pmap` or `vmap` has for it. It wins over a `keras.distribution`. Without either the layer is local there, and
+            warns; () says that this is meant.
         activation: anything that `keras.activations.get` takes, applied last.
         **kwargs: `dtype`, `autocast`, `activity_regularizer`, `input_shape`, `input_dim`, as in every Keras layer;
             `synchronized=True` is accepted and dropped.
 
     Raises:
-        TypeError: an axis that is no integer; inputs that are not floats; `training` not known when the layer is called.
+        TypeError: an axis that is no integer; complex inputs; `training` not known when the layer is called.
         ValueError: any other argument, or shape, that does not fit.
         RuntimeError: training in cross-replica context, or under ParameterServerStrategy.
 
@@ -115,6 +118,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         activation: Any = None,
         **kwargs: Any,
     ):
+        arguments.warn_of_legacy_keras()
         # The base class takes one integer axis and numbers to clip with: it gets none of ours.
         super().__init__(
             momentum=arguments.check_momentum("momentum", momentum),
@@ -129,14 +133,15 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             gamma_regularizer=gamma_regularizer,
             beta_constraint=beta_constraint,
             gamma_constraint=gamma_constraint,
-            renorm_momentum=arguments.check_momentum("renorm_momentum", renorm_momentum),
             trainable=trainable,
             name=name,
             **arguments.check_keywords(type(self).__name__, kwargs),
         )
         self.axis = validation.check_axis(axis)
+        # Set here, because Keras knows no renorm before 3.14.
         self.renorm = bool(renorm)
-        self._clipping = _Untracked(validation.check_renorm_clipping(renorm_clipping))
+        self.renorm_momentum = arguments.check_momentum("renorm_momentum", renorm_momentum)
+        self._clipping = variables.Untracked(validation.check_renorm_clipping(renorm_clipping))
         self.adjustment = adjustment
         self.group_size = validation.check_group_size(group_size)
         self.axis_name = validation.check_axis_name(axis_name)
@@ -145,6 +150,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         self.supports_jit = self._engine.supports_jit()
         self.moving_stddev = self.renorm_mean = self.renorm_stddev = None
 
+    __repr__ = arguments.described
+
     @property
     def renorm_clipping(self) -> dict[str, Any] | None:
         """The bounds of r and d, as they were given."""
@@ -152,7 +159,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
 
     @renorm_clipping.setter
     def renorm_clipping(self, value: dict[str, Any] | None) -> None:
-        self._clipping = _Untracked(validation.check_renorm_clipping(value))
+        self._clipping = variables.Untracked(validation.check_renorm_clipping(value))
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Makes the weights, in the order that saved models depend on."""
@@ -171,26 +178,36 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         self._built_for = tuple(input_shape)
         self.supports_jit = self._engine.supports_jit()
 
+    def load_own_variables(self, store: Any) -> None:
+        """Loads what `save_own_variables` stored. Version 0.1.0 gave weights the input's rank for a list of one axis."""
+        own: dict[str, Any] = {}
+        self.save_own_variables(own)
+        super().load_own_variables({key: variables.in_shape_of(own.get(key), store[key]) for key in store.keys()})  # noqa: SIM118
+
     def _add_renorm_statistics(self) -> None:
         self.moving_stddev = self._statistic("moving_stddev", self._initial_stddev)
-        self.renorm_mean = self._statistic("renorm_mean", _again(self.moving_mean_initializer))
+        self.renorm_mean = self._statistic("renorm_mean", variables.again(self.moving_mean_initializer))
         self.renorm_stddev = self._statistic("renorm_stddev", self._initial_stddev)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """The input's shape."""
-        validation.channel_axes(self.axis, input_shape)
+        if self.built:
+            arguments.check_input_shape(input_shape, self._built_for, self._channel_axes)
+        else:
+            validation.channel_axes(self.axis, input_shape)
         return input_shape
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         """Normalises; see the class."""
         training = arguments.check_training(training) and self.trainable
-        validation.check_float_dtype(keras.backend.standardize_dtype(inputs.dtype), keras.backend.is_float_dtype(inputs.dtype))
+        inputs = self._engine.ensure_channels(inputs, self._built_for, self._channel_axes)
         arguments.check_input_shape(inputs.shape, self._built_for, self._channel_axes)
+        inputs = ops.cast(inputs, dtypes.of_inputs(inputs.dtype, self.compute_dtype))
         mask = self._full_rank(mask, inputs.shape)
         if mask is not None:
             # Else a NaN in the padding would spread: NaN · 0 is NaN.
             inputs = ops.where(ops.logical_or(mask, ops.isfinite(inputs)), inputs, ops.zeros([], inputs.dtype))
-        gamma, beta = self._gamma_and_beta(_float32_or_wider(inputs.dtype))
+        gamma, beta = self._gamma_and_beta(dtypes.float32_or_wider(inputs.dtype))
         where = {"axes": self._channel_axes, "mask": mask, "group": self._group(), "layer": self.name}
         fused = {"epsilon": self.epsilon, "activation": FUSED_ACTIVATIONS.get(self.activation)}
         if training:
@@ -199,10 +216,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             mean, variance = (self._vector(v, gamma.dtype) for v in (self.moving_mean, self.moving_variance))
             y = self._engine.normalize(inputs, Moments(None, mean, variance), gamma, beta, **fused, **where)
         elif self.renorm or self.adjustment is not None:
-            moments = self._engine.moments(inputs, **where)
-            scale, offset = self._scale_and_offset(inputs, moments, gamma, beta)
-            self._update_statistics(moments)
-            y = self._engine.normalize(inputs, moments, scale, offset, **fused, **where)
+            y = self._train_step_by_verbs(inputs, gamma, beta, fused, where)
         else:
             y, statistics = self._engine.train_step(inputs, gamma, beta, self._statistics(), **fused, **where)
             self._assign_statistics(statistics)
@@ -220,13 +234,31 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             self._assign(self.moving_mean, new.mean)
             self._assign(self.moving_variance, new.variance)
 
-    def _scale_and_offset(self, inputs: Any, moments: Moments, gamma: Any, beta: Any) -> tuple[Any, Any]:
-        """What takes the place of gamma and beta in this step: with the adjustment, and with renorm's r and d."""
+    def _train_step_by_verbs(self, inputs: Any, gamma: Any, beta: Any, fused: dict[str, Any], where: dict[str, Any]) -> Any:
+        """The output of a training step with renorm or an adjustment: they change gamma and beta between the engine's verbs."""
         self._refuse_recomputed_renorm()
-        scale, offset = self._adjusted(inputs, gamma, beta)
+        scale, offset, plain = gamma, beta, None
+        if self.adjustment is not None:
+            adjustment = Adjustment.of(self.adjustment, inputs, self._channel_axes, gamma.dtype)
+            scale, offset = adjustment.scale_and_offset(gamma, beta)
+            plain = None if adjustment.per_channel else adjustment
+        if plain is not None:
+            # Rounded once, after the adjustment and the activation.
+            inputs, fused = ops.cast(inputs, gamma.dtype), {**fused, "activation": None}
+        moments = self._engine.moments(inputs, **where)
+        scale, offset = self._renormed(moments, scale, offset)
+        self._update_statistics(moments)
+        y = self._engine.normalize(inputs, moments, scale, offset, **fused, **where)
+        if plain is None:
+            return y
+        y = plain.applied(y, gamma, beta, self._channel_axes)
+        return self.activation(y) if self.activation in FUSED_ACTIVATIONS else y
+
+    def _renormed(self, moments: Moments, scale: Any, offset: Any) -> tuple[Any, Any]:
+        """Scale and offset with renorm's r and d."""
         if not self.renorm:
             return scale, offset
-        found = self._engine.record_or_replay(lambda: self._renorm_correction(moments, gamma.dtype))
+        found = self._engine.record_or_replay(lambda: self._renorm_correction(moments, scale.dtype))
         r, d = self._engine.materialize(*found)
         return r * scale, d * scale + offset
 
@@ -272,18 +304,6 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         new = maths.variance_of_stddev(new_stddev, self.epsilon, maximum=ops.maximum)
         self._assign(self.moving_variance, ops.where(usable, new, self._vector(self.moving_variance, new.dtype)))
 
-    def _adjusted(self, inputs: Any, gamma: Any, beta: Any) -> tuple[Any, Any]:
-        """Scale and offset of (x_hat·a + b)·gamma + beta, where `adjustment` returns (a, b)."""
-        if self.adjustment is None:
-            return gamma, beta
-        flat = []
-        for name, value in zip(("scale", "bias"), self.adjustment(tuple(ops.shape(inputs))), strict=True):
-            value = ops.convert_to_tensor(value)
-            arguments.check_adjustment_shape(name, value.shape, self._built_for, self._channel_axes)
-            flat.append(ops.cast(ops.reshape(value, [-1]) if len(value.shape) else value, gamma.dtype))
-        a, b = flat
-        return a * gamma, b * gamma + beta
-
     def _full_rank(self, mask: Any, shape: tuple[int | None, ...]) -> Any:
         """The mask as bools of the input's rank."""
         if mask is None:
@@ -326,7 +346,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             shape=shape if isinstance(self.axis, tuple) else [shape[self._channel_axes[0]]],
             name=name,
             # Half precision would lose the small steps of moving averages.
-            dtype=_float32_or_wider(self.variable_dtype),
+            dtype=dtypes.float32_or_wider(self.variable_dtype),
             initializer=initializer,
             regularizer=regularizer,
             constraint=constraint,
@@ -338,7 +358,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         return self._weight(name, initializer, trainable=False)
 
     def _initial_stddev(self, shape: Any, dtype: Any = None) -> Any:
-        return ops.sqrt(_again(self.moving_variance_initializer)(shape, dtype=dtype))
+        return ops.sqrt(variables.again(self.moving_variance_initializer)(shape, dtype=dtype))
 
     def get_config(self) -> dict[str, Any]:
         """Everything that `from_config` needs, as JSON can hold it."""
@@ -348,6 +368,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         return {
             **config,
             "axis": list(self.axis) if isinstance(self.axis, tuple) else self.axis,
+            "renorm": self.renorm,
+            "renorm_momentum": self.renorm_momentum,
             "renorm_clipping": clipping and {key: _serialized_bound(key, v) for key, v in clipping.items()},
             "adjustment": self.adjustment and _serialized("adjustment", self.adjustment),
             "group_size": self.group_size,
@@ -363,24 +385,6 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             if config.get(key) is not None:
                 config[key] = keras.saving.deserialize_keras_object(config[key])
         return super().from_config(config)
-
-
-class _Untracked:
-    """Holds a value that Keras must not search for weights: a clipping bound that is a variable is not the layer's."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-
-def _again(initializer: Any) -> Any:
-    """The same initializer for another weight: a seeded one must not be called twice."""
-    return initializer.clone() if isinstance(initializer, keras.initializers.Initializer) else initializer
-
-
-def _float32_or_wider(dtype: Any) -> str:
-    if keras.backend.backend() == "torch" and keras.backend.standardize_dtype(dtype) == "float64":
-        return "float64"  # result_type has float32 for it there
-    return keras.backend.result_type(dtype, "float32")
 
 
 def _serialized_bound(key: str, value: Any) -> Any:

@@ -26,8 +26,9 @@ def load_legacy(path: Any, *, convert: bool = False, custom_objects: dict[str, A
 
     `tf.keras.layers.experimental.SyncBatchNormalization` becomes `syncbn.SyncBatchNormalization`, with its axes, renorm and
     statistics. `BatchNormalization` stays Keras's, because the files do not say `synchronized`; with convert=True it becomes
-    ours. One with several axes, which Keras 3 does not have, always becomes ours, with a warning. A `/` in a layer's name becomes
-    `_`. The model computes what it did, and is not compiled. No code of a file runs. The kind of a file is told by its content.
+    ours. One with several axes, which Keras 3 does not have, always becomes ours, with a warning. So does one with renorm where
+    Keras has none, before 3.14. A `/` in a layer's name becomes `_`. The model computes what it did, and is not compiled. No code
+    of a file runs. The kind of a file is told by its content.
     A SavedModel is read with TensorFlow.
 
     Args:
@@ -64,6 +65,8 @@ def load_legacy(path: Any, *, convert: bool = False, custom_objects: dict[str, A
         with files.reading(refuse), h5py.File(place, "r") as file:
             config = _whole(json.loads(file.attrs["model_config"]), refuse)
             return _load(path, config, convert, custom_objects, lambda model: keras2_hdf5.match_whole(model, file))
+    if kind == files.TORCH:
+        raise files.of_torch("syncbn.load_legacy", path)
     raise refuse(f"which is {kind or 'of another kind'}", MENDS[kind])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from syncbn.keras._private import SafeModeScope, global_state, saving_options, saving_utils
+from syncbn.keras._private import SafeModeScope, global_state, has_renorm, saving_options, saving_utils
 from syncbn.keras.files import FileError
 from syncbn.keras.layer import SyncBatchNormalization
 from syncbn.keras.matching import plain
@@ -170,9 +170,11 @@ class _Translator:
         axis = config.pop("axis", -1)
         # Keras 2 notes an integer as a list, and gives its parameters one dimension whichever was given.
         axis = axis[0] if isinstance(axis, list) and len(axis) == 1 else axis
-        if isinstance(axis, list) and name != OURS and not self.convert:
-            self.warnings.append(several_axes(config.get("name", ""), axis))
-        if name == OURS or self.convert or isinstance(axis, list):
+        renorm = bool(config.get("renorm")) and not has_renorm()
+        if name != OURS and not self.convert:
+            self.warnings += [several_axes(config.get("name", ""), axis)] * isinstance(axis, list)
+            self.warnings += [renorm_unknown(config.get("name", ""))] * renorm
+        if name == OURS or self.convert or isinstance(axis, list) or renorm:
             return OURS, {**config, "axes": axis}
         return "BatchNormalization", {**config, "axis": axis}
 
@@ -265,6 +267,15 @@ def code_in_lambda(name: Any) -> FileError:
     return FileError(
         f"No code of a file is run. Received: the Lambda layer {name!r}, which holds code. Build the model in code, and load its "
         "weights with syncbn.load_weights(model, path)."
+    )
+
+
+def renorm_unknown(name: str) -> str:
+    """The text of a warning: the same for a plain layer with renorm."""
+    return (
+        f"keras.layers.BatchNormalization has no renorm before Keras 3.14. Received: the layer {name!r} with renorm=True, and "
+        f"Keras {keras.__version__}. It becomes a SyncBatchNormalization, which computes the same on one replica, and meets the "
+        "others among several."
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +27,7 @@ from syncbn.tensorflow.replicas import Replicas, joined, moments_in_pairs, own_m
 __all__ = [
     "arithmetic_dtype",
     "check_variables",
+    "ensure_channels",
     "materialize",
     "moments",
     "normalize",
@@ -79,6 +80,13 @@ def check_variables(name: str, *variables: Any) -> None:
             f"outside of it, and {replicas} replicas of {type(strategy).__name__}. Make the layer, or its model, inside "
             "`with strategy.scope():`."
         )
+
+
+def ensure_channels(x: tf.Tensor, shape: Sequence[int | None], axes: tuple[int, ...]) -> tf.Tensor:
+    """x with the rank and the channels of this shape known: where a graph does not know them, they are compared when it runs."""
+    if x.shape.rank is None or (x.shape.rank == len(shape) and any(x.shape[a] is None for a in axes)):
+        x = tf.ensure_shape(x, [n if i in axes else None for i, n in enumerate(shape)])
+    return x
 
 
 @tf.autograph.experimental.do_not_convert

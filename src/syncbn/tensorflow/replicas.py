@@ -44,7 +44,10 @@ class Replicas(NamedTuple):
             v = tf.where(mine, v[None], tf.zeros([], v.dtype))
         if self.replicas == 1:
             return v
-        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, v)
+        try:
+            return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, v)
+        except tf.errors.OpError as error:
+            raise message_failed(v, error) from error
 
     def messages(self, v: tf.Tensor) -> list[tf.Tensor]:
         """Tensors, on this replica's device, whose sum is that of v over the group: in the same order on every replica."""
@@ -60,6 +63,19 @@ class Replicas(NamedTuple):
     def sum_of_group(self, v: tf.Tensor) -> tf.Tensor:
         """The sum of v over this replica's group, differentiable."""
         return self.of_own_group(self.sum_by_group(v))
+
+
+def message_failed(message: tf.Tensor, error: tf.errors.OpError) -> tf.errors.OpError:
+    """The error, of the same type, of a message that failed in eager code. A tf.function raises TensorFlow's own error."""
+    reason = (error.message.splitlines() or ["no reason given"])[0][:300]
+    return type(error)(
+        error.node_def,
+        error.op,
+        "All replicas must run the same synchronised layers in the same order. Received: a message of shape "
+        f"{tuple(message.shape)} of a batch normalization (C channels: 1 + 2C numbers in a forward pass, 2C in a backward pass), "
+        f"which failed with {reason!r}. Look first for another worker's own error. Let every worker take the same path and "
+        "the same number of steps; an empty batch is fine. What one worker runs alone needs training=False.",
+    )
 
 
 def _copies_for_all(strategy: tf.distribute.Strategy, message: Any) -> list[list[tf.Tensor]]:
@@ -128,7 +144,10 @@ def moments_in_pairs(world: Replicas, n: tf.Tensor, k: tf.Tensor, s: tf.Tensor, 
     bits = tf.int64 if k.dtype == tf.float64 else tf.int32
     payload = tf.concat([tf.cast(n, bits)[None], tf.bitcast(tf.concat([k, r, m2], 0), bits)], 0)[None]
     if world.replicas > 1:
-        payload = tf.distribute.get_replica_context().all_gather(payload, axis=0)
+        try:
+            payload = tf.distribute.get_replica_context().all_gather(payload, axis=0)
+        except tf.errors.OpError as error:
+            raise message_failed(payload, error) from error
     if world.groups > 1:
         payload = tf.reshape(payload, [world.groups, world.replicas // world.groups, 1 + 3 * k.shape[0]])
     counts = payload[..., :1]

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +48,55 @@ def _find_or_raise(path: str, need: str) -> Any:
     return _find(path, _raises(path.replace(":", "."), need))
 
 
-# Only a recomputation of activation checkpointing runs a forward pass inside a backward pass: -1 where there is none.
+# Which backward pass this code runs in: -1 where it runs in none.
 current_graph_task_id = _find_or_raise("torch:_C._current_graph_task_id", "tells a recomputed block from its first pass")
+
+# State of a thread that autograd's own threads take over during a backward pass; threading.local and contextvars they do not.
+# Without the first name nothing is local. Without the last, which is the newest, the key stays in a thread, with False.
+is_key_in_tls = _find("torch:_C._is_key_in_tls", lambda key: False)
+get_obj_in_tls = _find("torch:_C._get_obj_in_tls", lambda key: False)
+stash_obj_in_tls = _find_or_raise("torch:_C._stash_obj_in_tls", "tells a backward pass that it runs in syncbn.local_statistics()")
+remove_obj_from_tls = _find("torch:_C._remove_obj_from_tls", lambda key: stash_obj_in_tls(key, False))
+
+# The Python code by which autograd comes to run a block again: the backward pass of an autograd function (a reentrant checkpoint,
+# and those of other libraries), and the hook of a checkpoint that is not reentrant. And the code that starts a backward pass.
+_function_backward = _find("torch.autograd.function:BackwardCFunction.apply", None)
+_checkpoint_hook = _find("torch.utils.checkpoint:_checkpoint_hook.__init__", None)
+_run_backward = _find("torch.autograd.graph:_engine_run_backward", None)
+
+
+def _codes(function: Any, name: str | None = None) -> list[Any]:
+    """The code of a function, or of a function of this name that it defines."""
+    code = getattr(function, "__code__", None)
+    if name is None or code is None:
+        return [code]
+    found = [constant for constant in code.co_consts if getattr(constant, "co_name", "") == name]
+    if not found:
+        MISSING.append(f"{function.__module__}.{function.__qualname__}.{name}")
+    return found or [None]
+
+
+_REPEATS = frozenset([*_codes(_function_backward), *_codes(_checkpoint_hook, "unpack_hook")])
+_STARTS = frozenset(_codes(_run_backward))
+
+
+def is_recomputing() -> bool:
+    """Whether this forward pass runs a block again. What a hook calls runs in a backward pass too, but for the first time.
+
+    Without one of the names above, every forward pass in a backward pass is taken for a recomputation.
+    """
+    if current_graph_task_id() == -1:
+        return False
+    if None in _REPEATS or None in _STARTS:
+        return True
+    frame: Any = sys._getframe(1)
+    # The code that started the backward pass is no part of it.
+    while frame is not None and frame.f_code not in _STARTS:
+        if frame.f_code in _REPEATS:
+            return True
+        frame = frame.f_back
+    return False
+
 
 # None outside of torch.jit.trace; the public question costs three calls.
 tracing_state = _find("torch:_C._get_tracing_state", lambda: torch.jit.is_tracing() or None)
@@ -84,14 +132,15 @@ def timeout_of(process_group: Any) -> datetime.timedelta:
     return dist.default_pg_timeout
 
 
+def sequence_number(process_group: Any) -> int | None:
+    """How many messages a process group has begun; None where it does not say."""
+    with contextlib.suppress(AttributeError, RuntimeError):
+        return int(process_group._get_sequence_number_for_group())
+    return None
+
+
 def backend_name(process_group: Any, device: torch.device) -> str:
     """The backend that serves a device, of several that a process group may have; public is only that of the whole group."""
     with contextlib.suppress(AttributeError):
         return process_group._get_backend(device).name()
     return dist.get_backend(process_group)
-
-
-def all_gather_in_graph(v: torch.Tensor, size: int, name: str) -> torch.Tensor:
-    """[size · n]: every rank's v [n], as an operator that a compiled graph can hold. The public collective breaks the graph."""
-    operators = torch.ops._c10d_functional
-    return operators.wait_tensor(operators.all_gather_into_tensor(v, size, name))

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.forward_ad import unpack_dual
 
 from syncbn.groups import Activation
 from syncbn.torch import desync, reference
+from syncbn.torch._private import are_functorch_transforms_active, tracing_state
 from syncbn.torch.groups import Communicator
 from syncbn.torch.reference import Normalization, saved_for_backward
 from syncbn.torch.transport import DifferentiableSum, global_sums
@@ -23,6 +25,26 @@ class NormConfig(NamedTuple):
     communicator: Communicator | None
     kernels: Any
     layer: str | None
+
+
+def check_no_transform(x: Tensor) -> None:
+    """Raises where a training step would have to be recorded, or differentiated in another way than backward."""
+    if tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace cannot record the messages of a synchronised training step. Received: a layer in training mode "
+            "while tracing. Call model.eval() before, or compile the model with torch.compile."
+        )
+    if are_functorch_transforms_active() or unpack_dual(x).tangent is not None:
+        raise no_transform()
+
+
+def no_transform() -> RuntimeError:
+    """The error of a training step that is to be differentiated in another way than backward."""
+    return RuntimeError(
+        "A synchronised training step has gradients in reverse mode alone. Received: a layer in training mode under forward-mode "
+        "differentiation or a transform of torch.func. Use torch.autograd.grad, with create_graph=True for higher derivatives, "
+        "or call model.eval()."
+    )
 
 
 class Normalized(Function):
@@ -54,7 +76,7 @@ class Normalized(Function):
         """(dx, dscale, doffset, dresidual): dscale and doffset are this replica's own sums."""
         x, scale, offset, mask, count, mean, mean_lo, variance, saved = ctx.saved_tensors
         config: NormConfig = ctx.config
-        desync.announce(config.communicator, desync.backward(), config.layer, x.shape[1])
+        desync.announce(config.communicator, desync.backward(), config.layer, x.shape)
         if torch.is_grad_enabled():
             gradients = differentiable(dy, x, scale, offset, ctx.residual_dtype, mask, saved, count, config)
             return *gradients, *[None] * 6
@@ -67,6 +89,11 @@ class Normalized(Function):
         doffset, dscale = sums.to(scale.dtype).chunk(2)
         dresidual = dz.to(ctx.residual_dtype) if needs_residual else None
         return dx, dscale, doffset, dresidual, *[None] * 6
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Raises: of a tangent of the parameters alone, the moments did not know."""
+        raise no_transform()
 
 
 def differentiable(
@@ -111,8 +138,11 @@ def _from_the_beginning(inputs: list[Tensor], mask: Tensor | None, positive: Ten
         counted = v if mask is None else torch.where(mask, v, 0)
         return (DifferentiableSum.apply(counted.sum(dims), config.communicator) / at_least_one).view(column)
 
-    centred = x - mean_of(x)
+    mean = mean_of(x)
+    centred = x - mean
     variance = mean_of(centred * centred) + (1 - count).clamp_min(0)
+    if config.epsilon == 0:
+        variance = reference.divisible(variance, mean)
     z = scale.view(column) * centred * torch.rsqrt(variance + config.epsilon) + offset.view(column)
     for v in residual:
         z = z + v

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.torch._private import current_graph_task_id
-from syncbn.torch.local import is_local
+from syncbn.torch._private import is_recomputing
+from syncbn.torch.local import is_local, is_local_in_graph
 from syncbn.validation import check_renorm_not_recomputed
+
+# The two causes, which look alike from inside.
+RECOMPUTATION = "a checkpoint that keeps no record, or in the backward pass of an autograd function of your own"
 
 
 class _Recording:
@@ -101,25 +104,27 @@ def is_replaying() -> bool:
 
 # In compiled code the question must be asked when the code runs, not when it is traced: a checkpoint may surround it.
 _library = torch.library.Library("syncbn", "FRAGMENT")
-_library.define("first_pass(Tensor like, bool required) -> Tensor")
+_library.define("may_update(Tensor like, bool renorm) -> Tensor")
 
 
-def _first_pass(like: Tensor, required: bool) -> Tensor:
-    first = current_graph_task_id() == -1
-    check_renorm_not_recomputed(required and not first, "a compiled layer in a checkpoint")
+def _may_update(like: Tensor, renorm: bool) -> Tensor:
+    may_update = not is_local()
+    if may_update and is_recomputing():
+        check_renorm_not_recomputed(renorm, f"a compiled layer in {RECOMPUTATION}")
+        may_update = False
     # On the CPU: a launch less, and compiled code takes it as a number.
-    return torch.tensor(first, device="cpu")
+    return torch.tensor(may_update, device="cpu")
 
 
-_library.impl("first_pass", _first_pass, "CompositeExplicitAutograd")
+_library.impl("may_update", _may_update, "CompositeExplicitAutograd")
 torch.library.register_fake(
-    "syncbn::first_pass", lambda like, required: torch.empty((), dtype=torch.bool, device="cpu"), lib=_library
+    "syncbn::may_update", lambda like, renorm: torch.empty((), dtype=torch.bool, device="cpu"), lib=_library
 )
 
 
-def first_pass_when_compiled(like: Tensor, required: bool) -> Tensor:
-    """bool []: whether this is the first pass, asked as the compiled code runs; raises in a recomputation if it must be."""
-    return torch.ops.syncbn.first_pass(like, required)
+def may_update_when_compiled(like: Tensor, renorm: bool) -> Tensor:
+    """bool []: `should_update_now`, asked as the compiled code runs. Such code keeps no record."""
+    return torch.ops.syncbn.may_update(like, renorm)
 
 
 def should_update_statistics(like: Tensor, renorm: bool) -> Any:
@@ -128,14 +133,14 @@ def should_update_statistics(like: Tensor, renorm: bool) -> Any:
     Not in `local_statistics`, nor in the recomputation of a checkpointed block, where renorm needs the record of the first pass.
     """
     if torch.compiler.is_compiling():
-        return False if is_local() else first_pass_when_compiled(like, renorm)
+        return False if is_local_in_graph() else may_update_when_compiled(like, renorm)
     return should_update_now(renorm)
 
 
 def should_update_now(renorm: bool) -> bool:
     """The same, of code that is not compiled."""
-    if is_local():
+    if is_local() or is_replaying():
         return False
-    first = current_graph_task_id() == -1
-    check_renorm_not_recomputed(renorm and not first and not is_replaying(), "a layer in a checkpoint that keeps no record")
-    return first
+    recomputed = is_recomputing()
+    check_renorm_not_recomputed(renorm and recomputed, f"a layer in {RECOMPUTATION}")
+    return not recomputed

@@ -6,19 +6,24 @@ for the sums, but the others wait for them), takes no two for one, and keeps the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
 from syncbn.groups import Activation, Local
-from syncbn.torch import reference
+from syncbn.torch import reference, transport
 from syncbn.torch._private import preserve_version_counter, resolve_process_group
-from syncbn.torch.groups import Communicator, GroupMoments, communicator_of, communicator_over
+from syncbn.torch.failures import sends
+from syncbn.torch.groups import AVAILABLE, Communicator, GroupMoments, communicator_of, communicator_over, warn_if_not_joined
+from syncbn.torch.local import is_local, is_local_in_graph
 from syncbn.torch.reference import Normalization, saved_for_backward
 from syncbn.torch.transport import global_moments, global_sums
 
+# What an error calls a layer here: a graph keeps no name.
+COMPILED_LAYER = "a compiled layer"
 # One for all groups: the order of exchanges of different groups must be the same everywhere too. Nothing is ever written to it.
 _state = torch.zeros((), dtype=torch.int64, device="cpu")
 # Backward passes have saved it, and would take the messages that came since for a change of it.
@@ -33,30 +38,64 @@ def communicator_at_trace_time(group: Any) -> tuple[int, str]:
 
 
 def communicator_when_compiled(group: Any) -> tuple[int, str]:
-    """The same, where the group may also be that of a single process."""
-    return (1, "") if isinstance(group, Local) else communicator_at_trace_time(group)
+    """The same, where the group may also be that of a single process, or there is none yet."""
+    if isinstance(group, Local) or is_local_in_graph():
+        return 1, ""
+    # The compiler sees the question, and compiles anew once there is a process group.
+    if not AVAILABLE or dist.GroupMember.WORLD is None:
+        _warn_at_trace_time(group)
+        return 1, ""
+    return communicator_at_trace_time(group)
+
+
+_warn_at_trace_time = torch.compiler.assume_constant_result(warn_if_not_joined)
+
+
+class CompiledGroup(NamedTuple):
+    """What compiled code holds of a communicator: its name, and whether this pass was local, bool [] on the CPU.
+
+    Of one replica "" and None. Compiled code asks for `local_statistics` as it runs: the compiler's guards hold for all threads.
+    """
+
+    name: str = ""
+    was_local: Tensor | None = None
 
 
 # A second library of the same name as in checkpoint.py: fragments of one.
 _library = torch.library.Library("syncbn", "FRAGMENT")
-_library.define("batch_moments(Tensor x, Tensor? mask, Tensor(a!) state, str group) -> Tensor")
-_library.define("exchange_sums(Tensor(a!) message, Tensor(b!) state, str group) -> ()")
+_library.define("batch_moments(Tensor x, Tensor? mask, Tensor(a!) state, str group) -> (Tensor, Tensor)")
+_library.define("gather(Tensor v, Tensor(a!) state, int size, str group) -> (Tensor, Tensor)")
+_library.define("exchange_sums(Tensor(a!) message, Tensor was_local, Tensor(b!) state, str group) -> ()")
 _library.define("materialize(Tensor(a!) v) -> ()")
 
 
-def _batch_moments(x: Tensor, mask: Tensor | None, state: Tensor, group: str) -> Tensor:
-    """float64 [2C + 1]: mean, variance and count of x over the replicas.
+def _batch_moments(x: Tensor, mask: Tensor | None, state: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """float64 [2C + 1], mean, variance and count of x over the replicas; and whether over this one alone.
 
     Memory order: what was enqueued on the current stream before has been written when x is read; what is enqueued there after
     sees the moments of all replicas. Nothing is said about other streams, and the host waits for nobody.
     """
+    local = is_local()
+    sends("forward", COMPILED_LAYER, x.shape)
     with _changed_by_nothing:
-        count, mean, variance = global_moments(x, mask, _communicator_named(group))
-        return torch.cat([mean, variance, count[None]])
+        count, mean, variance = global_moments(x, mask, None if local else _communicator_named(group))
+        return torch.cat([mean, variance, count[None]]), torch.tensor(local, device="cpu")
 
 
-def _exchange_sums(message: Tensor, state: Tensor, group: str) -> None:
-    """message, now the sum of every replica's, float64 [2C]. Memory order: as above."""
+def _gather(v: Tensor, state: Tensor, size: int, group: str) -> tuple[Tensor, Tensor]:
+    """[size, n], every replica's v [n] in the order of ranks; and whether the others' are 0, as if they were empty."""
+    local = is_local()
+    sends("forward", COMPILED_LAYER, v.numel() // 3)
+    with _changed_by_nothing:
+        rows = torch.nn.functional.pad(v[None], (0, 0, 0, size - 1)) if local else transport.gather(v, _communicator_named(group))
+        return rows, torch.tensor(local, device="cpu")
+
+
+def _exchange_sums(message: Tensor, was_local: Tensor, state: Tensor, group: str) -> None:
+    """message, now the sum of every replica's, float64 [2C], unless the forward pass was local. Memory order: as above."""
+    if was_local:
+        return
+    sends("backward", COMPILED_LAYER, message.numel() // 2)
     with _changed_by_nothing:
         reduced = global_sums(message, _communicator_named(group))
         if reduced is not message:
@@ -67,9 +106,18 @@ def _communicator_named(group: str) -> Communicator:
     return communicator_over(resolve_process_group(group))
 
 
+def _with_flag(v: Tensor) -> tuple[Tensor, Tensor]:
+    return v, torch.empty((), dtype=torch.bool, device="cpu")
+
+
 for _name, _function, _fake in (
-    ("batch_moments", _batch_moments, lambda x, mask, state, group: x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64)),
-    ("exchange_sums", _exchange_sums, lambda message, state, group: None),
+    (
+        "batch_moments",
+        _batch_moments,
+        lambda x, mask, state, group: _with_flag(x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64)),
+    ),
+    ("gather", _gather, lambda v, state, size, group: _with_flag(v.new_empty(size, v.shape[0]))),
+    ("exchange_sums", _exchange_sums, lambda message, was_local, state, group: None),
     ("materialize", lambda v: None, lambda v: None),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
@@ -94,17 +142,25 @@ def _about_a_value(x: Tensor) -> tuple[Tensor, Tensor]:
 def moments(x: Tensor, mask: Tensor | None, size: int, group: str) -> GroupMoments:
     """The global batch's, of `size` replicas."""
     if group:
-        stats = torch.ops.syncbn.batch_moments(x, mask, _state, group)
+        stats, was_local = torch.ops.syncbn.batch_moments(x, mask, _state, group)
         mean, variance, count = stats.split([x.shape[1], x.shape[1], 1])
-        return GroupMoments(count[0], mean, variance, size, communicator=group)
+        return GroupMoments(count[0], mean, variance, size, communicator=CompiledGroup(group, was_local))
     if not _can_use_native(x, mask, group):
-        return GroupMoments(*reference.moments_of_sums(reference.local_sums(x, mask)), communicator="")
+        return GroupMoments(*reference.moments_of_sums(reference.local_sums(x, mask)), communicator=CompiledGroup())
     # What batch_norm is decomposed into, so that it is done once.
     rest, k = _about_a_value(x)
     variance, mean = torch.var_mean(rest, [0, *range(2, x.dim())], correction=0, keepdim=True)
     mean = mean + k
     count = torch.full((), reference.count(x, None), dtype=torch.float64, device=x.device)
-    return GroupMoments(count, mean.flatten(), variance.flatten(), communicator="")
+    return GroupMoments(count, mean.flatten(), variance.flatten(), communicator=CompiledGroup())
+
+
+def gather(v: Tensor, size: int, group: str) -> tuple[Tensor, CompiledGroup]:
+    """[size, n]: every replica's v [n]; and the group."""
+    if not group:
+        return v[None], CompiledGroup()
+    rows, was_local = torch.ops.syncbn.gather(v, _state, size, group)
+    return rows, CompiledGroup(group, was_local)
 
 
 def _narrowed(x: Tensor, norm: Normalization) -> Normalization:
@@ -137,8 +193,8 @@ def normalize(
     activation: Activation | None,
 ) -> Tensor:
     """activation(scale·x_hat + offset + residual)."""
-    group = moments.communicator
-    if _can_use_native(x, mask, group):
+    group, was_local = moments.communicator
+    if epsilon and _can_use_native(x, mask, group):
         y = torch.nn.functional.batch_norm(_about_a_value(x)[0], None, None, scale, offset, True, 0.0, epsilon)
         return reference.activated(y if residual is None else y + residual, activation).to(x.dtype)
     if residual is x:
@@ -147,7 +203,7 @@ def normalize(
     norm = Normalization(moments.mean, moments.variance, scale, offset, epsilon, activation, moments.mean_lo)
     mean, variance, _, _, _, _, mean_lo = _narrowed(x, norm)
     name, slope = (None, 0.0) if activation is None else tuple(activation)
-    given = (scale, offset, residual, mask, moments.count, mean, mean_lo, variance)
+    given = (scale, offset, residual, mask, moments.count, mean, mean_lo, variance, was_local)
     return _Normalized.apply(x, *given, epsilon, name, slope, group)
 
 
@@ -166,6 +222,7 @@ class _Normalized(Function):
         mean: Tensor,
         mean_lo: Tensor | None,
         variance: Tensor,
+        was_local: Tensor | None,
         epsilon: float,
         activation: str | None,
         slope: float,
@@ -178,7 +235,8 @@ class _Normalized(Function):
         saved = saved_for_backward(norm, y, residual)
         ctx.has_lo, ctx.has_mask, ctx.has_saved = mean_lo is not None, mask is not None, saved is not None
         ctx.residual_dtype = None if residual is None else residual.dtype
-        ctx.save_for_backward(x, scale, offset, count, mean, variance, *[v for v in (mean_lo, mask, saved) if v is not None])
+        optional = (was_local, mean_lo, mask, saved)
+        ctx.save_for_backward(x, scale, offset, count, mean, variance, *[v for v in optional if v is not None])
         ctx.epsilon, ctx.activation, ctx.group = epsilon, chosen, group
         return y
 
@@ -186,6 +244,7 @@ class _Normalized(Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         """As `Normalized.backward`."""
         x, scale, offset, count, mean, variance, *optional = ctx.saved_tensors
+        was_local = optional.pop(0) if ctx.group else None
         mean_lo = optional[0] if ctx.has_lo else None
         mask = optional[int(ctx.has_lo)] if ctx.has_mask else None
         saved = optional[-1] if ctx.has_saved else None
@@ -194,7 +253,7 @@ class _Normalized(Function):
         sums: tuple[Tensor, ...] = (scale.to(doffset.dtype) * doffset, scale.to(dscale.dtype) * dscale)
         if ctx.group:
             message = torch.cat(sums).to(torch.float64)
-            torch.ops.syncbn.exchange_sums(message, _state, ctx.group)
+            torch.ops.syncbn.exchange_sums(message, was_local, _state, ctx.group)
             total = message.to(doffset.dtype)
             if total.dtype != message.dtype:
                 # For the same reason as in `_narrowed`.
@@ -202,4 +261,4 @@ class _Normalized(Function):
             sums = total.chunk(2)
         dx = reference.input_gradient_of(dz, x, mask, norm, count, *sums)
         dresidual = None if ctx.residual_dtype is None else dz.to(ctx.residual_dtype)
-        return dx, dscale.to(scale.dtype), doffset.to(scale.dtype), dresidual, *[None] * 9
+        return dx, dscale.to(scale.dtype), doffset.to(scale.dtype), dresidual, *[None] * 10

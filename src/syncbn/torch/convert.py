@@ -20,10 +20,11 @@ from syncbn.class_swap import (
     why_unknown,
 )
 from syncbn.torch._private import _BatchNorm, _LazyNormBase
+from syncbn.torch.arguments import is_weight
 from syncbn.torch.groups import check_one_group
 from syncbn.torch.lazy import LazySyncBatchNorm
 from syncbn.torch.module import RENORM_BUFFERS, SyncBatchNorm
-from syncbn.validation import check_group_size
+from syncbn.validation import check_group_size, is_epsilon
 
 Filter = Callable[[str, Any], bool] | None
 
@@ -58,7 +59,6 @@ STATES = {
     "OptimizedModule": ("torch._dynamo", "compiled"),
     "ScriptModule": ("torch.jit", "scripted"),
     "DataParallel": ("torch.nn.parallel", "wrapped"),
-    "DistributedDataParallel": ("torch.nn.parallel", "wrapped"),
     "FullyShardedDataParallel": ("torch.distributed.fsdp", "wrapped"),
     "FSDPModule": ("torch.distributed.fsdp", "sharded"),
 }
@@ -92,6 +92,7 @@ def convert(model: nn.Module, arguments: dict[str, Any], filter: Filter, on_unkn
         else:
             chosen.append((name, module, known[ancestor] if ancestor else type(module)))
     check_all_known(unknown, on_unknown)
+    _check_settings(chosen)
     bare = [(name, "track_running_stats=False") for name, m, _ in chosen if arguments["renorm"] and m.running_mean is None]
     if bare:
         raise ValueError(
@@ -171,6 +172,17 @@ def _state(cls: type) -> str | None:
         if state and c.__module__.startswith(where):
             return state
     return None
+
+
+def _check_settings(chosen: list[tuple[str, Any, type]]) -> None:
+    """Raises for what the constructor refuses too."""
+    wrong = [(name, f"momentum={m.momentum!r}") for name, m, _ in chosen if not (m.momentum is None or is_weight(m.momentum))]
+    wrong += [(name, f"eps={m.eps!r}") for name, m, _ in chosen if not is_epsilon(m.eps)]
+    if wrong:
+        raise ValueError(
+            "`momentum` must be None or lie in [0, 1], and `eps` must be a finite number, 0 or more. Received: "
+            f"{listed(wrong)}. Set other values on these layers first."
+        )
 
 
 def _set_arguments(module: Any, process_group: Any, group_size: int | None, renorm: bool) -> None:

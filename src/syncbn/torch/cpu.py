@@ -102,7 +102,8 @@ def _pre_activation(x: Tensor, norm: Normalization) -> Tensor:
 
 def _affine(x: Tensor, norm: Normalization, hi: Tensor, rstd: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """scale·(x − hi)·rstd + offset."""
-    if x.numel() > SMALL and (hi * rstd).abs().max().item() < NEAR:
+    # Torch 2.10 to 2.12 refuse an epsilon of 0.
+    if norm.epsilon and x.numel() > SMALL and (hi * rstd).abs().max().item() < NEAR:
         variance, scale, offset = (v.to(hi.dtype) for v in (norm.variance, scale, offset))
         return functional.batch_norm(x, hi, variance, scale, offset, False, 0.0, norm.epsilon)
     rest = _centred(x.to(hi.dtype), hi)
@@ -125,7 +126,7 @@ def _before_activation(dy: Tensor, x: Tensor, norm: Normalization, saved: Tensor
 
 def _centred(x: Tensor, k: Tensor) -> Tensor:
     """x − k in one pass, in x's memory format."""
-    # Torch 2.10 to 2.12 refuse an epsilon of 0: a half for the variance and a half for epsilon are exactly 1.
+    # Not an epsilon of 0 either: a half for the variance and a half for epsilon are exactly 1.
     return functional.batch_norm(x, k, _filled(x, 0.5), None, None, False, 0.0, 0.5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from syncbn import settings
 from syncbn.torch._private import default_store, timeout_of
+from syncbn.torch.failures import REMEDIES, RULE, sends
 from syncbn.torch.groups import Communicator
 
 _enabled = settings.debug()
@@ -52,40 +54,50 @@ def backward() -> str:
     return "backward, to be differentiated" if torch.is_grad_enabled() else "backward"
 
 
-def announce(communicator: Communicator | None, direction: str, layer: str | None, channels: int) -> None:
-    """Tells the group what comes, reads what the others say, and raises where they differ.
+def announce(communicator: Communicator | None, direction: str, layer: str | None, shape: Any) -> None:
+    """Notes which message comes. In the debug mode also tells the group, reads what the others say, and raises where they differ.
 
     Through the group's store: a collective would be paired with whatever collective the other rank is in.
     """
-    if communicator is None or not _enabled:
+    if communicator is None:
         return
+    sends(direction, layer, shape)
+    if _enabled:
+        _compare(communicator, {"direction": direction, "layer": layer or "a layer without a name", "channels": shape[1]})
+
+
+def _compare(communicator: Communicator, said: dict[str, Any]) -> None:
     group, name = communicator.process_group, communicator.name
     rank = dist.get_rank(group)
     number = _announced[name] = _announced.get(name, -1) + 1
     store = dist.PrefixStore(f"syncbn/{name}", default_store())
-    said = {"direction": direction, "layer": layer or "a layer without a name", "call": number, "channels": channels}
-    store.set(f"{number}/{rank}", json.dumps(said))
+    said["call"] = number
     keys = [f"{number}/{other}" for other in range(communicator.size)]
     timeout = timeout_of(group)
     try:
+        store.set(f"{number}/{rank}", json.dumps(said))
         store.wait(keys, timeout)
+        read = [json.loads(value) for value in store.multi_get(keys)]
     except Exception as error:
-        absent = [dist.get_global_rank(group, other) for other, key in enumerate(keys) if not store.check([key])]
+        absent = [dist.get_global_rank(group, other) for other in _absent(store, keys)]
+        who = f"nothing from ranks {absent} within {timeout.total_seconds():g} s" if absent else "no answer from the ranks' store"
         raise RuntimeError(
-            f"All ranks must run the same synchronised layers in the same order. Received: nothing from ranks {absent} within "
-            f"{timeout.total_seconds():g} s, while this one came to the {_described(said)}. Look for what those ranks do "
-            "instead, or raise the timeout of the process group."
+            f"{RULE} Received: {who}, while this one came to the {_described(said)}. Look for what those ranks do instead, or "
+            f"raise the timeout of the process group. {REMEDIES}"
         ) from error
-    read = [json.loads(value) for value in store.multi_get(keys)]
     if any(other != said for other in read):
         each = "; ".join(f"rank {dist.get_global_rank(group, i)}: {_described(other)}" for i, other in enumerate(read))
-        raise RuntimeError(
-            f"All ranks must run the same synchronised layers in the same order. Received: {each}. Let every rank take the same "
-            "path (an empty batch is fine), or run what only one rank does in syncbn.local_statistics()."
-        )
+        raise RuntimeError(f"{RULE} Received: {each}. {REMEDIES}")
     if number:
         # Every rank has read the last one: all of them have come here.
         store.delete_key(f"{number - 1}/{rank}")
+
+
+def _absent(store: Any, keys: list[str]) -> list[int]:
+    """Who has said nothing; nobody where the store, which lives in one of the ranks, is gone."""
+    with contextlib.suppress(Exception):
+        return [other for other, key in enumerate(keys) if not store.check([key])]
+    return []
 
 
 def _described(said: dict[str, Any]) -> str:

@@ -57,8 +57,8 @@ def cuda_kernels() -> Any:
             raise
         warnings.warn(
             "The Triton kernels need names that this version of Triton does not have; torch's operators run instead, slower. "
-            f"Received: Triton {triton.__version__}, {type(error).__name__}: {error}. Install triton 3.6 or 3.7, or set "
-            "SYNCBN_KERNELS=eager.",
+            f"Received: Triton {triton.__version__}, {type(error).__name__}: {error}. Install triton 3.6 or "
+            "later, or set SYNCBN_KERNELS=eager.",
             stacklevel=2,
         )
         return None

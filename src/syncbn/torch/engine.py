@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from syncbn import contract, maths
-from syncbn.contract import ASSIGNED, Operators, Statistics, check_variables
+from syncbn.contract import ASSIGNED, Operators, Statistics, check_variables, ensure_channels
 from syncbn.groups import Activation
 from syncbn.torch import compiled, desync, dispatch, fused, reference
-from syncbn.torch.autograd import Normalized, NormConfig
+from syncbn.torch.autograd import Normalized, NormConfig, check_no_transform
 from syncbn.torch.channel_view import ChannelView
 from syncbn.torch.checkpoint import record_or_replay, should_update_now, should_update_statistics
 from syncbn.torch.groups import Communicator, GroupMoments, communicator_of, is_single_process
@@ -23,6 +24,7 @@ __all__ = [
     "OPERATORS",
     "arithmetic_dtype",
     "check_variables",
+    "ensure_channels",
     "is_single_process",
     "materialize",
     "moments",
@@ -73,17 +75,18 @@ def moments(
     view = ChannelView(axes, x.shape)
     x, mask = view.of(x), view.of_mask(mask)
     if torch.compiler.is_compiling():
-        size, name = (1, "") if is_local() else compiled.communicator_when_compiled(group)
+        size, name = compiled.communicator_when_compiled(group)
         if reference.has_float64(x.device):
             return compiled.moments(x, mask, size, name)
-        return _moments_in_pairs(x, mask, Communicator(size, name, None) if name else None)._replace(communicator=name)
+        return _moments_in_pairs(x, mask, lambda v: compiled.gather(v, size, name))
+    check_no_transform(x)
     return record_or_replay(lambda: _measure(x, mask, None if is_local() else communicator_of(group), layer))
 
 
 def _measure(x: Tensor, mask: Tensor | None, communicator: Communicator | None, layer: str | None) -> GroupMoments:
-    desync.announce(communicator, "forward", layer, x.shape[1])
+    desync.announce(communicator, "forward", layer, x.shape)
     if not reference.has_float64(x.device):
-        return _moments_in_pairs(x, mask, communicator)
+        return _moments_in_pairs(x, mask, lambda v: (v[None] if communicator is None else gather(v, communicator), communicator))
     size = 1 if communicator is None else communicator.size
     return GroupMoments(*global_moments(x, mask, communicator), size, communicator=communicator)
 
@@ -108,6 +111,8 @@ def normalize(
     """
     view = ChannelView(axes, x.shape)
     x, mask, residual = view.of(x), view.of_mask(mask), None if residual is None else view.of(residual)
+    if epsilon == 0 and moments.count is not None:
+        moments = moments._replace(variance=reference.divisible(moments.variance, moments.mean))
     if moments.count is None:
         y = _with_constants(x, moments, scale, offset, epsilon, activation, residual)
     elif torch.compiler.is_compiling():
@@ -146,10 +151,11 @@ def train_step(
         given = (weight, bias)
         if (weight is None) != (bias is None):
             given = scale_and_offset(x, weight, bias)
-        kernels = fused.kernels_for(x, *given, statistics, mask, communicator)
+        # With an epsilon of 0 torch's function refuses to train, and the kernels would divide by 0.
+        kernels = fused.kernels_for(x, *given, statistics, mask, communicator) if epsilon else None
         if kernels is not None:
             return fused.train_step(kernels, x, given, statistics, mask, residual, epsilon, activation, communicator, layer)
-        plain = communicator is None and mask is None and residual is None and activation is None
+        plain = epsilon and communicator is None and mask is None and residual is None and activation is None
         if plain and can_use_native(x, weight, bias, statistics):
             return _native_train_step(x, weight, bias, statistics, epsilon)
     scale, offset = scale_and_offset(x, weight, bias)
@@ -199,15 +205,15 @@ def _with_constants(
 ) -> Tensor:
     """Operators that tracing, export, vmap and jacrev know; their own gradients are right."""
     dtype = arithmetic_dtype(x)
-    mean, variance, scale, offset = (v.to(dtype) for v in (moments.mean_hi, moments.variance, scale, offset))
+    mean, variance, scale, offset = (v.to(dtype) for v in (moments.mean, moments.variance, scale, offset))
     y = torch.nn.functional.batch_norm(x, mean, variance, scale, offset, False, 0.0, epsilon)
     if residual is not None:
         y = y + residual.to(y.dtype)
     return reference.activated(y, activation)
 
 
-def _moments_in_pairs(x: Tensor, mask: Tensor | None, communicator: Communicator | None) -> GroupMoments:
-    """Moments without float64: the mean in two parts."""
+def _moments_in_pairs(x: Tensor, mask: Tensor | None, exchange: Callable[[Tensor], tuple[Tensor, Any]]) -> GroupMoments:
+    """Moments without float64: the mean in two parts. exchange(v [n]) returns every replica's [size, n], and the communicator."""
     n, k, s, q = reference.local_moments(x, mask)
     n = n if isinstance(n, Tensor) else torch.full((), n, dtype=torch.int64, device=x.device)
     count = n.to(k.dtype)
@@ -216,7 +222,7 @@ def _moments_in_pairs(x: Tensor, mask: Tensor | None, communicator: Communicator
     # Counts above 2²⁴ are not exact in float32, and an integer's bits in a float payload are a denormal that arithmetic may
     # flush to 0: so the floats travel as the bits of integers.
     payload = torch.cat([n.to(torch.int32)[None], floats.view(torch.int32)])
-    rows = payload[None] if communicator is None else gather(payload, communicator)
+    rows, communicator = exchange(payload)
     counts = rows[:, :1]
     ks, rs, m2s = rows[:, 1:].contiguous().view(k.dtype).chunk(3, dim=1)
     _, (hi, lo), variance = maths.merge(
@@ -229,5 +235,4 @@ def _moments_in_pairs(x: Tensor, mask: Tensor | None, communicator: Communicator
         maximum=reference.maximum,
         where=torch.where,
     )
-    size = 1 if communicator is None else communicator.size
-    return GroupMoments(counts.sum(), hi[0], variance[0], size, mean_lo=lo[0], communicator=communicator)
+    return GroupMoments(counts.sum(), hi[0], variance[0], rows.shape[0], mean_lo=lo[0], communicator=communicator)

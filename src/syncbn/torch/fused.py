@@ -15,8 +15,13 @@ from torch.autograd import Function
 from syncbn.contract import ASSIGNED, Statistics
 from syncbn.groups import Activation
 from syncbn.torch import desync, dispatch
-from syncbn.torch._private import are_functorch_transforms_active, is_dead_tensor_wrapper, is_legacy_batchedtensor
-from syncbn.torch.autograd import differentiable
+from syncbn.torch._private import (
+    are_functorch_transforms_active,
+    is_dead_tensor_wrapper,
+    is_legacy_batchedtensor,
+    tracing_state,
+)
+from syncbn.torch.autograd import differentiable, no_transform
 from syncbn.torch.checkpoint import is_recording_or_replaying, should_update_now
 from syncbn.torch.groups import Communicator
 from syncbn.torch.peer_memory import Mailbox, mailbox_for
@@ -51,6 +56,9 @@ def kernels_for(
     """The kernels, where they do this whole step, else None."""
     kernels = dispatch.fused_kernels(x, mask)
     if kernels is None or is_recording_or_replaying() or are_functorch_transforms_active():
+        return None
+    # torch.jit.trace records no kernels, but torch's own operator.
+    if tracing_state() is not None:
         return None
     # What torch.func leaves behind has no memory of its own.
     if is_dead_tensor_wrapper(x):
@@ -91,7 +99,7 @@ def train_step(
 ) -> tuple[Tensor, Statistics | None]:
     """(y, what there is to assign: nothing), by the kernels of `kernels_for`. parameters: weight and bias."""
     # Before mailboxes are set up, where all ranks wait for each other: a rank that is absent is named.
-    desync.announce(communicator, "forward", layer, x.shape[1])
+    desync.announce(communicator, "forward", layer, x.shape)
     mailbox = None if communicator is None else mailbox_for(communicator, x.device, x.shape[1])
     # 1/batches cannot be read by some programs while another counts. Also not in a recomputation, which must save what was saved.
     single_launch = communicator is None and (statistics is None or statistics.weight is not None)
@@ -143,7 +151,7 @@ class FusedBatchNorm(Function):
         x, weight, bias, stats, mask, saved = ctx.saved_tensors
         call: FusedCall = ctx.call
         kernels = call.kernels
-        desync.announce(call.communicator, desync.backward(), call.layer, x.shape[1])
+        desync.announce(call.communicator, desync.backward(), call.layer, x.shape)
         # Batched gradients have no memory of their own either.
         if torch.is_grad_enabled() or is_legacy_batchedtensor(dy):
             with torch.enable_grad():
@@ -168,6 +176,11 @@ class FusedBatchNorm(Function):
             # Without an activation it is dy itself.
             dresidual = dy.to(ctx.residual_dtype)
         return dx, dweight, dbias, dresidual if needs_residual else None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Raises: there is no forward mode."""
+        raise no_transform()
 
 
 # Past what Function.apply does for torch.func, which is excluded above: that costs as much as a launch.

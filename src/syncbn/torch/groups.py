@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from syncbn import settings
 from syncbn.groups import Axes, Local, Sharded
 from syncbn.torch._private import timeout_of
+from syncbn.torch.failures import set_up_failed
 from syncbn.validation import check_no_axis_name, number_of_groups
 
 
@@ -60,13 +63,18 @@ class GroupMoments(NamedTuple):
 _communicators: dict[Any, Communicator | None] = {}
 _made_in: Any = lambda: None  # noqa: E731 (a dead reference)
 AVAILABLE = dist.is_available()
+_looked_for_ranks = False
 
 
 def communicator_of(group: Any) -> Communicator | None:
     """The communicator of a `groups.Group` or of a process group; None for one replica."""
     # Asked for once: `dist.is_initialized()` is the same question. This runs at every call of every layer.
     world = dist.group.WORLD if AVAILABLE else None
-    if world is None or isinstance(group, Local):
+    if world is None:
+        if not _looked_for_ranks:
+            warn_if_not_joined(group)
+        return None
+    if isinstance(group, Local):
         return None
     global _made_in
     if _made_in() is not world:
@@ -76,6 +84,23 @@ def communicator_of(group: Any) -> Communicator | None:
     if key not in _communicators:
         _communicators[key] = _make(group)
     return _communicators[key]
+
+
+def warn_if_not_joined(group: Any) -> bool:
+    """Warns, once, where a launcher has started several ranks and no process group joins them. Whether it looked."""
+    global _looked_for_ranks
+    if _looked_for_ranks or group == 1 or isinstance(group, Local):
+        return False
+    _looked_for_ranks = True
+    ranks = settings.launched_ranks()
+    if ranks > 1:
+        warnings.warn(
+            "Synchronised layers need a process group: without one each rank normalises with its own batch. Received: a training "
+            f"step of one of {ranks} ranks (the environment variable WORLD_SIZE) before torch.distributed.init_process_group(). "
+            "Call it before the first step. If each rank is to train alone, make the layers with group_size=1.",
+            stacklevel=2,
+        )
+    return True
 
 
 def is_single_process() -> bool:
@@ -107,10 +132,12 @@ def _own_group(size: int, world: int) -> Any:
     be taken for theirs.
     """
     timeout = timeout_of(dist.group.WORLD)
-    if size == world:
-        return dist.new_group(list(range(world)), timeout=timeout, group_desc="syncbn")
-    own, _ = dist.new_subgroups(size, timeout=timeout, group_desc="syncbn")
-    return own
+    try:
+        if size == world:
+            return dist.new_group(list(range(world)), timeout=timeout, group_desc="syncbn")
+        return dist.new_subgroups(size, timeout=timeout, group_desc="syncbn")[0]
+    except RuntimeError as error:
+        raise set_up_failed("make its process group", error) from error
 
 
 def communicator_over(process_group: Any) -> Communicator:

@@ -5,17 +5,25 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-# A plain module variable: the compiler guards on it, and recompiles inside `local_statistics`.
-_local_depth = 0
+import torch
+
+from syncbn.torch._private import get_obj_in_tls, is_key_in_tls, remove_obj_from_tls, stash_obj_in_tls
+
+_KEY = "syncbn.local_statistics"
+# How many `local_statistics` the code that is being compiled has entered. A plain module variable: the compiler can follow it.
+_traced_depth = 0
 
 
 @contextlib.contextmanager
 def local_statistics() -> Iterator[None]:
-    """Inside, no synchronised layer communicates, and no moving statistic is updated.
+    """Inside, no synchronised layer of this thread communicates, and none updates a moving statistic.
 
     For a forward pass that some replicas run and others do not: a summary, a trace, a warm-up. Layers in training mode
     normalise with the statistics of this replica's own batch. The backward pass of what ran inside is local too, wherever it is
     called. A checkpointed block that ran inside must be recomputed inside, or have `context_fn=syncbn.checkpoint_contexts`.
+
+    It holds for the thread that enters it, and for the threads in which autograd runs a backward pass that is called inside.
+    Other threads, those that are started inside included, train as before.
 
     Example:
         >>> import torch, syncbn
@@ -25,14 +33,28 @@ def local_statistics() -> Iterator[None]:
         >>> layer.running_mean
         tensor([0., 0., 0.])
     """
-    global _local_depth
-    _local_depth += 1
+    global _traced_depth
+    if torch.compiler.is_compiling():
+        _traced_depth += 1
+        try:
+            yield
+        finally:
+            _traced_depth -= 1
+        return
+    was_local = is_local()
+    stash_obj_in_tls(_KEY, True)
     try:
         yield
     finally:
-        _local_depth -= 1
+        if not was_local:
+            remove_obj_from_tls(_KEY)
 
 
 def is_local() -> bool:
-    """Whether `local_statistics` is in force."""
-    return _local_depth > 0
+    """Whether `local_statistics` is in force in this thread, now. Compiled code asks as it runs."""
+    return is_key_in_tls(_KEY) and bool(get_obj_in_tls(_KEY))
+
+
+def is_local_in_graph() -> bool:
+    """Whether the code that is being compiled lies in a `local_statistics` of its own."""
+    return _traced_depth > 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from numbers import Real
+import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,18 +13,14 @@ from torch import Tensor
 from syncbn import contract, maths
 from syncbn.contract import Moments, Statistics
 from syncbn.groups import LOCAL, Activation
-from syncbn.torch import engine
+from syncbn.torch import dtensor, engine
 from syncbn.torch._private import _BatchNorm, tracing_state
+from syncbn.torch.arguments import check_activation, check_input, check_mask, check_weight, refuse_epsilon
 from syncbn.torch.groups import GroupMoments, check_one_group
-from syncbn.validation import check_float_dtype, check_group_size, check_renorm_clipping, mask_omits_channels
+from syncbn.torch.replaced import warn_if_replaced
+from syncbn.validation import check_epsilon, check_float_dtype, check_group_size, check_renorm_clipping
 
 RENORM_BUFFERS = ("moving_stddev", "renorm_mean", "renorm_stddev")
-# Those that the engine applies itself, with torch's slope.
-ACTIVATIONS = {
-    "relu": Activation("relu"),
-    "silu": Activation("silu"),
-    "leaky_relu": Activation("leaky_relu", 0.01),
-}
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -40,15 +36,18 @@ class SyncBatchNorm(_BatchNorm):
     `num_batches_tracked` as they were; so do, with more than one replica, statistics that are not finite (an overflow under loss
     scaling). Without torch.distributed, or with one replica, this is plain batch norm and never communicates.
 
-    Call arguments: input [N, C, …], any float dtype; mask, bool, of the input's shape without the channels (or 1 there), each
-    other axis full or 1, True where a value counts: a masked element enters no statistic but is normalised like any other, and
-    is read as 0 where it is not finite; residual, of the input's shape. The output has the input's shape, dtype and memory
-    format.
+    Call arguments:
+        input: [N, C, …], any float dtype. A DTensor that is replicated, or sharded along the batch, gives a DTensor.
+        mask: bool or integer, of the input's shape without the channels (or 1 there), each other axis full or 1. True, or not
+            0, marks what counts. A masked element enters no statistic but is normalised like any other. It is read as 0 where
+            it is not finite.
+        residual: of the input's shape.
+    The output has the input's shape, dtype and memory format.
 
     Args:
         num_features: C.
-        eps: added to the variance.
-        momentum: weight of the new value in the running averages; None for a cumulative average.
+        eps: added to the variance. With 0 a constant channel is normalised to 0.
+        momentum: weight of the new value in the running averages, in [0, 1]; None for a cumulative average.
         affine: whether there are a weight and a bias.
         track_running_stats: whether there are running statistics; without them eval uses this replica's own batch.
         process_group: the replicas that communicate; None for all of them, over a group of the library's own.
@@ -64,8 +63,11 @@ class SyncBatchNorm(_BatchNorm):
         group_size: synchronise among consecutive groups of that many ranks; must divide their number.
 
     Raises:
-        TypeError: an input that is not of a float dtype.
-        ValueError: any argument, or shape, that does not fit; one value per channel in training of a single process.
+        TypeError: an input that is not of a float dtype; a mask of a float dtype.
+        ValueError: any argument, or shape, that does not fit; one value per channel in training of one process, or of a group
+            of one.
+        RuntimeError: training under torch.jit.trace, forward-mode differentiation or a transform of torch.func, where torch's
+            own operator does not serve.
 
     Source: `torch.nn.SyncBatchNorm`; Ioffe and Szegedy 2015 (arXiv:1502.03167); Ioffe 2017 (arXiv:1702.03275) for renorm.
 
@@ -95,6 +97,7 @@ class SyncBatchNorm(_BatchNorm):
     renorm_stddev: Any
     bias: Any
 
+    @refuse_epsilon
     def __init__(
         self,
         num_features: int,
@@ -113,13 +116,16 @@ class SyncBatchNorm(_BatchNorm):
         activation: str | Callable[[Tensor], Tensor] | None = None,
         group_size: int | None = None,
     ):
+        check_epsilon(eps, "eps")
+        if momentum is not None:
+            check_weight("momentum", momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if affine and not bias:
             self.bias = None
         self.process_group, self.group_size = process_group, check_group_size(group_size)
         check_one_group(process_group, self.group_size)
         self.renorm, self.renorm_clipping = bool(renorm), check_renorm_clipping(renorm_clipping)
-        self.renorm_momentum = _weight_of_new("renorm_momentum", renorm_momentum)
+        self.renorm_momentum = check_weight("renorm_momentum", renorm_momentum)
         self.activation = activation
         if self.renorm:
             if not track_running_stats:
@@ -148,6 +154,12 @@ class SyncBatchNorm(_BatchNorm):
             self._modules.pop(name, None)
         super().__setattr__(name, value)
 
+    @classmethod
+    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
+        """`syncbn.convert(module, process_group=process_group)`, by the name that torch's own class has for it."""
+        # Not at the top: the conversion imports this module.
+        return importlib.import_module("syncbn.conversion").convert(module, process_group=process_group)
+
     def reset_running_stats(self) -> None:
         """The initial statistics: mean 0, variance 1, no batches."""
         super().reset_running_stats()
@@ -167,6 +179,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalises; see the class."""
+        if type(input) is not Tensor and dtensor.is_dtensor(input):
+            return dtensor.forward(self, input, mask, residual)
         activation, uses_batch = self.activation, self.training or self.running_mean is None
         fused = None if activation is None else check_activation(activation)
         mask = self._checked(input, mask, residual, uses_batch)
@@ -183,7 +197,7 @@ class SyncBatchNorm(_BatchNorm):
         shape, channels = x.shape, self.num_features
         # While tracing, sizes are not numbers to compare.
         if tracing_state() is None and (len(shape) < 2 or shape[1] != channels or x.numel() <= channels):
-            check_input(x, channels, uses_batch and mask is None)
+            check_input(x, channels, uses_batch and mask is None and self._is_alone())
         if not x.is_floating_point():
             check_float_dtype(str(x.dtype), False)
         if residual is not None and residual.shape != shape:
@@ -191,11 +205,7 @@ class SyncBatchNorm(_BatchNorm):
                 f"`residual` must have the input's shape. Received: residual of shape {tuple(residual.shape)} for an input of "
                 f"shape {tuple(shape)}. Expand or reshape it."
             )
-        if mask is None:
-            return None
-        if mask_omits_channels(mask.shape, shape, (1,)):
-            mask = mask.unsqueeze(1)
-        return mask.to(torch.bool)
+        return None if mask is None else check_mask(mask, shape)
 
     def _evaluate(self, x: Tensor, mask: Tensor | None, activation: Activation | None, residual: Tensor | None) -> Tensor:
         """With the running statistics."""
@@ -240,6 +250,13 @@ class SyncBatchNorm(_BatchNorm):
         given: dict[str, Any] = {"epsilon": self.eps, "activation": activation, "residual": residual}
         return engine.normalize(x, moments, r * scale, d * scale + offset, **given, **where)
 
+    def _is_alone(self) -> bool:
+        """Whether no other process shares the statistics of this pass, as far as the arguments tell."""
+        if not self.training or self.group_size == 1 or engine.is_single_process():
+            return True
+        size = getattr(self.process_group, "size", None)
+        return size is not None and not torch.compiler.is_compiling() and size() == 1
+
     def _group(self) -> Any:
         if self.process_group is None:
             return self.group_size
@@ -273,7 +290,7 @@ class SyncBatchNorm(_BatchNorm):
         usable = contract.are_usable(moments, may_update, engine.OPERATORS)
         if usable is False:
             return
-        of_stddev = moments._replace(variance=stddev)
+        of_stddev = GroupMoments(moments.count, moments.mean, stddev, moments.replicas)
         moving = Statistics(self.running_mean, self.moving_stddev, self.momentum, batches=batches)
         renorm = Statistics(self.renorm_mean, self.renorm_stddev, self.renorm_momentum)
         moving, renorm = (contract.updated(v, of_stddev, usable, engine.OPERATORS) for v in (moving, renorm))
@@ -296,10 +313,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         """Torch's, and of ours what is not the default."""
-        text = (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}"
-        )
+        text = super().extra_repr()
         for name in ("renorm", "renorm_clipping", "renorm_momentum", "activation", "group_size"):
             value = getattr(self, name)
             # A module shows itself.
@@ -307,6 +321,18 @@ class SyncBatchNorm(_BatchNorm):
             if value != default and not isinstance(value, torch.nn.Module):
                 text += f", {name}={value!r}"
         return text
+
+    def named_children(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """Torch's; warns where a converter of torch or timm asks, which replaces this layer."""
+        warn_if_replaced(self)
+        return super().named_children()
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks of each module before it compiles it."""
+        raise RuntimeError(
+            "torch.jit.script cannot compile a synchronised layer. Received: a SyncBatchNorm, or a model that holds one. Use "
+            "torch.jit.trace or torch.export in eval mode, or script the model that syncbn.revert gives."
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
         """A copy in the same process group."""
@@ -325,41 +351,3 @@ class SyncBatchNorm(_BatchNorm):
     def __getstate__(self) -> dict[str, Any]:
         """All but the process group, which no file can hold."""
         return {**self.__dict__, "process_group": None}
-
-
-def check_input(x: Tensor, channels: int, needs_variance: bool) -> None:
-    """Raises where an input is not [N, channels, …]; or, `needs_variance`, has one value a channel in a single process."""
-    # Where torch's own layer has words for it, in those, which programs may look for.
-    shape = x.shape
-    if len(shape) < 2:
-        raise ValueError(f"expected at least 2D input (got {len(shape)}D input)")
-    if shape[1] == 0:
-        raise ValueError("SyncBatchNorm number of input channels should be non-zero")
-    if shape[1] != channels:
-        raise ValueError(
-            f"The input must have the layer's number of channels on dim 1. Received: shape {tuple(shape)} for num_features="
-            f"{channels}. Make a layer with num_features={shape[1]}."
-        )
-    if needs_variance and x.numel() == channels and engine.is_single_process():
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
-
-
-def check_activation(value: Any) -> Activation | None:
-    """What the engine applies itself; None for a callable, which runs after it. Raises for another name."""
-    if value is None or callable(value):
-        return None
-    if not isinstance(value, str) or value not in ACTIVATIONS:
-        raise ValueError(
-            f"`activation` must be None, a callable or one of {sorted(ACTIVATIONS)}. Received: activation={value!r}. Give "
-            "another activation as a callable, for example torch.nn.GELU()."
-        )
-    return ACTIVATIONS[value]
-
-
-def _weight_of_new(name: str, value: Any) -> float:
-    """A momentum in torch's convention."""
-    if not isinstance(value, Real) or not 0 <= float(value) <= 1:
-        raise ValueError(
-            f"`{name}` must lie in [0, 1]: it is the weight of the new value. Received: {name}={value!r}. Give for example 0.01."
-        )
-    return float(value)

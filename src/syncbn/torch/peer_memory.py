@@ -20,6 +20,7 @@ from torch import Tensor
 from syncbn import settings
 from syncbn.torch import dispatch
 from syncbn.torch._private import backend_name, symmetric_empty, symmetric_rendezvous, timeout_of
+from syncbn.torch.failures import REMEDIES, RULE, USE_DEBUG, next_message, set_up_failed
 from syncbn.torch.groups import Communicator
 from syncbn.torch.triton.exchange import Exchange
 
@@ -56,9 +57,9 @@ def lost_replica(group: str, code: int, rank: int) -> RuntimeError:
     """The error of a wait inside a kernel that ended at its bound (code 1), or with a message of another call."""
     what = "did not come in time" if code == 1 else "sent the message of another call"
     return RuntimeError(
-        f"All replicas of a group must make the same synchronised calls in the same order. Received: in group {group!r} rank "
-        f"{rank} {what}; what depended on it is NaN. Look for that rank's own error, or for a branch that only some ranks take. "
-        "If it is merely slow, raise the process group's timeout. Then start again: the group's buffers are not used any more."
+        f"{RULE} Received: in group {group!r} rank {rank} {what}, before the {next_message()}; what depended on it is NaN. Look "
+        f"first for that rank's own error. {REMEDIES} {USE_DEBUG} If the rank is merely slow, raise the process group's timeout. "
+        "Then start again: the group's buffers are not used any more."
     )
 
 
@@ -162,7 +163,11 @@ def _warn(reason: str) -> None:
 
 def _said_by_all(communicator: Communicator, what: Any) -> list[Any]:
     said: list[Any] = [None] * communicator.size
-    dist.all_gather_object(said, what, group=communicator.process_group)
+    group = communicator.process_group
+    try:
+        dist.all_gather_object(said, what, group=group)
+    except RuntimeError as error:
+        raise set_up_failed("agree on its mailboxes", error) from error
     return said
 
 

@@ -67,6 +67,16 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+# Of the squared mean: a variance below it is what rounding made of 0, in float64 of Σx².
+ROUNDING = 2.0**-48
+
+
+def divisible(variance: Tensor, mean: Tensor) -> Tensor:
+    """The variance for an epsilon of 0: of a constant channel so large that x_hat and its gradient are 0, as torch's are."""
+    largest = torch.finfo(torch.float32).max
+    return torch.where(variance <= mean * mean * ROUNDING, largest, variance)
+
+
 def has_float64(device: torch.device) -> bool:
     """Whether sums and messages can be float64."""
     return device.type != "mps"

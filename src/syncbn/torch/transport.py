@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from syncbn.torch import dispatch
-from syncbn.torch._private import all_gather_in_graph
+from syncbn.torch.failures import message_failed, sends
 from syncbn.torch.groups import Communicator
 from syncbn.torch.peer_memory import Mailbox, mailbox_for
 
@@ -47,16 +47,22 @@ def global_sums(message: Tensor, communicator: Communicator | None) -> Tensor:
 def sum_in_place(v: Tensor, communicator: Communicator | None) -> Tensor:
     """v, now the sum of every replica's."""
     if communicator is not None:
-        dist.all_reduce(v, group=communicator.process_group)
+        group = communicator.process_group
+        try:
+            dist.all_reduce(v, group=group)
+        except RuntimeError as error:
+            raise message_failed(communicator, error) from error
     return v
 
 
 def gather(v: Tensor, communicator: Communicator) -> Tensor:
     """[size, n]: every replica's v [n] in the order of ranks."""
-    if torch.compiler.is_compiling():
-        return all_gather_in_graph(v, communicator.size, communicator.name).view(communicator.size, -1)
     rows = [torch.empty_like(v) for _ in range(communicator.size)]
-    dist.all_gather(rows, v, group=communicator.process_group)
+    group = communicator.process_group
+    try:
+        dist.all_gather(rows, v, group=group)
+    except RuntimeError as error:
+        raise message_failed(communicator, error) from error
     return torch.stack(rows)
 
 
@@ -72,4 +78,5 @@ class DifferentiableSum(Function):
     @staticmethod
     def backward(ctx: Any, dv: Tensor) -> Any:
         """The same again."""
+        sends("derivative of the backward pass", None, None)
         return DifferentiableSum.apply(dv, ctx.communicator), None

@@ -269,7 +269,8 @@ def update_statistics(
     weight = tl.where(weight < 0, 1.0 / tl.maximum(batches, 1).to(tl.float64), weight)
     for start in range(0, C, P):
         c = start + tl.arange(0, P)
-        there = (c < C) & (updates > 0)
+        # Not (c < C) & (updates > 0): the interpreter of Triton 3.9 makes numbers of a mask and a scalar.
+        there = c < tl.where(updates > 0, C, 0)
         mean, variance = moments_at(stats_ptr, c, C, REDUCED_SUMS)
         update_channels(mean, variance, n, moving_mean_ptr, moving_variance_ptr, weight, c, there)
 

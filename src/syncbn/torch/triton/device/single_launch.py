@@ -96,7 +96,8 @@ def forward_kernel(
     moments.write(stats_ptr, c, n, mean, m2, C, False)
     if UPDATE:
         wide_weight = tl.full([], 0.0, tl.float64) + weight + weight_rest
-        pointwise.update_channels(mean, variance, n, moving_mean_ptr, moving_variance_ptr, wide_weight, c, (c < C) & (n != 0))
+        there = c < tl.where(n != 0, C, 0)
+        pointwise.update_channels(mean, variance, n, moving_mean_ptr, moving_variance_ptr, wide_weight, c, there)
         tl.store(batches_ptr + c, tl.load(batches_ptr + c, mask=c == 0, other=0) + (n != 0).to(tl.int64), mask=c == 0)
 
 

@@ -1,6 +1,6 @@
 """Keras's `fit` with a step that XLA compiles on each replica: the fastest way to train on several GPUs.
 
-    python examples/keras_compiled_step.py
+    python examples/keras_xla.py
 
 Runs on all GPUs of the machine, or on one CPU.
 """

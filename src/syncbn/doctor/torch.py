@@ -1,54 +1,58 @@
-"""What `syncbn doctor` says: which path runs for torch here and why, and whether its numbers are right."""
+"""PyTorch: which kernels run here and why, and a known batch over the replicas that were started."""
 
 from __future__ import annotations
 
-import importlib.util
+import os
+import platform
 from typing import Any
 
+import torch
+import torch.distributed as dist
 
-def report() -> tuple[list[tuple[str, str]], bool]:
-    """(lines of a name and what was found, whether all is well). Started alone or under torchrun, on every replica.
+from syncbn.doctor import Report, merged, version
 
-    Synchronises a known batch over the replicas that it is started with and compares moments, output and gradient with plain
-    batch norm in float64 on the whole batch.
+
+def report() -> Report:
+    """Synchronises a known batch over the ranks, and compares with plain batch norm in float64 on the whole batch.
+
+    Every rank of torchrun must call it. The report holds the lines of all ranks.
     """
-    if importlib.util.find_spec("torch") is None:
-        return [("torch", "not installed")], False
-    import torch
-
     from syncbn.torch.dispatch import asked_for, cuda_kernels
 
+    # A wrong setting raises before the ranks meet: on all of them.
+    lines = [("torch", torch.__version__), ("triton", version("triton")), ("SYNCBN_KERNELS", asked_for())]
     device = _join()
-    lines = [("torch", torch.__version__), ("triton", _version("triton")), ("SYNCBN_KERNELS", asked_for())]
-    if device.type == "cuda":
-        lines.append(
-            ("device", f"{torch.cuda.get_device_name(device)}, compute capability {torch.cuda.get_device_capability(device)}")
-        )
-    lines += [("replicas", _replicas()), ("kernels", _path(device, cuda_kernels())), ("exchange", _exchange(device))]
-    wrong = _errors(device)
     lines += [
-        (f"error of {name}", f"{error:.1e} ({'right' if error <= limit else 'WRONG'}: at most {limit:.0e})")
-        for name, error, limit in wrong
+        ("replicas", _replicas()),
+        ("host", platform.node()),
+        ("device", _name(device)),
+        ("kernels", _path(device, cuda_kernels())),
+        ("exchange", _exchange(device)),
     ]
-    return lines, all(error <= limit for _, error, limit in wrong)
+    errors = _errors(device)
+    if not (dist.is_available() and dist.is_initialized()):
+        return Report(lines, 1, errors)
+    each: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(each, lines)
+    found = Report(merged(each), len(each), errors)
+    if _JOINED:
+        dist.destroy_process_group()
+    return found
 
 
-def _version(package: str) -> str:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+# Whether this module made the process group.
+_JOINED: list[bool] = []
 
 
-def _join() -> Any:
+def _name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "CPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+
+
+def _join() -> torch.device:
     """This replica's device; joins the others where there are any."""
-    import os
-
-    import torch
-    import torch.distributed as dist
-
     cuda = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local % torch.cuda.device_count()) if cuda else torch.device("cpu")
@@ -58,18 +62,17 @@ def _join() -> Any:
         # NCCL refuses two ranks on one GPU.
         enough = cuda and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
         dist.init_process_group("nccl" if enough else "gloo")
+        _JOINED.append(True)
     return device
 
 
 def _replicas() -> str:
-    import torch.distributed as dist
-
     if not (dist.is_available() and dist.is_initialized()):
         return "1 (not started by torchrun)"
     return f"{dist.get_world_size()} over {dist.get_backend()}"
 
 
-def _path(device: Any, kernels: Any) -> str:
+def _path(device: torch.device, kernels: Any) -> str:
     if device.type != "cuda":
         return "torch operators on the CPU: there is no CUDA device"
     if kernels is None:
@@ -91,7 +94,7 @@ def launcher_note() -> str:
     return f" (by Triton's own launcher, which is slower: Triton is {triton.__version__}, not {known})"
 
 
-def _exchange(device: Any) -> str:
+def _exchange(device: torch.device) -> str:
     from syncbn.torch import peer_memory
     from syncbn.torch.groups import communicator_of
 
@@ -104,11 +107,8 @@ def _exchange(device: Any) -> str:
     return f"one all-reduce of the group's backend each way{why}"
 
 
-def _errors(device: Any) -> list[tuple[str, float, float]]:
-    """(quantity, largest error over the replicas relative to the largest value, what is allowed)."""
-    import torch
-    import torch.distributed as dist
-
+def _errors(device: torch.device) -> dict[str, float]:
+    """The largest error of each quantity over the replicas, relative to the largest value."""
     import syncbn
 
     many = dist.is_available() and dist.is_initialized()
@@ -129,15 +129,14 @@ def _errors(device: Any) -> list[tuple[str, float, float]]:
     flat = whole.detach().transpose(0, 1).flatten(1)
     assert whole.grad is not None
     assert x.grad is not None
-    pairs = [
-        ("running_mean", layer.running_mean, 0.1 * flat.mean(1)),
-        ("running_var", layer.running_var, 0.9 + 0.1 * flat.var(1)),
-        ("output", y.detach(), right.detach()[mine]),
-        ("input gradient", x.grad, whole.grad[mine]),
-    ]
-    found = torch.tensor(
-        [float((got.double().cpu() - want).abs().max() / want.abs().max()) for _, got, want in pairs], device=device
-    )
+    pairs: dict[str, tuple[Any, Any]] = {
+        "running_mean": (layer.running_mean, 0.1 * flat.mean(1)),
+        "running_var": (layer.running_var, 0.9 + 0.1 * flat.var(1)),
+        "output": (y.detach(), right.detach()[mine]),
+        "input gradient": (x.grad, whole.grad[mine]),
+    }
+    errors = [float((got.double().cpu() - want).abs().max() / want.abs().max()) for got, want in pairs.values()]
+    found = torch.tensor(errors, device=device)
     if many:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return [(name, float(error), 1e-5) for (name, _, _), error in zip(pairs, found, strict=True)]
+    return dict(zip(pairs, found.tolist(), strict=True))

@@ -1,0 +1,26 @@
+"""What older versions of the frameworks lack: tests that need it are skipped there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+
+import pytest
+
+
+def version(package):
+    """(major, minor), or (0, 0) where it is not installed."""
+    try:
+        return tuple(map(int, re.findall(r"\d+", importlib.metadata.version(package))[:2]))
+    except importlib.metadata.PackageNotFoundError:
+        return 0, 0
+
+
+KERAS, TORCH = version("keras"), version("torch")
+KERAS_HAS_RENORM = KERAS >= (3, 14)
+KERAS_RENORM = "Keras has no renorm before 3.14"
+needs_keras_renorm = pytest.mark.skipif(not KERAS_HAS_RENORM, reason=KERAS_RENORM)
+needs_remat_scope = pytest.mark.skipif(KERAS < (3, 9), reason="Keras has no RematScope before 3.9")
+reads_files_of_keras_3_15 = pytest.mark.skipif(
+    KERAS < (3, 14), reason="older versions do not know what 3.15 writes of initializers"
+)
