@@ -160,7 +160,7 @@ lint: $(SETUP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test
+check: lint test docs
 
 # On a machine with a GPU, PyTorch and Triton: the kernels, then what the layer promises, alone and in two processes on one GPU over gloo.
 ON_GPU := SYNCBN_TEST_DEVICE=cuda PYTHONPATH=src $(PYTHON) -m pytest
