@@ -10,9 +10,9 @@ PYTEST := $(BIN)/pytest
 REPLICATED := tests/tensorflow/test_engine_tensorflow.py tests/tensorflow/test_layer_tensorflow.py
 # What TensorFlow 2.2 to 2.15 wrote, on each backend of Keras.
 FILES := tests/keras/test_old_files.py tests/keras/test_matching.py tests/keras/test_hostile_files.py
-TESTS := test-architecture test-demos test-examples test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants
+TESTS := test-architecture test-demos test-examples test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants test-docs
 
-.PHONY: demo test check lint quick mutants gpu gpu-ranks gpu-tensorflow benchmark clean package smoke test-oldest test-newest test-all $(TESTS)
+.PHONY: demo test check lint quick mutants gpu gpu-ranks gpu-tensorflow benchmark clean package smoke test-oldest test-newest test-all docs $(TESTS)
 
 # Installs one framework: `make demo BACKEND=jax`, or torch, or tensorflow.
 BACKEND ?= tensorflow
@@ -23,7 +23,7 @@ test: $(SETUP)
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(TESTS)
 
 test-architecture:
-	$(PYTEST) tests/test_architecture.py tests/test_benchmarks.py tests/test_errors.py tests/test_settings.py tests/test_maths.py tests/test_mutants.py -k "not is_caught"
+	$(PYTEST) tests/test_architecture.py tests/test_benchmarks.py tests/test_errors.py tests/test_settings.py tests/test_maths.py tests/test_prose.py tests/test_mutants.py -k "not is_caught"
 
 test-demos:
 	$(PYTEST) tests/demo/test_demo.py tests/demo/test_doctor.py tests/test_missing.py
@@ -73,6 +73,20 @@ test-conversion: test-conversion-tensorflow
 	KERAS_BACKEND=torch $(PYTEST) $(FILES) -k "(computes or in_code) and (tf2.2 or tf2.15) or hdf5 or fit"
 	KERAS_BACKEND=jax $(PYTEST) $(FILES) -k "(computes or in_code) and (tf2.2 or tf2.15) or hdf5 or fit"
 
+# The site, into site/: strict, so that a dead link fails.
+DOCS := .venv-docs
+docs: $(DOCS)/.made
+	$(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/.made: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $@
+
+# What README.md and the site show, run.
+test-docs: $(SETUP)
+	$(PYTEST) tests/test_docs_blocks.py
+
 # The oldest and the newest versions that are supported, one environment a framework: constraints/. Run by hand; docs/compatibility.md
 # says when, and what came out. PyTorch's floor downloads gigabytes of CUDA libraries: `make test-oldest-torch`.
 .PRECIOUS: .venv-oldest-%/.made .venv-newest-%/.made
@@ -105,7 +119,7 @@ test-newest-%: .venv-newest-%/.made
 	touch $@ $(@D)/.made-$*
 
 # What no single command runs otherwise. Hours.
-test-all: check package smoke test-oldest test-newest mutants
+test-all: check docs package smoke test-oldest test-newest mutants
 
 # The wheel and the sdist, and what must be in them.
 package: $(SETUP)
@@ -146,7 +160,7 @@ lint: $(SETUP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test
+check: lint test docs
 
 # On a machine with a GPU, PyTorch and Triton: the kernels, then what the layer promises, alone and in two processes on one GPU over gloo.
 ON_GPU := SYNCBN_TEST_DEVICE=cuda PYTHONPATH=src $(PYTHON) -m pytest
@@ -181,7 +195,7 @@ benchmark: $(SETUP)
 	$(BIN)/python benchmarks/run.py jax-cpu
 
 clean:
-	rm -rf $(VENV) .venv-* dist demo-results .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-* dist site demo-results .pytest_cache .mypy_cache .ruff_cache
 
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

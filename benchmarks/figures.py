@@ -1,4 +1,4 @@
-"""Writes what the rows say: the tables of README.md, docs/kernels.md and docs/tensorflow.md, and the plots of docs/figures.
+"""Writes what the rows say: the tables of README.md and of pages of docs, and the plots of docs/figures.
 
 `python benchmarks/figures.py`; with `--check` it writes nothing and fails if a table differs from the rows.
 """
@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from accuracy import FLAX, KERAS, TORCH
 from baselines import COMPILED, LOCAL, OURS, TORCH_SYNC
 from gpu_tables import one_gpu, training, two_gpus
 from rows import geometric_mean, read
@@ -99,23 +100,53 @@ def jax_lines() -> list[str]:
     ]
 
 
-def error_lines() -> list[str]:
-    rows = [row for row in read("tensorflow-cpu") if row["measure"] == "relative error of the variance"]
-    errors = {(row["subject"], row["details"]["mean"]): row["values"]["median"] for row in rows}
-    means = dict.fromkeys(mean for _, mean in errors)
-    return [f"| {mean:,.0f} | {errors[OURS, mean]:.0e} | {errors['keras synchronized', mean]:.1g} |" for mean in means]
-
-
-def readme() -> str:
+def all_ratios() -> str:
+    """Every comparison."""
     lines = ["| forward + backward | against | time, ours / theirs | each shape |", "|---|---|---|---|"]
-    lines += [*cpu_lines(), *tensorflow_gpu_lines(), *gpu_lines(), *jax_lines()]
-    lines += ["", "| variance's relative error, float32, mean/std | syncbn | Keras `synchronized=True` |", "|---|---|---|"]
-    return "\n".join(lines + error_lines()) + "\n"
+    return "\n".join([*lines, *cpu_lines(), *tensorflow_gpu_lines(), *gpu_lines(), *jax_lines()]) + "\n"
+
+
+def large_means() -> str:
+    """The variance's error of every framework's layer, and ours."""
+    rows = {}
+    for row in read("accuracy"):
+        rows[row["details"]["framework"], row["subject"], row["details"]["mean"]] = row["values"]["median"]
+    heads = ["mean/std", "syncbn, the worst of three", "Keras `synchronized=True`", "Flax `axis_name`"]
+    lines = [f"| {' | '.join(heads)} | `torch.nn.BatchNorm1d`, one process |", "|---|---|---|---|---|"]
+    for mean in dict.fromkeys(mean for _, _, mean in rows):
+        ours = max(value for (_, subject, at), value in rows.items() if (subject, at) == (OURS, mean))
+        theirs = (rows["tensorflow", KERAS, mean], rows["jax", FLAX, mean], rows["torch", TORCH, mean])
+        lines.append(f"| {mean:,.0f} | {ours:.0e} | {' | '.join(f'{value:.0e}' for value in theirs)} |")
+    return "\n".join(lines) + "\n"
+
+
+def speed_ups() -> str:
+    """README's six lines: their time over ours."""
+    graph, layer = {"measure": "step in a CUDA graph"}, {"measure": "layer"}
+    by_memory = lambda row: row["details"]["transport"] == "peer memory"  # noqa: E731
+    two, two_tf, two_jax = gpus("gpu", 2), gpus("tensorflow-gpu", 2), gpus("jax-gpu", 2)
+    found = [
+        (f"PyTorch layer, {two}", "`torch.nn.SyncBatchNorm`", ratios("gpu", TORCH_SYNC, by_memory, replicas=2, **graph)),
+        (f"PyTorch layer, {two}", "`BatchNorm2d`, not synchronised", ratios("gpu", LOCAL, by_memory, replicas=2, **graph)),
+        (f"Keras layer on TensorFlow, {two_tf}", "Keras `synchronized=True`",
+         ratios("tensorflow-gpu", "keras synchronized", replicas=2, **layer)),
+        (f"`sync_batch_norm` on JAX, {two_jax}", "Flax `axis_name`", ratios("jax-gpu", "flax axis_name", replicas=2)),
+        ("Keras layer on TensorFlow, CPU, 4 replicas", "Keras `synchronized=True`",
+         ratios("tensorflow-cpu", "keras synchronized", measure="step")),
+        ("PyTorch layer, CPU, one process", "`torch.nn.BatchNorm`",
+         ratios("torch-cpu", "torch local", replicas=1, measure="step")),
+    ]  # fmt: skip
+    lines = ["| forward + backward | against | speed-up, geometric mean | worst and best shape |", "|---|---|---|---|"]
+    for where, baseline, times in found:
+        mean, worst, best = 1 / geometric_mean(times), 1 / max(times), 1 / min(times)
+        lines.append(f"| {where} | {baseline} | {mean:.2f} | {worst:.2f} to {best:.2f} |")
+    return "\n".join(lines) + "\n"
 
 
 # What each document takes from the rows, in its order.
 TABLES: dict[str, list[Callable[[], str]]] = {
-    "README.md": [readme],
+    "README.md": [speed_ups],
+    "docs/performance.md": [large_means, all_ratios],
     "docs/kernels.md": [two_gpus, one_gpu],
     "docs/tensorflow.md": [layers, resnet],
 }

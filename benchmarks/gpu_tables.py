@@ -114,8 +114,8 @@ def host(replicas: int) -> str:
 
 
 def host_steps(replicas: int) -> str:
-    """µs of each step of the suite gpu-host, a figure a round."""
-    return "; ".join(f"{what} {' and '.join(f'{us:.0f}' for us in each)}" for what, each in host_times(replicas).items())
+    """µs of each step of the suite gpu-host, a figure a round: a list."""
+    return "\n".join(f"* {what}: {' and '.join(f'{us:.0f}' for us in each)}" for what, each in host_times(replicas).items())
 
 
 def training(replicas: int, baseline: str) -> list[float]:
@@ -163,7 +163,7 @@ def one_gpu() -> str:
     ]
     lines = [f.where(), "", "| goal (set for an H200) | figure | reached |", "|---|---|---|"]
     lines += [f"| {' | '.join(line)} |" for line in goals]
-    lines += ["", f"Where the host's time goes, µs a layer, forward + backward, two rounds: {host_steps(1)}.", ""]
+    lines += ["", "Where the host's time goes, µs a layer, forward + backward, two rounds:", "", host_steps(1), ""]
     lines += [
         "µs in a graph; of each launch of ours alone, with its time over its own floor in brackets (under 1: out of L2). Two launches:"
     ]
@@ -203,7 +203,7 @@ def two_gpus() -> str:
     ]
     lines = [f.where(), "", "| goal (set for H200s) | figure | reached |", "|---|---|---|"]
     lines += [f"| {' | '.join(line)} |" for line in goals]
-    lines += ["", f"Host, µs a layer, forward + backward, two rounds: {host_steps(2)}.", ""]
+    lines += ["", "Host, µs a layer, forward + backward, two rounds:", "", host_steps(2), ""]
     lines += [
         "| case, each GPU's, µs in a graph | floor | syncbn | by NCCL | one replica | torch SyncBatchNorm | BatchNorm2d, local |",
         "|---|---|---|---|---|---|---|",
