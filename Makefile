@@ -10,9 +10,9 @@ PYTEST := $(BIN)/pytest
 REPLICATED := tests/tensorflow/test_engine_tensorflow.py tests/tensorflow/test_layer_tensorflow.py
 # What TensorFlow 2.2 to 2.15 wrote, on each backend of Keras.
 FILES := tests/keras/test_old_files.py tests/keras/test_matching.py tests/keras/test_hostile_files.py
-TESTS := test-architecture test-demos test-examples test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants test-docs
+TESTS := test-architecture test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants test-docs
 
-.PHONY: demo test check lint quick mutants gpu gpu-ranks gpu-tensorflow benchmark clean package smoke test-oldest test-newest test-all docs $(TESTS)
+.PHONY: demo test check lint quick mutants gpu gpu-ranks gpu-tensorflow benchmark clean package smoke test-oldest test-newest test-all test-examples docs $(TESTS)
 
 # Installs one framework: `make demo BACKEND=jax`, or torch, or tensorflow.
 BACKEND ?= tensorflow
@@ -119,7 +119,7 @@ test-newest-%: .venv-newest-%/.made
 	touch $@ $(@D)/.made-$*
 
 # What no single command runs otherwise. Hours.
-test-all: check docs package smoke test-oldest test-newest mutants
+test-all: check test-examples package smoke test-oldest test-newest mutants
 
 # The wheel and the sdist, and what must be in them.
 package: $(SETUP)
