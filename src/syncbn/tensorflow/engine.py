@@ -21,7 +21,7 @@ from syncbn.contract import (
 from syncbn.groups import Activation, Group
 from syncbn.tensorflow import passes_cpu, passes_gpu
 from syncbn.tensorflow._private import compiled_by_xla, has_tangents
-from syncbn.tensorflow.passes_cpu import Fold, along_channels
+from syncbn.tensorflow.passes_cpu import ChannelView, along_channels
 from syncbn.tensorflow.replicas import Replicas, joined, moments_in_pairs, own_moments, refuse_parameter_server, replicas_of
 
 __all__ = [
@@ -281,28 +281,28 @@ class _Normalization:
 
     def _backward_by_operators(self, dy: tf.Tensor, x: tf.Tensor, scale: tf.Tensor) -> list[tf.Tensor]:
         """The same, differentiable any number of times: the moments, which came in as constants, hang on x again."""
-        dtype, fold = x.dtype, Fold(self.axes, x.shape.rank)
+        dtype, view = x.dtype, ChannelView(self.axes, x.shape.rank)
         # In the wide dtype x − mean needs no pair, and nobody asks for a fast second derivative.
-        folded, dy = self._widen(fold.fold(x)), self._widen(fold.fold(dy))
-        mask = None if self.mask is None else fold.fold_mask(self.mask, x)
+        flat, dy = self._widen(view.of(x)), self._widen(view.of(dy))
+        mask = None if self.mask is None else view.of_mask(self.mask, x)
         wide_scale = self._widen(scale)
-        mean, variance = self._attach(folded, mask)
+        mean, variance = self._attach(flat, mask)
 
         def along(v: tf.Tensor) -> tf.Tensor:
-            return along_channels(v, folded)
+            return along_channels(v, flat)
 
-        rstd, rest = tf.math.rsqrt(variance + self.epsilon), [0, *range(2, folded.shape.rank)]
-        x_hat = (folded - along(mean)) * along(rstd)
+        rstd, rest = tf.math.rsqrt(variance + self.epsilon), [0, *range(2, flat.shape.rank)]
+        x_hat = (flat - along(mean)) * along(rstd)
         sum_dy, dscale = tf.reduce_sum(dy, rest), tf.reduce_sum(dy * x_hat, rest)
         sums = self.world.sum_of_group(tf.concat([wide_scale * sum_dy, wide_scale * dscale], 0))
         n = self._widen(self.moments.count)
         through = maths.moment_path(n, x_hat, along(rstd), *map(along, tf.split(sums, 2)), maximum=tf.maximum)
         dx = along(wide_scale * rstd) * dy + _where(mask, through)
         parameter = arithmetic_dtype(x)
-        return [tf.cast(fold.unfold(dx, x), dtype), tf.cast(dscale, parameter), tf.cast(sum_dy, parameter)]
+        return [tf.cast(view.restore(dx, x), dtype), tf.cast(dscale, parameter), tf.cast(sum_dy, parameter)]
 
     def _attach(self, x: tf.Tensor, mask: tf.Tensor | None) -> list[tf.Tensor]:
-        """(mean, variance) as they are, with their true gradient for x, folded and wide; differentiable again."""
+        """(mean, variance) as they are, with their true gradient for the wide x of a `ChannelView`; differentiable again."""
         n = tf.maximum(self._widen(self.moments.count), 1)
 
         @tf.custom_gradient

@@ -1,4 +1,4 @@
-"""One TensorFlow replica's arithmetic on the CPU: inputs are folded to [A, C], or to [A, C, B] where channels are not last.
+"""One TensorFlow replica's arithmetic on the CPU: inputs become [A, C], or to [A, C, B] where channels are not last.
 
 Each pass has two forms. On float32 with the channels last it is one of TensorFlow's fused batch norm operators in inference
 mode, which make one pass over memory where plain operators make three; everywhere else it is plain operators.
@@ -18,7 +18,7 @@ from syncbn import maths
 BLOCK_ROWS = 1024
 
 
-class Fold(NamedTuple):
+class ChannelView(NamedTuple):
     """How an input of any rank becomes [A, C], or [A, C, B], and back."""
 
     axes: tuple[int, ...]
@@ -34,7 +34,7 @@ class Fold(NamedTuple):
         rest = [i for i in range(self.rank) if i not in self.axes]
         return list(range(self.rank)) if self._side_by_side else rest + list(self.axes)
 
-    def fold(self, x: tf.Tensor) -> tf.Tensor:
+    def of(self, x: tf.Tensor) -> tf.Tensor:
         """x as [A, C], or [A, C, B]."""
         if not self._side_by_side:
             x = tf.transpose(x, self._order)
@@ -43,17 +43,17 @@ class Fold(NamedTuple):
         after = [size(x, *range(last, self.rank))] if last < self.rank else []
         return tf.reshape(x, [size(x, *range(first)), size(x, *range(first, last)), *after])
 
-    def unfold(self, folded: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
-        """The inverse of `fold`, in the shape of `like`."""
+    def restore(self, flat: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+        """The inverse of `of`, in the shape of `like`."""
         shape = [size(like, i) for i in range(self.rank)]
         if self._side_by_side:
-            return tf.reshape(folded, shape)
+            return tf.reshape(flat, shape)
         back = [self._order.index(i) for i in range(self.rank)]
-        return tf.transpose(tf.reshape(folded, [shape[i] for i in self._order]), back)
+        return tf.transpose(tf.reshape(flat, [shape[i] for i in self._order]), back)
 
-    def fold_mask(self, mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+    def of_mask(self, mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
         """A mask for x, bool of its rank, as [A, 1] or [A, 1, B]."""
-        return self.fold(tf.broadcast_to(mask, [1 if i in self.axes else size(x, i) for i in range(self.rank)]))
+        return self.of(tf.broadcast_to(mask, [1 if i in self.axes else size(x, i) for i in range(self.rank)]))
 
 
 def size(x: tf.Tensor, *dims: int) -> Any:
@@ -65,7 +65,7 @@ def size(x: tf.Tensor, *dims: int) -> Any:
 
 
 def along_channels(v: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-    """A vector [C] that broadcasts to the folded x."""
+    """A vector [C] that broadcasts to the flat x."""
     return v if x.shape.rank == 2 else v[:, None]
 
 
@@ -83,9 +83,9 @@ def local_moments(
 
     mask: bool of x's rank, 1 on the channel axes, or None. The pivot is the replica's own mean, rounded.
     """
-    fold = Fold(axes, x.shape.rank)
-    mask = None if mask is None else fold.fold_mask(mask, x)
-    x = _folded(x, fold)
+    view = ChannelView(axes, x.shape.rank)
+    mask = None if mask is None else view.of_mask(mask, x)
+    x = _flat(x, view)
     if mask is None:
         n, counted = tf.cast(size(x, 0, *range(2, x.shape.rank)), tf.int64), x
     else:
@@ -118,12 +118,12 @@ def normalize(
     dtype: tf.DType,
 ) -> tf.Tensor:
     """scale·(x − mean)/√(variance + epsilon) + offset, rounded to this dtype."""
-    fold = Fold(axes, x.shape.rank)
-    folded = _folded(x, fold)
-    hi, lo = split(mean, folded.dtype)
+    view = ChannelView(axes, x.shape.rank)
+    flat = _flat(x, view)
+    hi, lo = split(mean, flat.dtype)
     rstd = tf.math.rsqrt(variance + epsilon)
     a, b = maths.affine_coefficients(lo, rstd, tf.cast(scale, variance.dtype), tf.cast(offset, variance.dtype))
-    return tf.cast(fold.unfold(affine(folded, hi, a, b), x), dtype)
+    return tf.cast(view.restore(affine(flat, hi, a, b), x), dtype)
 
 
 def backward(
@@ -139,21 +139,21 @@ def backward(
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """(dx, dscale, doffset). exchange: takes [2C], Σscale·dy and Σscale·dy·x_hat, and returns those of all replicas."""
     count, mean, variance = moments
-    fold = Fold(axes, x.shape.rank)
-    folded, folded_dy = _folded(x, fold), _folded(dy, fold)
-    hi, lo = split(mean, folded.dtype)
+    view = ChannelView(axes, x.shape.rank)
+    flat, flat_dy = _flat(x, view), _flat(dy, view)
+    hi, lo = split(mean, flat.dtype)
     rstd, scale = tf.math.rsqrt(variance + epsilon), tf.cast(scale, variance.dtype)
-    scaled, sum_dy, sum_dy_x = affine_gradient(folded_dy, folded, hi, tf.cast(scale * rstd, folded.dtype), variance.dtype)
+    scaled, sum_dy, sum_dy_x = affine_gradient(flat_dy, flat, hi, tf.cast(scale * rstd, flat.dtype), variance.dtype)
     dscale = maths.scale_gradient(lo, rstd, sum_dy, sum_dy_x)
     message = tf.concat([scale * sum_dy, scale * dscale], 0)
     messages = [message] if exchange is None else exchange(message)
     sums = tf.split(messages[0] if len(messages) == 1 else tf.add_n(messages), 2)
     a, b = maths.moment_path_coefficients(tf.cast(count, rstd.dtype), lo, rstd, *sums, maximum=tf.maximum)
-    through = affine(folded, hi, a, b)
+    through = affine(flat, hi, a, b)
     if mask is not None:
-        through = tf.where(fold.fold_mask(mask, x), through, tf.zeros([], through.dtype))
-    dx = tf.cast(fold.unfold(scaled + through, x), x.dtype)
-    return dx, tf.cast(dscale, folded.dtype), tf.cast(sum_dy, folded.dtype)
+        through = tf.where(view.of_mask(mask, x), through, tf.zeros([], through.dtype))
+    dx = tf.cast(view.restore(scaled + through, x), x.dtype)
+    return dx, tf.cast(dscale, flat.dtype), tf.cast(sum_dy, flat.dtype)
 
 
 def split(mean: Any, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
@@ -164,12 +164,12 @@ def split(mean: Any, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
     return hi, mean - tf.cast(hi, mean.dtype)
 
 
-def _folded(x: tf.Tensor, fold: Fold) -> tf.Tensor:
-    return fold.fold(tf.cast(x, tf.float64 if x.dtype == tf.float64 else tf.float32))
+def _flat(x: tf.Tensor, view: ChannelView) -> tf.Tensor:
+    return view.of(tf.cast(x, tf.float64 if x.dtype == tf.float64 else tf.float32))
 
 
 def total(v: tf.Tensor, wide: tf.DType) -> tf.Tensor:
-    """Sums of the folded v over all but the channels, [C], at most `BLOCK_ROWS` rows at a time; their sum in the wide dtype."""
+    """Sums of the flat v over all but the channels, [C], at most `BLOCK_ROWS` rows at a time; their sum in the wide dtype."""
     if v.shape.rank == 3:
         v = tf.reduce_sum(v, 2)
     rows, channels = size(v, 0), v.shape[1]
@@ -209,7 +209,7 @@ _UNIT = {"epsilon": 0.5, "is_training": False}
 
 
 def affine(x: tf.Tensor, hi: tf.Tensor, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-    """a·(x − hi) + b for the folded x and vectors [C]."""
+    """a·(x − hi) + b for the flat x and vectors [C]."""
     a, b = tf.cast(a, x.dtype), tf.cast(b, x.dtype)
     if not _fused(x):
         hi, a, b = (along_channels(v, x) for v in (hi, a, b))
@@ -222,7 +222,7 @@ def affine(x: tf.Tensor, hi: tf.Tensor, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor
 def affine_gradient(
     dy: tf.Tensor, x: tf.Tensor, hi: tf.Tensor, a: tf.Tensor, wide: tf.DType
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """(a·dy, Σdy, Σdy·(x − hi)) for folded x and dy; the sums in the wide dtype."""
+    """(a·dy, Σdy, Σdy·(x − hi)) for flat x and dy; the sums in the wide dtype."""
     if not _fused(x):
         hi, a = (along_channels(v, x) for v in (hi, a))
         return dy * a, total(dy, wide), total(dy * (x - hi), wide)
