@@ -12,7 +12,7 @@ REPLICATED := tests/tensorflow/test_engine_tensorflow.py tests/tensorflow/test_l
 FILES := tests/keras/test_old_files.py tests/keras/test_matching.py tests/keras/test_hostile_files.py
 TESTS := test-architecture test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants test-docs
 
-.PHONY: demo test check lint quick mutants gpu gpu-ranks gpu-tensorflow benchmark clean package smoke test-oldest test-newest test-all test-examples docs $(TESTS)
+.PHONY: demo test check lint quick mutants gpu gpu-ranks gpu-tensorflow benchmark clean package smoke test-oldest test-newest test-all test-more docs $(TESTS)
 
 # Installs one framework: `make demo BACKEND=jax`, or torch, or tensorflow.
 BACKEND ?= tensorflow
@@ -29,9 +29,12 @@ test-demos:
 	$(PYTEST) tests/demo/test_demo.py tests/demo/test_doctor.py tests/test_missing.py
 	$(PYTEST) tests/demo/test_demo_torch.py tests/demo/test_demo_jax.py
 
-# Each example runs in processes of its own.
-test-examples: $(SETUP)
+# What `make test` leaves out for its time: the examples, in processes of their own, old files on the other backends of Keras.
+test-more: $(SETUP)
 	$(PYTEST) tests/test_examples.py
+	KERAS_BACKEND=torch $(PYTEST) $(FILES) -k "(computes or in_code) and (tf2.2 or tf2.15) or hdf5 or fit"
+	KERAS_BACKEND=jax $(PYTEST) $(FILES) -k "(computes or in_code) and (tf2.2 or tf2.15) or hdf5 or fit"
+	$(PYTEST) tests/jax/test_engine_jax.py -k "concatenated and (ragged or masked) or groups" --replicas 2
 
 test-tensorflow: $(VENV)/.made-tensorflow
 	$(PYTEST) tests/keras/test_layer_keras.py tests/keras/test_inputs_keras.py tests/keras/test_private_keras.py tests/tensorflow/test_functional_tensorflow.py $(REPLICATED) --replicas 4
@@ -52,7 +55,6 @@ test-torch-2: $(VENV)/.made-torch
 
 test-jax: $(VENV)/.made-jax
 	$(PYTEST) tests/jax/test_engine_jax.py tests/jax/test_layer_jax.py tests/jax/test_functional_jax.py tests/jax/test_private_jax.py
-	$(PYTEST) tests/jax/test_engine_jax.py -k "concatenated and (ragged or masked) or groups" --replicas 2
 	$(PYTEST) tests/jax/test_engine_jax.py -k "concatenated and (ragged or masked) or groups" --replicas 8
 	JAX_ENABLE_X64=1 $(PYTEST) tests/jax/test_engine_jax.py -k "float64 or large or second or groups"
 	$(PYTEST) tests/jax/test_multi_process_jax.py
@@ -70,8 +72,6 @@ test-conversion: test-conversion-tensorflow
 	$(PYTEST) tests/torch/test_convert_torch.py tests/torch/test_drop_in_torch.py tests/torch/test_export_torch.py tests/torch/test_files_before.py
 	KERAS_BACKEND=torch $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_files_of_converted.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"
 	KERAS_BACKEND=jax $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_files_of_converted.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"
-	KERAS_BACKEND=torch $(PYTEST) $(FILES) -k "(computes or in_code) and (tf2.2 or tf2.15) or hdf5 or fit"
-	KERAS_BACKEND=jax $(PYTEST) $(FILES) -k "(computes or in_code) and (tf2.2 or tf2.15) or hdf5 or fit"
 
 # The site, into site/: strict, so that a dead link fails.
 DOCS := .venv-docs
@@ -119,7 +119,7 @@ test-newest-%: .venv-newest-%/.made
 	touch $@ $(@D)/.made-$*
 
 # What no single command runs otherwise. Hours.
-test-all: check test-examples package smoke test-oldest test-newest mutants
+test-all: check test-more package smoke test-oldest test-newest mutants
 
 # The wheel and the sdist, and what must be in them.
 package: $(SETUP)
