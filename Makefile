@@ -10,9 +10,9 @@ PYTEST := $(BIN)/pytest
 REPLICATED := tests/tensorflow/test_engine_tensorflow.py tests/tensorflow/test_layer_tensorflow.py
 # What TensorFlow 2.2 to 2.15 wrote, on each backend of Keras.
 FILES := tests/keras/test_old_files.py tests/keras/test_matching.py tests/keras/test_hostile_files.py
-TESTS := test-architecture test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants test-docs
+TESTS := test-architecture test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion test-mutants
 
-.PHONY: demo test check lint quick mutants gpu gpu-ranks gpu-tensorflow benchmark clean package smoke test-oldest test-newest test-all test-more docs $(TESTS)
+.PHONY: demo test check lint quick mutants gpu gpu-ranks gpu-tensorflow benchmark clean package smoke test-oldest test-newest test-all test-more test-docs docs $(TESTS)
 
 # Installs one framework: `make demo BACKEND=jax`, or torch, or tensorflow.
 BACKEND ?= tensorflow
@@ -29,8 +29,8 @@ test-demos:
 	$(PYTEST) tests/demo/test_demo.py tests/demo/test_doctor.py tests/test_missing.py
 	$(PYTEST) tests/demo/test_demo_torch.py tests/demo/test_demo_jax.py
 
-# What `make test` leaves out for its time: the examples, in processes of their own, old files on the other backends of Keras.
-test-more: $(SETUP)
+# What `make test` leaves out for its time: the examples and the code blocks of the docs, in processes of their own, old files on the other backends of Keras.
+test-more: $(SETUP) test-docs
 	$(PYTEST) tests/test_examples.py
 	KERAS_BACKEND=torch $(PYTEST) $(FILES) -k "(computes or in_code) and (tf2.2 or tf2.15) or hdf5 or fit"
 	KERAS_BACKEND=jax $(PYTEST) $(FILES) -k "(computes or in_code) and (tf2.2 or tf2.15) or hdf5 or fit"

@@ -55,7 +55,7 @@ def test_the_sdist_holds_the_source_and_the_pages(sdist):
     others = {name for name in sdist if not name.startswith("src/")}
     assert {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "SECURITY.md", "pyproject.toml", "PKG-INFO"} <= others
     allowed = re.compile(
-        r"(docs/[\w/-]+\.md|examples/\w+\.(py|md)|[A-Z]+\.md|LICENSE|CITATION\.cff|PKG-INFO|pyproject\.toml|\.gitignore)$"
+        r"(docs/[\w/.-]+\.(md|css|py)|examples/\w+\.(py|md)|[A-Z]+\.md|LICENSE|CITATION\.cff|PKG-INFO|pyproject\.toml|\.gitignore)$"
     )
     assert not [name for name in others if not allowed.match(name)]
 
