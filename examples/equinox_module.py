@@ -37,10 +37,11 @@ class SyncBatchNorm(eqx.Module):
             shape = [-1] + [1] * (x.ndim - 1)
             a = self.scale / jnp.sqrt(var + self.epsilon)
             return x * a.reshape(shape) + (self.bias - mean * a).reshape(shape), state
-        y, batch_mean, batch_var, _ = sync_batch_norm(
+        y, batch_mean, batch_var, count = sync_batch_norm(
             x, self.scale, self.bias, axis=0, epsilon=self.epsilon, axis_name=self.axis_name
         )
-        m = self.momentum
+        # A batch that is empty, or masked everywhere, moves nothing.
+        m = jnp.where(count > 0, self.momentum, 1.0)
         return y, state.set(self.moving, (m * mean + (1 - m) * batch_mean, m * var + (1 - m) * batch_var))
 
 
