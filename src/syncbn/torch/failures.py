@@ -18,7 +18,7 @@ REMEDIES = (
     "syncbn.local_statistics(). Ranks that differ in their number of steps need syncbn.EmptySteps."
 )
 # Not for the errors of the debug mode itself.
-USE_DEBUG = "SYNCBN_DEBUG=1 names the rank and the layer."
+USE_DEBUG = "SYNCBN_DEBUG=1 names the rank, and syncbn.debug(model) the layer too."
 
 
 class _Next(threading.local):
