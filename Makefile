@@ -10,9 +10,9 @@ PYTEST := $(BIN)/pytest
 REPLICATED := tests/tensorflow/test_engine_tensorflow.py tests/tensorflow/test_layer_tensorflow.py
 # What TensorFlow 2.2 to 2.15 wrote, on each backend of Keras.
 FILES := tests/keras/test_old_files.py tests/keras/test_matching.py tests/keras/test_hostile_files.py
-TESTS := test-architecture test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-torch-kernels test-conversion
+TESTS := test-architecture test-demos test-tensorflow test-tensorflow-2 test-torch test-torch-2 test-jax test-kernels test-conversion
 
-.PHONY: demo test check lint quick mutants gpu gpu-ranks gpu-tensorflow benchmark clean package smoke test-oldest test-newest test-all test-more test-docs test-mutants docs $(TESTS)
+.PHONY: demo test check lint quick mutants gpu gpu-ranks gpu-tensorflow benchmark clean package smoke test-oldest test-newest test-all test-more test-docs test-mutants test-torch-kernels docs $(TESTS)
 
 # Installs one framework: `make demo BACKEND=jax`, or torch, or tensorflow.
 BACKEND ?= tensorflow
@@ -28,10 +28,14 @@ test-architecture:
 test-demos:
 	$(PYTEST) tests/demo/test_demo.py tests/demo/test_doctor.py tests/test_missing.py
 
-# What `make test` leaves out for its time: the examples and the code blocks of the docs, in processes of their own, the essential
+# What `make test` leaves out for its time: examples and code blocks of the docs, exports, kernels under layers, the essential
 # deliberate faults, other numbers of replicas, and old files and conversion on the other backends of Keras.
-test-more: $(SETUP) test-docs test-mutants
+test-more: $(SETUP) test-docs test-mutants test-torch-kernels
 	$(PYTEST) tests/test_examples.py
+	$(PYTEST) tests/jax/test_examples_jax.py
+	$(PYTEST) tests/torch/test_export_torch.py
+	$(PYTEST) tests/keras/test_export_keras.py
+	$(PYTEST) $(REPLICATED) --replicas 2
 	$(PYTEST) tests/demo/test_demo_torch.py tests/demo/test_demo_jax.py
 	KERAS_BACKEND=torch $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"
 	KERAS_BACKEND=jax $(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_files_of_converted.py tests/keras/test_export_keras.py -k "not round_trip and not real_arch"
@@ -47,7 +51,6 @@ test-tensorflow: $(VENV)/.made-tensorflow
 	$(PYTEST) tests/keras/test_layer_keras.py tests/keras/test_inputs_keras.py tests/keras/test_private_keras.py tests/tensorflow/test_functional_tensorflow.py $(REPLICATED) --replicas 4
 
 test-tensorflow-2: $(VENV)/.made-tensorflow
-	$(PYTEST) $(REPLICATED) --replicas 2
 	$(PYTEST) tests/tensorflow/test_passes_gpu.py --replicas 2
 	$(PYTEST) $(REPLICATED) --replicas 2 --passes gpu -k "large or million or second_order or ordered or collective or nothing or groups"
 	$(PYTEST) tests/tensorflow/test_multi_worker.py
@@ -64,7 +67,6 @@ test-jax: $(VENV)/.made-jax
 	$(PYTEST) tests/jax/test_engine_jax.py tests/jax/test_layer_jax.py tests/jax/test_functional_jax.py tests/jax/test_private_jax.py
 	JAX_ENABLE_X64=1 $(PYTEST) tests/jax/test_engine_jax.py -k "float64 or large"
 	$(PYTEST) tests/jax/test_multi_process_jax.py
-	$(PYTEST) tests/jax/test_examples_jax.py
 	KERAS_BACKEND=jax $(PYTEST) tests/keras/test_inputs_keras.py
 
 test-kernels: $(VENV)/.made-torch
@@ -75,7 +77,7 @@ test-torch-kernels: $(VENV)/.made-torch
 	SYNCBN_TEST_DEVICE=interpreter $(PYTEST) tests/torch/test_layer_torch.py tests/torch/test_layer_torch_ranks.py tests/torch/test_torch_training.py --replicas 2
 
 test-conversion: test-conversion-tensorflow
-	$(PYTEST) tests/torch/test_convert_torch.py tests/torch/test_drop_in_torch.py tests/torch/test_export_torch.py tests/torch/test_files_before.py
+	$(PYTEST) tests/torch/test_convert_torch.py tests/torch/test_drop_in_torch.py tests/torch/test_files_before.py
 	KERAS_BACKEND=torch $(PYTEST) tests/keras/test_files_of_converted.py
 
 # The site, into site/: strict, so that a dead link fails.
@@ -145,7 +147,7 @@ EXTRA_torch := [torch]
 EXTRA_jax := [jax]
 
 test-conversion-tensorflow:
-	$(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_files_of_converted.py tests/keras/test_export_keras.py tests/keras/test_legacy.py tests/keras/test_files_before_keras.py
+	$(PYTEST) tests/keras/test_convert_keras.py tests/keras/test_files_of_converted.py tests/keras/test_legacy.py tests/keras/test_files_before_keras.py
 	$(PYTEST) $(FILES)
 
 # Most mistakes, in about two minutes.
