@@ -154,6 +154,8 @@ def test_an_adjustment_comes_before_the_activation_and_is_rounded_once(activatio
     assert keras.backend.standardize_dtype(y.dtype) == dtype
     unit = {"float16": 2.0**-11, "float32": 2.0**-19}[dtype]
     np.testing.assert_allclose(numbers(y), value, rtol=1.01 * unit, atol=2e-5)
+    plain = SyncBatchNormalization(adjustment=lambda _: (a, b), dtype=WIDE)(x.astype(WIDE), training=True)
+    np.testing.assert_allclose(value, numbers(keras.activations.get(activation)(plain)), rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- dtypes
