@@ -101,26 +101,9 @@ def prepare(kind: str) -> None:
             # Once for all pages: a second group under one torchrun would find the first one's addresses.
             dist.init_process_group(timeout=datetime.timedelta(seconds=60))
             dist.init_process_group = lambda: None
+            from vision import allow_detection
+
             allow_detection()
-
-
-def allow_detection() -> None:
-    """Gives torchvision the one operator that a detector needs, where its compiled ones do not fit torch."""
-    import torch
-    from vision import torchvision  # isort: split
-
-    from torchvision.extension import _has_ops
-
-    def nms(boxes: Any, scores: Any, iou_threshold: float) -> Any:
-        order, kept = scores.argsort(descending=True), []
-        while len(order):
-            kept.append(order[0])
-            apart = torchvision.ops.box_iou(boxes[order[:1]], boxes[order[1:]])[0] <= iou_threshold
-            order = order[1:][apart]
-        return torch.stack(kept) if kept else order
-
-    if not _has_ops():
-        torchvision.ops.boxes.nms = nms
 
 
 def main(kind: str) -> None:

@@ -1,14 +1,11 @@
 """`local_statistics` in the thread in which autograd runs CUDA's backward pass: a checkpointed block is recomputed there."""
 
-import os
-import socket
-import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from processes import run_as_ranks
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
@@ -86,17 +83,7 @@ def body(rank, port):
 
 
 def test_one_rank_alone_recomputes_a_block_inside():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    peers = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(port)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(WORLD)
-    ]
-    for peer in peers:
-        _, err = peer.communicate(timeout=180)
-        assert peer.returncode == 0, err[-3000:]
+    run_as_ranks(__file__, WORLD)
 
 
 if __name__ == "__main__":

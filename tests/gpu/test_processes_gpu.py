@@ -1,12 +1,9 @@
 """Several processes on one GPU, their messages by gloo (NCCL refuses that): the same kernels with an all-reduce between them."""
 
-import os
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
+from processes import run_as_ranks
 
 WORLD = 2
 
@@ -44,17 +41,7 @@ def body(rank, port):
 
 
 def test_two_processes_on_one_gpu():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    peers = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(port)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(WORLD)
-    ]
-    for peer in peers:
-        _, err = peer.communicate(timeout=180)
-        assert peer.returncode == 0, err[-3000:]
+    run_as_ranks(__file__, WORLD)
 
 
 if __name__ == "__main__":

@@ -181,6 +181,15 @@ def test_integers_are_cast_as_keras_casts_them(dtype, policy):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_integers_that_half_precision_does_not_hold(policy):
+    x = RNG.integers(3000, 3100, (64, 3)).astype("int32")
+    layer = SyncBatchNormalization(dtype=policy, momentum=0.0)
+    layer(x, training=True)
+    np.testing.assert_allclose(numbers(layer.moving_mean), x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(numbers(layer.moving_variance), x.var(0), rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int32"])
 def test_a_converted_model_takes_its_integers(dtype):
     model = keras.Sequential([keras.Input((4, 3), dtype=dtype), keras.layers.BatchNormalization(), keras.layers.Dense(2)])

@@ -69,6 +69,7 @@ MUTANTS = [
     Mutant("slashes stay", MATCHING, 'return name.replace("/", "_")', "return name", OLD_TESTS, "become_ours"),
     Mutant("calls are counted from 0", CONFIG, "first[name] = min(first[name], call)", "first[name] = 0", OLD_TESTS, "computes and nested"),
     Mutant("several axes are dropped", CONFIG, '{**rest, "axis": config["axes"]} if "axes" in config else rest', "rest", OLD_TESTS, "computes and other_axes"),
+    Mutant("one axis stays a list", CONFIG, "axis = axis[0] if isinstance(axis, list) and len(axis) == 1 else axis", "pass", OLD_TESTS, "become_ours"),
     Mutant("two axes become ours unsaid", CONFIG, 'self.warnings += [several_axes(config.get("name", ""), axis)] * isinstance(axis, list)', "pass", OLD_TESTS, "two_axes"),
     Mutant("hard_sigmoid is Keras 3's", CONFIG, 'if value.get(key) == "hard_sigmoid":', "if False:", OLD_TESTS, "keep_their_meaning"),
     Mutant("safe mode is off", CONFIG, "SafeModeScope(True)", "SafeModeScope(False)", HOSTILE_TESTS, "nothing_in_a_file_runs"),
