@@ -43,7 +43,7 @@ RULES = {
     "syncbn.keras*": ((*SHARED, "syncbn.class_swap", "syncbn.keras"), ("h5py", "keras", "ml_dtypes", "numpy")),
     # Neither the command nor the doctor needs an extra.
     "syncbn.doctor*": (("syncbn",), ("jax", "numpy", "tensorflow", "torch", "triton")),
-    "syncbn.cli": (("syncbn", "syncbn.demo", "syncbn.doctor"), ()),
+    "syncbn.cli": (("syncbn", "syncbn._missing", "syncbn.demo", "syncbn.doctor"), ()),
     "syncbn.demo*": (("syncbn",), ("jax", "keras", "matplotlib", "numpy", "rich", "sklearn", "tensorflow", "torch")),
 }
 

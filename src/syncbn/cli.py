@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
@@ -12,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from syncbn import __version__
+from syncbn import __version__, _missing
 
 BACKENDS = ("tensorflow", "jax", "torch")
 # What the demo imports, each with the name of its package.
@@ -79,7 +78,7 @@ def _demo(given: argparse.Namespace) -> int:
     if wrong:
         kind = "does not go with" if given.sweep else "needs"
         return _refuse(f"{wrong[0]} {kind} --sweep.")
-    missing = _missing(() if given.rows else BACKEND_NEEDS[given.backend])
+    missing = _not_installed(() if given.rows else BACKEND_NEEDS[given.backend])
     if missing:
         extras = "demo" if given.rows else f"demo,{given.backend}"
         return _refuse(f'The demo needs {" and ".join(missing)}. Install the extra: pip install "syncbn[{extras}]"')
@@ -91,10 +90,10 @@ def _refuse(sentence: str) -> int:
     return 2
 
 
-def _missing(modules: Sequence[str]) -> list[str]:
+def _not_installed(modules: Sequence[str]) -> list[str]:
     """The names of packages that the demo needs and that are not installed."""
     needed = {**{name: name for name in modules}, **DEMO_NEEDS}
-    return [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    return [package for module, package in needed.items() if not _missing.is_installed(module)]
 
 
 def _first() -> bool:

@@ -38,7 +38,7 @@ def _raises(path: str, need: str) -> Callable[..., Any]:
     def missing(*arguments: Any, **named: Any) -> Any:
         raise RuntimeError(
             f"syncbn needs {path} of PyTorch: it {need}. Received: PyTorch {torch.__version__}, which does not have it. Install "
-            "PyTorch 2.11 to 2.13, with which syncbn was tested."
+            "PyTorch 2.13, with which syncbn was tested."
         )
 
     return missing
