@@ -194,20 +194,3 @@ def foreign_model(function: str, takes: str, model: Any) -> TypeError:
     packages = [base.__module__.partition(".")[0] for base in type(model).__mro__]
     mend = next((FOREIGN[name] for name in packages if name in FOREIGN), "Give the model itself.")
     return TypeError(f"{function} takes {takes}. Received: {type(model).__module__}.{type(model).__qualname__}. {mend}")
-
-
-# Arguments of torch's and Flax's batch norms, and what stands for them in the words of Keras.
-RENAMED = {
-    "eps": "Give `epsilon` for `eps`.",
-    "num_features": "Drop `num_features`: the channels are the input's.",
-    "affine": "Give `scale` and `center` for `affine`.",
-    "bias": "Give `center` for `bias`.",
-    "process_group": "Give `group_size` for `process_group`.",
-    "use_scale": "Give `scale` for `use_scale`.",
-    "use_bias": "Give `center` for `use_bias`.",
-}
-
-
-def renamed(names: Iterable[str]) -> str:
-    """What to do about keywords that are not known."""
-    return " ".join(RENAMED[name] for name in names if name in RENAMED) or "Drop or rename them."

@@ -106,7 +106,7 @@ MUTANTS = [
            "keras/test_files_of_converted.py", "rebuilds_its"),
     Mutant("0.1.0's keys count converted layers twice", NEW_WEIGHTS, "apart = {PLAIN, OURS} <= kinds and", "apart = False and",
            "keras/test_files_of_converted.py", "0_1_0"),
-    Mutant("torch's words are not translated", "keras/arguments.py", "{validation.renamed(unknown)}", "Drop or rename them.", "keras/test_other_frameworks.py", "words_of_torch"),
+    Mutant("torch's words are not translated", "keras/arguments.py", "{_renamed(unknown)}", "Drop or rename them.", "keras/test_other_frameworks.py", "words_of_torch"),
     Mutant("torch's zips are Keras's", "keras/files.py", 'name.endswith("/data.pkl")', "False", "keras/test_other_frameworks.py", "files_of_torch_are_told"),
     Mutant("channels first are not told", "functional.py", "if i and [size] == list(given)]", "if False]", "jax/test_functional_jax.py", "bad_input"),
     Mutant("tf_keras is not told apart", "keras/arguments.py", 'if "tf_keras" in sys.modules else', "if False else", "keras/test_other_frameworks.py", "told_apart"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -14,6 +14,16 @@ from syncbn import settings, validation
 
 # What a Keras layer takes besides our own arguments.
 KERAS_KEYWORDS = frozenset({"activity_regularizer", "autocast", "dtype", "input_dim", "input_shape"})
+# Arguments of torch's and Flax's batch norms, and what stands for them in the words of Keras.
+RENAMED = {
+    "eps": "Give `epsilon` for `eps`.",
+    "num_features": "Drop `num_features`: the channels are the input's.",
+    "affine": "Give `scale` and `center` for `affine`.",
+    "bias": "Give `center` for `bias`.",
+    "process_group": "Give `group_size` for `process_group`.",
+    "use_scale": "Give `scale` for `use_scale`.",
+    "use_bias": "Give `center` for `use_bias`.",
+}
 NOT_APPLICABLE = {
     "fused": "the layer always takes its own fast path",
     "virtual_batch_size": "statistics come from the batches of all replicas, or of `group_size` of them",
@@ -57,10 +67,14 @@ def check_keywords(owner: str, received: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(received) - KERAS_KEYWORDS)
     if unknown:
         raise ValueError(
-            f"{owner} takes no other keywords than its own and {sorted(KERAS_KEYWORDS)}. Received: {unknown}. "
-            f"{validation.renamed(unknown)}"
+            f"{owner} takes no other keywords than its own and {sorted(KERAS_KEYWORDS)}. Received: {unknown}. {_renamed(unknown)}"
         )
     return received
+
+
+def _renamed(names: Iterable[str]) -> str:
+    """What to do about keywords that are not known."""
+    return " ".join(RENAMED[name] for name in names if name in RENAMED) or "Drop or rename them."
 
 
 USE_KERAS_3 = "Unset TF_USE_LEGACY_KERAS, and build the model with `import keras`. syncbn.load_legacy reads files of tf_keras."
