@@ -82,6 +82,7 @@ MUTANTS = [
     Mutant("the activation before the adjustment", LAYER, '{**fused, "activation": None}', "fused", INPUT_TESTS, "before_the_activation"),
     Mutant("rounded before the adjustment", LAYER, "inputs, fused = ops.cast(inputs, gamma.dtype),", "inputs, fused = inputs,", INPUT_TESTS, "before_the_activation"),
     Mutant("integers in half precision", DTYPES, "        dtype = \"float32\"\n", "        dtype = compute_dtype\n", INPUT_TESTS, "integers_that_half_precision"),
+    Mutant("pure half policies pass unsaid", "keras/arguments.py", 'if layer.variable_dtype in ("float16", "bfloat16") and', "if False and", "tensorflow/test_layer_tensorflow.py", "beside_float32_ones"),
     Mutant("half inputs of a wide layer", DTYPES, "    if dtype == compute_dtype:", "    if True:", INPUT_TESTS, "not_rounded_again"),
     Mutant("a list of one axis is a list", "validation.py", "if len(entries) > 1 else int(entries[0])", "if several else int(entries[0])", INPUT_TESTS, "list_of_one_axis"),
     Mutant("weights of version 0.1.0 keep their shapes", "keras/variables.py", "    return np.reshape(stored, own.shape)", "    return stored",

@@ -507,6 +507,14 @@ def test_bad_mask_and_complex_numbers_on_replicas(world, monkeypatch):
     refused_before_any_message(world, monkeypatch, TypeError, "The input must be of a float dtype", layer, numbers)
 
 
+def test_half_weights_beside_float32_ones_warn(world, recwarn):
+    with world.strategy.scope():
+        SyncBatchNormalization(dtype="mixed_float16").build((None, 3))
+        assert not [w for w in recwarn if "packs the gradients" in str(w.message)]
+        with pytest.warns(UserWarning, match="Use mixed_float16, or MirroredStrategy"):
+            SyncBatchNormalization(dtype="float16").build((None, 3))
+
+
 def test_cross_replica_training(world):
     layer = make(world, Case("cross", RAGGED, (4, 3)))
     x = np.ones((2, 4, 3), "float32")

@@ -90,6 +90,18 @@ def warn_of_legacy_keras() -> None:
         )
 
 
+def warn_of_half_weights(layer: Any) -> None:
+    """Warns, as a layer is built, where its float32 weights meet half-precision weights on several TensorFlow replicas."""
+    # Under several replicas alone the layer cannot be compiled with its model.
+    if layer.variable_dtype in ("float16", "bfloat16") and not layer.supports_jit:
+        warnings.warn(
+            "A batch norm has float32 weights, and MirroredStrategy packs the gradients of all weights into one tensor by "
+            f"default. They must have one dtype. Received: the dtype policy {layer.variable_dtype!r} on several replicas. Use "
+            f"mixed_{layer.variable_dtype}, or MirroredStrategy(cross_device_ops=tf.distribute.ReductionToOneDevice()).",
+            stacklevel=2,
+        )
+
+
 def described(layer: Any) -> str:
     """A layer's `repr`. Where tf_keras is imported it says what tf_keras's error, which quotes it, does not."""
     note = f": a layer of Keras 3, which tf_keras does not take. {USE_KERAS_3}" if "tf_keras" in sys.modules else ""

@@ -177,6 +177,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         self._channel_axes = validation.channel_axes(self.axis, input_shape)
         self._built_for = tuple(input_shape)
         self.supports_jit = self._engine.supports_jit()
+        arguments.warn_of_half_weights(self)
 
     def load_own_variables(self, store: Any) -> None:
         """Loads what `save_own_variables` stored. Version 0.1.0 gave weights the input's rank for a list of one axis."""
