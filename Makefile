@@ -107,11 +107,12 @@ OLDEST_jax := $(OF_jax)
 test-oldest: test-oldest-tensorflow test-oldest-jax
 test-newest: test-newest-tensorflow test-newest-jax test-newest-torch
 
+# -o: the environment is made; constraints.txt, which is for the others, must not bring its versions into it.
 test-oldest-%: .venv-oldest-%/.made
-	$(MAKE) --no-print-directory $(OLDEST_$*) VENV=.venv-oldest-$*
+	$(MAKE) --no-print-directory $(OLDEST_$*) VENV=.venv-oldest-$* -o .venv-oldest-$*/.made-$*
 
 test-newest-%: .venv-newest-%/.made
-	$(MAKE) --no-print-directory $(OF_$*) VENV=.venv-newest-$*
+	$(MAKE) --no-print-directory $(OF_$*) VENV=.venv-newest-$* -o .venv-newest-$*/.made-$*
 
 .venv-oldest-%/.made: constraints/oldest-%.txt pyproject.toml
 	$(PYTHON) -m venv $(@D)

@@ -11,6 +11,7 @@ from cases import CASES, LARGE_MEAN, RAGGED, Case
 from checks import EPSILON, arguments, close, equals_oracle
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+from versions import needs_members_on_a_mesh
 from worlds import JaxWorld, padded
 
 from syncbn.groups import LOCAL, Activation, Axes
@@ -500,6 +501,7 @@ def test_an_ensemble_under_vmap(how):
         close([g["gradients"][0][i] for g in got], truth.backward(dys, scale)[0], case, "gradient")
 
 
+@needs_members_on_a_mesh
 def test_members_that_lie_along_a_mesh_axis():
     """vmap with a spmd_axis_name maps the members along an axis of the mesh that the shard_map has not seen."""
     case, members = Case("members on a mesh", (2, 2, 2, 2), (4, 3)), 2

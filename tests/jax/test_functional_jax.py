@@ -14,6 +14,7 @@ from checks import EPSILON, close
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from test_engine_jax import collectives, equal_shards, full_batch, of
+from versions import needs_axes_of_pmap
 from worlds import JaxWorld
 
 from syncbn.functional import sync_batch_norm
@@ -277,7 +278,7 @@ LOCAL_STEPS = {
 
 
 @pytest.mark.usefixtures("_no_warning_yet")
-@pytest.mark.parametrize("how", LOCAL_STEPS)
+@pytest.mark.parametrize("how", [pytest.param(how, marks=needs_axes_of_pmap) if how == "pmap" else how for how in LOCAL_STEPS])
 def test_a_map_that_is_not_named_warns_once(how):
     x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
     with pytest.warns(UserWarning, match=r"sync_batch_norm trains inside a map over mesh axes, and none is named") as caught:

@@ -102,6 +102,8 @@ MUTANTS = [
            "keras/test_files_of_converted.py", "whole_file and another"),
     Mutant("plain layers cannot read the configuration", "keras/converted.py", "if key not in OURS_ALONE or v != OURS_ALONE[key]", "if key",
            "keras/test_files_of_converted.py", "without_us and functional"),
+    Mutant("a Keras without renorm is told of it", "keras/converted.py", '"activation": "linear", **RENORM_DEFAULTS}', '"activation": "linear"}',
+           "keras/test_files_of_converted.py", "says_what_it_is"),
     Mutant("a class that rebuilds its layers is not told", KERAS, "warn_if_rebuilt(_rebuilt(model) if chosen else [])", "warn_if_rebuilt([])",
            "keras/test_files_of_converted.py", "rebuilds_its"),
     Mutant("0.1.0's keys count converted layers twice", NEW_WEIGHTS, "apart = {PLAIN, OURS} <= kinds and", "apart = False and",

@@ -13,8 +13,10 @@ import keras
 from syncbn.keras.layer import SyncBatchNormalization
 
 PLAIN = keras.layers.BatchNormalization.__name__
-# What a plain layer's constructor does not take, with the value at which a configuration leaves it out.
-OURS_ALONE = {"adjustment": None, "group_size": None, "axis_name": None, "activation": "linear"}
+# What a plain layer's constructor does not take, with the value at which a configuration leaves it out. Keras takes renorm from
+# 3.14 on, with these defaults.
+RENORM_DEFAULTS = {"renorm": False, "renorm_momentum": 0.99, "renorm_clipping": None}
+OURS_ALONE = {"adjustment": None, "group_size": None, "axis_name": None, "activation": "linear", **RENORM_DEFAULTS}
 _CLASSES: dict[str, type[SyncBatchNormalization]] = {}
 
 
