@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.machinery
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -12,11 +12,7 @@ import pytest
 TESTS = Path(__file__).parent
 # What several suites share, for the processes that tests start too.
 sys.path[:0] = [str(TESTS), str(TESTS / "torch"), str(TESTS.parent / "examples")]
-for framework in ("jax", "keras", "tensorflow", "torch"):
-    # The folders of tests have the names of frameworks: where one is not installed, its folder must not be taken for it.
-    elsewhere = [path for path in sys.path if Path(path) != TESTS]
-    if framework not in sys.modules and importlib.machinery.PathFinder.find_spec(framework, elsewhere) is None:
-        sys.modules[framework] = None
+importlib.import_module("absent")
 os.environ["PYTHONPATH"] = os.pathsep.join([p for p in [os.environ.get("PYTHONPATH")] if p] + [str(TESTS)])
 
 # oneDNN's convolution gives a wrong shape for an empty batch; the rest keeps TensorFlow quiet and on the CPU.
