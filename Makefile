@@ -64,7 +64,7 @@ test-torch-2: $(VENV)/.made-torch
 	$(PYTEST) tests/torch/test_torch_training.py tests/torch/test_local_torch.py tests/torch/test_failures_torch.py --replicas 2
 
 test-jax: $(VENV)/.made-jax
-	$(PYTEST) tests/jax/test_engine_jax.py tests/jax/test_layer_jax.py tests/jax/test_functional_jax.py tests/jax/test_private_jax.py
+	$(PYTEST) tests/jax/test_engine_jax.py tests/jax/test_layer_jax.py tests/jax/test_functional_jax.py tests/jax/test_private_jax.py tests/jax/test_sums_jax.py
 	JAX_ENABLE_X64=1 $(PYTEST) tests/jax/test_engine_jax.py -k "float64 or large"
 	$(PYTEST) tests/jax/test_multi_process_jax.py
 	KERAS_BACKEND=jax $(PYTEST) tests/keras/test_inputs_keras.py

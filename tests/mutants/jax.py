@@ -8,6 +8,7 @@ MATHS = "maths.py"
 ENGINE, MAPPED, AXES, XLA = "jax/engine.py", "jax/mapped.py", "jax/axes.py", "jax/xla.py"
 LAYER, DISTRIBUTION, FUNCTIONAL = "keras/layer.py", "keras/distribution.py", "functional.py"
 ENGINE_TESTS, LAYER_TESTS, FUNCTIONAL_TESTS = "jax/test_engine_jax.py", "jax/test_layer_jax.py", "jax/test_functional_jax.py"
+SUMS_TESTS = "jax/test_sums_jax.py"
 MUTANTS = [
     Mutant("types are not read", "jax/_private.py", "return kind.manual_axis_type.varying", "return frozenset()", "jax/test_private_jax.py", "still_says"),
     Mutant("a former gather is not found", "jax/_private.py", 'if "to" in inspect.signature(lax.all_gather).parameters:', "if True:",
@@ -16,8 +17,8 @@ MUTANTS = [
     Mutant("no collective", AXES, "return self.size == 1 and not self.checked", "return True", ENGINE_TESTS, "batch and ragged-unchecked"),
     Mutant("mean of means", MAPPED, "    counts = counts if members is True", "    counts = jnp.minimum(counts, 1)\n    counts = counts if members is True",
            ENGINE_TESTS, "batch and ragged-checked"),
-    Mutant("E[x²] − E[x]² in float32", MAPPED, "    k = _pivot(x, layout) if sampled else rounded(layout.sum(_where(mask, x)) / at_least_one)\n",
-           "    k = jnp.zeros(layout.sum(x).shape, wide)\n",
+    Mutant("E[x²] − E[x]² in float32", MAPPED, "    k = _pivot(x.astype(wide), layout) if sampled else",
+           "    k = jnp.zeros(layout.sum(x).shape, wide) if True else",
            ENGINE_TESTS, "batch and large and -checked"),
     Mutant("mean rounded before the merge", MAPPED, "    return n, k, r,", "    return n, k, 0 * r,",
            ENGINE_TESTS, "batch and large and -checked"),
@@ -45,9 +46,14 @@ MUTANTS = [
            "rows, members = replicas.by_group(jnp.concatenate([replicas.gather(n.astype(bits)[None]), *(replicas.gather(v) for v in jnp.split(floats, 3))], 1))",
            ENGINE_TESTS, "one_collective and None and unchecked"),
     Mutant("moments without their name", MAPPED, "checkpoint_name(v, MOMENTS)", "v", LAYER_TESTS, "checkpoint and saved"),
-    Mutant("every platform has the CPU's form", "jax/_private.py", "mlir.lower_fun(default,", "mlir.lower_fun(cpu,", ENGINE_TESTS, "have_their_form"),
+    Mutant("every platform has the CPU's form", "jax/_private.py", "mlir.lower_fun(default, multiple_results=False)", "mlir.lower_fun(cpu, multiple_results=False)", ENGINE_TESTS, "have_their_form"),
     Mutant("the branch over platforms back", XLA, "    return _materialised(v)", "    return lax.platform_dependent(v, cpu=_behind_a_call, default=lax.optimization_barrier)",
            ENGINE_TESTS, "members_that_lie"),
+    Mutant("what is masked deviates", MAPPED, "counted = x if mask is None else jnp.where(mask, x.astype(wide), layout.spread(k))", "counted = x",
+           ENGINE_TESTS, "batch and masked-checked"),
+    Mutant("a part's largest value", "jax/sums.py", "channels).sum(1) for v in terms", "channels).max(1) for v in terms", SUMS_TESTS, "float64"),
+    Mutant("AMD's GPUs have the stages", "jax/_private.py", 'platform="cuda")', 'platform="rocm")', SUMS_TESTS, "nvidia"),
+    Mutant("one array has a derivative", "jax/_private.py", "if type(t) is not ad.Zero]", "if type(t) is not ad.Zero][:1]", SUMS_TESTS, "derivatives"),
     Mutant("a map that is not named says nothing", AXES, "    warned_of.add(names)\n", "    return\n", FUNCTIONAL_TESTS, "warns_once"),
     Mutant("a warning for every trace", AXES, "    warned_of.add(names)\n", "", FUNCTIONAL_TESTS, "warns_once"),
     Mutant("copies warn", AXES, "if name in varying or not checked", "if True", FUNCTIONAL_TESTS, "does_not_differ"),

@@ -80,6 +80,41 @@ def test_a_training_step_equals_the_concatenated_batch(world, gpu_passes, mask, 
             np.testing.assert_allclose(value, oracle.moving_average(old, new, 0.6), atol=1e-12)
 
 
+IN_PARTS = [
+    ((32, 56, 56, 256), (3,), [64, 1568, 256]),
+    ((None, 56, 56, 256), (3,), [32, 2, 1568, 256]),
+    ((None, 7, 7, 2048), (3,), [32, 1, 49, 2048]),
+    ((6, 5, 4, 3), (2, 3), [1, 30, 12]),
+    ((0, 4, 4, 8), (3,), [1, 0, 8]),
+    # Rows that are not one behind the other, and rows of which too little is known.
+    ((8, 32, 5, 5), (1,), [8, 32, 5, 5]),
+    ((5, 4, 6), (0,), [5, 4, 6]),
+    ((None, 64), (1,), [32, 64]),
+    ((4, None, 6, 2), (3,), [4, 32, 6, 2]),
+]
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["clusters", "plain"])
+@pytest.mark.parametrize(("shape", "axes", "parts"), IN_PARTS, ids=[str(shape) for shape, _, _ in IN_PARTS])
+def test_channels_last_are_summed_in_parts(shape, axes, parts, compiled):
+    real = [32 if n is None else n for n in shape]
+    x = np.random.default_rng(0).normal(3, 2, real).astype("float32")
+    found = []
+
+    @tf.function(input_signature=[tf.TensorSpec(shape)], jit_compile=compiled, autograph=False)
+    def sums(x):
+        layout = passes_gpu.Layout.of(x, axes)
+        divided, _, _ = layout._in_parts()
+        found[:] = divided
+        return layout.sums(x, x * x), [n for n in divided if not isinstance(n, int)]
+
+    got, unknown = sums(x)
+    assert [int(unknown[0]) if not isinstance(n, int) else n for n in found] == parts
+    others = tuple(i for i in range(len(real)) if i not in axes)
+    for value, expected in zip(got, (x, x.astype("float64") ** 2), strict=True):
+        np.testing.assert_allclose(value, expected.sum(others, "float64").reshape(-1), rtol=1e-5)
+
+
 def test_a_number_of_shapes_is_compiled_and_no_more(gpu_passes, monkeypatch):
     monkeypatch.setattr(passes_gpu, "COMPILED_SHAPES", 2)
     layer = layer_of(5)

@@ -44,6 +44,38 @@ def identity_operator(name: str, cpu: Callable[[Any], Any], default: Callable[[A
     return operator.bind
 
 
+def operator_for_cuda(name: str, default: Callable[..., Any], cuda: Callable[..., Any], results: int) -> Callable[..., Any]:
+    """An operator of arrays, compiled as `cuda` on NVIDIA's GPUs and as `default` elsewhere. The two compute the same.
+
+    Every result has the type of the last argument. Derivatives and batches are those of `default`. Without the names that
+    this needs it is `default` everywhere.
+    """
+    if Primitive is None:
+        return default
+    operator = Primitive(name)
+    operator.multiple_results = True
+    operator.def_impl(default)
+    operator.def_abstract_eval(lambda *avals, **static: [avals[-1]] * results)
+
+    def differentiated(primals: Any, tangents: Any, **static: Any) -> Any:
+        moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
+
+        def of_moving(*values: Any) -> Any:
+            replaced = dict(zip(moving, values, strict=True))
+            return default(*[replaced.get(i, v) for i, v in enumerate(primals)], **static)
+
+        return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+
+    def batched(arguments: Any, axes: Any, **static: Any) -> Any:
+        return jax.vmap(lambda *v: default(*v, **static), axes)(*arguments), [0] * results
+
+    ad.primitive_jvps[operator] = differentiated
+    batching.primitive_batchers[operator] = batched
+    mlir.register_lowering(operator, mlir.lower_fun(cuda, multiple_results=True), platform="cuda")
+    mlir.register_lowering(operator, mlir.lower_fun(default, multiple_results=True))
+    return operator.bind
+
+
 def _typed_as_equal(aval: Any, *, axes: frozenset[str]) -> Any:
     with contextlib.suppress(AttributeError):
         kind = aval.manual_axis_type

@@ -18,6 +18,7 @@ from syncbn import maths
 from syncbn.contract import Moments
 from syncbn.jax._private import equal_along, varying_axes
 from syncbn.jax.axes import Replicas, is_local, vary
+from syncbn.jax.sums import Terms, column_sums, deviations, products
 from syncbn.jax.xla import materialised, rounded, summed
 
 # The name of the moments for policies of `jax.checkpoint`. Where moments are saved, recomputation sends nothing.
@@ -42,6 +43,14 @@ class Layout(NamedTuple):
     def sum(self, v: jax.Array) -> jax.Array:
         """The sum over all axes but the channels: [C]. XLA sums by a tree, so no blocks are needed."""
         return jnp.sum(v, self.summed()).reshape(-1)
+
+    def sums(self, terms: Terms, *arrays: jax.Array, about: jax.Array, local: bool) -> Any:
+        """The sums of each of `terms`: [C] each. local: one device holds all of the arrays."""
+        last = self.axes == tuple(range(self.axes[0], len(self.shape)))
+        if local and last:
+            names = frozenset[str]().union(*map(varying_axes, arrays))
+            return column_sums(*[v.reshape(-1, about.size) for v in arrays], vary(about, names), terms=terms)
+        return summed(*[self.sum(v) for v in terms(*arrays, self.spread(about))])
 
     def summed(self) -> list[int]:
         """The axes that are not channel axes."""
@@ -88,15 +97,15 @@ def _local_moments(x: jax.Array, layout: Layout, mask: jax.Array | None, sampled
     k + r is the mean, and k is the mean rounded. sampled: the sums are about the mean of some values only.
     """
     wide = arithmetic_dtype(x)
-    x = x.astype(wide)
     if mask is None:
         n = layout.values()
     else:
         n = jnp.sum(jnp.broadcast_to(mask, [1 if i in layout.axes else size for i, size in enumerate(x.shape)]), dtype=int)
     at_least_one = jnp.maximum(n, 1).astype(wide)
-    k = _pivot(x, layout) if sampled else rounded(layout.sum(_where(mask, x)) / at_least_one)
-    rest = _where(mask, x - layout.spread(k))
-    s, q = summed(layout.sum(rest), layout.sum(rest * rest))
+    k = _pivot(x.astype(wide), layout) if sampled else rounded(layout.sum(_where(mask, x.astype(wide))) / at_least_one)
+    # What deviates by 0 counts for nothing.
+    counted = x if mask is None else jnp.where(mask, x.astype(wide), layout.spread(k))
+    s, q = layout.sums(deviations, counted, about=k, local=sampled)
     # The pivot of the sums may be far from the means of all replicas, so the message is about this replica's mean.
     k, r = maths.two_sum(k, s / at_least_one)
     return n, k, r, maths.local_m2(n.astype(wide), s, q, maximum=jnp.maximum)
@@ -158,6 +167,7 @@ class Plan(NamedTuple):
     epsilon: float
     replicas: Replicas
     dtype: Any  # of the output, and so of its gradient
+    local: bool  # whether one device holds all of x
     scale_is_total: bool  # whether the gradient of a replicated scale is the total over replicas
     offset_is_total: bool
 
@@ -188,7 +198,7 @@ def normalize(
     hi, lo, variance = (jnp.asarray(v, wide) for v in (moments.mean_hi, lo, moments.variance))
     scale, offset = jnp.asarray(scale, wide), jnp.asarray(offset, wide)
     if moments.count is None:
-        plan = Plan(layout, epsilon, replicas, dtype, False, False)
+        plan = Plan(layout, epsilon, replicas, dtype, True, False, False)
         return _affine(plan, x, Measured(jnp.zeros([], wide), hi, lo, variance), scale, offset)
     names = frozenset(replicas.names) if replicas.checked else frozenset()
     everything = names.union(*(varying_axes(v) for v in (x, scale, offset)))
@@ -197,7 +207,7 @@ def normalize(
     measured = Measured(moments.count.astype(wide), hi, lo, variance)
     measured = Measured(*(vary(v, everything - names) for v in measured))
     replicated = [replicas.checked and not varying_axes(v) & names for v in (scale, offset)]
-    return _normalized(Plan(layout, epsilon, replicas, dtype, *replicated), x, mask, measured, scale, offset)
+    return _normalized(Plan(layout, epsilon, replicas, dtype, is_local(x), *replicated), x, mask, measured, scale, offset)
 
 
 def _parameter(v: jax.Array, everything: frozenset[str], names: frozenset[str]) -> jax.Array:
@@ -223,12 +233,11 @@ def _forward(
 def _backward(plan: Plan, saved: Any, dy: jax.Array) -> tuple[Any, ...]:
     """The gradients, made of differentiable operators. The moments, which came in as constants, are attached to x again."""
     x, mask, measured, scale = saved
-    dy = materialised(dy).astype(scale.dtype)  # saved in its own dtype: wider, there would be twice as much to read
+    dy = materialised(dy)
     layout, replicas = plan.layout, plan.replicas
     n, hi, lo, variance = _attach(plan, x, mask, measured)
     rstd = lax.rsqrt(variance + plan.epsilon)
-    rest = x.astype(dy.dtype) - layout.spread(hi)
-    sum_dy, sum_dy_x = summed(layout.sum(dy), layout.sum(dy * rest))
+    sum_dy, sum_dy_x = layout.sums(products, dy, x, about=hi, local=plan.local)
     dscale = maths.scale_gradient(lo, rstd, sum_dy, sum_dy_x)
     if plan.scale_is_total:
         own, total = replicas.sums(jnp.concatenate([sum_dy, dscale]))
@@ -239,8 +248,9 @@ def _backward(plan: Plan, saved: Any, dy: jax.Array) -> tuple[Any, ...]:
         sum_g, sum_g_x_hat = jnp.split(own, len(message))[:2]
         all_dy, all_dscale = jnp.split(total, len(message))[-1], dscale
     a, b = maths.moment_path_coefficients(n, lo, rstd, sum_g, sum_g_x_hat, maximum=jnp.maximum)
+    rest = x.astype(scale.dtype) - layout.spread(hi)
     through = _where(mask, layout.spread(a) * rest + layout.spread(b))
-    dx = (layout.spread(scale * rstd) * dy + through).astype(x.dtype)
+    dx = (layout.spread(scale * rstd) * dy.astype(scale.dtype) + through).astype(x.dtype)
     return (
         dx,
         None,

@@ -21,6 +21,9 @@ from syncbn.tensorflow._private import barrier, compiled_by_xla
 # (k − mean)² ≤ (n/m)·variance (Jensen), however the batch is ordered: sums about it lose five bits at the most.
 VALUES_PER_PIVOT_VALUE = 16
 
+# Only how fast a batch of unknown size is summed depends on it.
+USUAL_BATCH = 32
+
 # Takes this replica's message and returns tensors, on its device, whose sum is that of all replicas' messages.
 Exchange = Callable[[tf.Tensor], list[tf.Tensor]]
 
@@ -72,15 +75,30 @@ class Layout(NamedTuple):
         return cls(axes, tuple(tf.shape(x)[i] if n is None else n for i, n in enumerate(x.shape)))
 
     def sums(self, *values: tf.Tensor) -> list[tf.Tensor]:
-        """The sum of each over all but the channels: float64 [C]. The innermost sizes are added in the dtype of the values.
+        """The sum of each over all but the channels: float64 [C].
 
-        In two stages: XLA makes the first one pass over memory for all values, and rounding errors do not add up. In one, it
-        writes x − k to memory before it adds.
+        In two stages, of which the first adds in the dtype of the values: XLA makes it one pass over memory for all values, and
+        rounding errors do not add up.
         """
-        last = self.axes[-1] + 1
-        inner = list(range(last, len(self.shape))) or self.reduced()[-1:]
-        parts = barrier(*[tf.reduce_sum(v, inner, keepdims=True) for v in values])
-        return [tf.reshape(tf.reduce_sum(tf.cast(part, tf.float64), self.reduced()), [-1]) for part in parts]
+        shape, channels, inner = self._in_parts()
+        parts = barrier(*[tf.reduce_sum(tf.reshape(v, shape), inner, keepdims=True) for v in values])
+        outer = [i for i in range(len(shape)) if i not in channels]
+        return [tf.reshape(tf.reduce_sum(tf.cast(part, tf.float64), outer), [-1]) for part in parts]
+
+    def _in_parts(self) -> tuple[list[Any], tuple[int, ...], list[int]]:
+        """(shape, channel axes, axes that are summed first) of an input, its rows divided where channels are last."""
+        first = self.axes[0]
+        batch, image, last = self.shape[:1], self.shape[1:first], self.shape[first:]
+        known = isinstance(batch[0], int)
+        channels_last = first > 0 and self.axes == tuple(range(first, len(self.shape)))
+        if not channels_last or not all(isinstance(n, int) for n in image) or not (known or image):
+            return list(self.shape), self.axes, list(range(self.axes[-1] + 1, len(self.shape))) or self.reduced()[-1:]
+        # A batch of unknown size is left whole, and taken for one of USUAL_BATCH.
+        outer, rows = ([], math.prod(batch + image)) if known else (list(batch), math.prod(image))
+        channels = math.prod(last)
+        parts = maths.parts_of_rows(rows, channels if known else channels * USUAL_BATCH)
+        shape = [*outer, parts, rows // parts, channels]
+        return shape, (len(shape) - 1,), [len(shape) - 2]
 
     def reduced(self) -> list[int]:
         """The axes without channels."""
