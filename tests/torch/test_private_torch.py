@@ -23,7 +23,8 @@ def test_private_names_of_triton_and_of_cuda_are_there():
         pytest.skip("older versions have no names that the kernels need")
     from syncbn.torch.triton import _private as of_triton
 
-    assert of_triton.has_known_launcher()
+    # From 3.8 on kernels are started by Triton itself, which `syncbn doctor` says.
+    assert of_triton.has_known_launcher() == (version("triton") < (3, 8))
     if torch.backends.cuda.is_built():
         assert hasattr(torch._C, "_cuda_getCurrentRawStream")
         assert hasattr(torch._C, "_cuda_isCurrentStreamCapturing")
