@@ -151,14 +151,15 @@ def test_compiled_equals_eager(arguments):
         torch.testing.assert_close(ours.state_dict(), again.state_dict())
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
 @pytest.mark.parametrize(("mean", "activation"), [(0, None), (1e4, "relu"), (1e4, None)])
-def test_compiled_as_alone_on_a_gpu(monkeypatch, mean, activation):
-    """By torch's own operators, about a value: exact at a large mean too, where they are not."""
-    monkeypatch.setattr(compiled, "_can_use_native", lambda x, mask, group: True)
+def test_compiled_as_alone_on_a_gpu(monkeypatch, mean, activation, layout):
+    """About a value, channels last by torch's own operator: exact at a large mean too, where that is not."""
+    monkeypatch.setattr(compiled, "_is_about_a_value", lambda x, mask, group: True)
     torch._dynamo.reset()
     layer, plain = SyncBatchNorm(5, activation=activation), nn.BatchNorm2d(5).double()
     x, dy, r = (torch.randn(6, 5, 4, 3) for _ in range(3))
-    x = (x + mean).requires_grad_()
+    x = (x + mean).contiguous(memory_format=layout).requires_grad_()
     wide = x.detach().double().requires_grad_()
     y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, None, r)
     right = plain(wide) + r

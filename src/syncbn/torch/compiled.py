@@ -55,10 +55,12 @@ class CompiledGroup(NamedTuple):
     """What compiled code holds of a communicator: its name, and whether this pass was local, bool [] on the CPU.
 
     Of one replica "" and None. Compiled code asks for `local_statistics` as it runs: the compiler's guards hold for all threads.
+    about: where moments are about a value of each channel, that value and the mean of what deviates from it, float32 [C].
     """
 
     name: str = ""
     was_local: Tensor | None = None
+    about: tuple[Tensor, Tensor] | None = None
 
 
 # A second library of the same name as in checkpoint.py: fragments of one.
@@ -124,19 +126,39 @@ for _name, _function, _fake in (
     torch.library.register_fake(f"syncbn::{_name}", _fake, lib=_library)
 
 
-def _can_use_native(x: Tensor, mask: Tensor | None, group: str) -> bool:
-    """Whether torch's own operators serve: on a GPU, with one replica, nothing else compiles to fewer or better passes."""
+def _is_about_a_value(x: Tensor, mask: Tensor | None, group: str) -> bool:
+    """Whether moments are about a value of each channel: on a GPU, with one replica, nothing compiles to fewer passes."""
     return x.is_cuda and not group and mask is None and x.dtype != torch.float64 and reference.count(x, None) > 1
 
 
-def _about_a_value(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(x − k, k) in float32, k a value of each channel, out of the middle, where no padding is.
+def _by_batch_norm(x: Tensor, epsilon: float) -> bool:
+    """Whether torch's own operator normalises what is about a value: channels last, its passes are the faster ones."""
+    return x.stride(1) == 1 and epsilon != 0
 
-    What is measured about it loses little at a large mean, and is normalised to the same.
-    """
+
+def _value_of_each_channel(x: Tensor) -> Tensor:
+    """[C] float32, out of the middle of the batch, where no padding is: about it sums lose little at a large mean."""
     middle: Any = (x.shape[0] // 2, slice(None), *(size // 2 for size in x.shape[2:]))
-    k = x[middle].detach().to(torch.float32).view(-1, *[1] * (x.dim() - 2))
-    return x.to(torch.float32) - k, k
+    k = x[middle].detach().to(torch.float32)
+    if x.stride(1) == 1:
+        return k
+    # Written to memory, of which alone there are strided views. Read out of x, it would part the moments from the output.
+    return k.clone().as_strided(k.shape, (1,))
+
+
+def _deviation(x: Tensor, k: Tensor) -> Tensor:
+    """x − k in float32."""
+    return x.to(torch.float32) - k.view(-1, *[1] * (x.dim() - 2))
+
+
+def _moments_about_a_value(x: Tensor) -> GroupMoments:
+    """The moments of one replica."""
+    k = _value_of_each_channel(x)
+    # What batch_norm is decomposed into, so that it is done once.
+    variance, mean = torch.var_mean(_deviation(x, k), [0, *range(2, x.dim())], correction=0, keepdim=True)
+    variance, mean = variance.flatten(), mean.flatten()
+    count = torch.full((), reference.count(x, None), dtype=torch.float32, device=x.device)
+    return GroupMoments(count, mean + k, variance, communicator=CompiledGroup(about=(k, mean)))
 
 
 def moments(x: Tensor, mask: Tensor | None, size: int, group: str) -> GroupMoments:
@@ -145,14 +167,9 @@ def moments(x: Tensor, mask: Tensor | None, size: int, group: str) -> GroupMomen
         stats, was_local = torch.ops.syncbn.batch_moments(x, mask, _state, group)
         mean, variance, count = stats.split([x.shape[1], x.shape[1], 1])
         return GroupMoments(count[0], mean, variance, size, communicator=CompiledGroup(group, was_local))
-    if not _can_use_native(x, mask, group):
-        return GroupMoments(*reference.moments_of_sums(reference.local_sums(x, mask)), communicator=CompiledGroup())
-    # What batch_norm is decomposed into, so that it is done once.
-    rest, k = _about_a_value(x)
-    variance, mean = torch.var_mean(rest, [0, *range(2, x.dim())], correction=0, keepdim=True)
-    mean = mean + k
-    count = torch.full((), reference.count(x, None), dtype=torch.float64, device=x.device)
-    return GroupMoments(count, mean.flatten(), variance.flatten(), communicator=CompiledGroup())
+    if _is_about_a_value(x, mask, group):
+        return _moments_about_a_value(x)
+    return GroupMoments(*reference.moments_of_sums(reference.local_sums(x, mask)), communicator=CompiledGroup())
 
 
 def gather(v: Tensor, size: int, group: str) -> tuple[Tensor, CompiledGroup]:
@@ -193,14 +210,15 @@ def normalize(
     activation: Activation | None,
 ) -> Tensor:
     """activation(scale·x_hat + offset + residual)."""
-    group, was_local = moments.communicator
-    if epsilon and _can_use_native(x, mask, group):
-        y = torch.nn.functional.batch_norm(_about_a_value(x)[0], None, None, scale, offset, True, 0.0, epsilon)
+    group, was_local, about = moments.communicator
+    if about is not None and _by_batch_norm(x, epsilon):
+        y = torch.nn.functional.batch_norm(_deviation(x, about[0]), None, None, scale, offset, True, 0.0, epsilon)
         return reference.activated(y if residual is None else y + residual, activation).to(x.dtype)
+    mean, mean_lo = about or (moments.mean, moments.mean_lo)
     if residual is x:
         # An autograd function that is compiled takes no tensor twice.
         residual = residual.view_as(residual)
-    norm = Normalization(moments.mean, moments.variance, scale, offset, epsilon, activation, moments.mean_lo)
+    norm = Normalization(mean, moments.variance, scale, offset, epsilon, activation, mean_lo)
     mean, variance, _, _, _, _, mean_lo = _narrowed(x, norm)
     name, slope = (None, 0.0) if activation is None else tuple(activation)
     given = (scale, offset, residual, mask, moments.count, mean, mean_lo, variance, was_local)
