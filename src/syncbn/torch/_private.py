@@ -132,13 +132,6 @@ def timeout_of(process_group: Any) -> datetime.timedelta:
     return dist.default_pg_timeout
 
 
-def sequence_number(process_group: Any) -> int | None:
-    """How many messages a process group has begun; None where it does not say."""
-    with contextlib.suppress(AttributeError, RuntimeError):
-        return int(process_group._get_sequence_number_for_group())
-    return None
-
-
 def backend_name(process_group: Any, device: torch.device) -> str:
     """The backend that serves a device, of several that a process group may have; public is only that of the whole group."""
     with contextlib.suppress(AttributeError):

@@ -78,7 +78,8 @@ def _batch_moments(x: Tensor, mask: Tensor | None, state: Tensor, group: str) ->
     sees the moments of all replicas. Nothing is said about other streams, and the host waits for nobody.
     """
     local = is_local()
-    sends("forward", COMPILED_LAYER, x.shape)
+    if not local:
+        sends("forward", COMPILED_LAYER, x.shape, group)
     with _changed_by_nothing:
         count, mean, variance = global_moments(x, mask, None if local else _communicator_named(group))
         return torch.cat([mean, variance, count[None]]), torch.tensor(local, device="cpu")
@@ -87,7 +88,8 @@ def _batch_moments(x: Tensor, mask: Tensor | None, state: Tensor, group: str) ->
 def _gather(v: Tensor, state: Tensor, size: int, group: str) -> tuple[Tensor, Tensor]:
     """[size, n], every replica's v [n] in the order of ranks; and whether the others' are 0, as if they were empty."""
     local = is_local()
-    sends("forward", COMPILED_LAYER, v.numel() // 3)
+    if not local:
+        sends("forward", COMPILED_LAYER, v.numel() // 3, group)
     with _changed_by_nothing:
         rows = torch.nn.functional.pad(v[None], (0, 0, 0, size - 1)) if local else transport.gather(v, _communicator_named(group))
         return rows, torch.tensor(local, device="cpu")
@@ -97,7 +99,7 @@ def _exchange_sums(message: Tensor, was_local: Tensor, state: Tensor, group: str
     """message, now the sum of every replica's, float64 [2C], unless the forward pass was local. Memory order: as above."""
     if was_local:
         return
-    sends("backward", COMPILED_LAYER, message.numel() // 2)
+    sends("backward", COMPILED_LAYER, message.numel() // 2, group)
     with _changed_by_nothing:
         reduced = global_sums(message, _communicator_named(group))
         if reduced is not message:
