@@ -16,7 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "syncbn"
 FRAMEWORKS = {"tensorflow", "torch", "jax", "keras"}
 
-SHARED = ("syncbn._missing", "syncbn.maths", "syncbn.contract", "syncbn.groups", "syncbn.validation", "syncbn.settings")
+SHARED = (
+    "syncbn._missing",
+    "syncbn.maths",
+    "syncbn.contract",
+    "syncbn.groups",
+    "syncbn.validation",
+    "syncbn.settings",
+    "syncbn.xla_sums",
+)
 # The first pattern that matches a module's path gives its imports: modules of syncbn, and packages.
 RULES = {
     "syncbn": (("syncbn._missing", "syncbn._moved", "syncbn._registration"), ()),
@@ -25,6 +33,7 @@ RULES = {
     "syncbn._registration": ((), ()),
     "syncbn.maths": ((), ()),
     "syncbn.class_swap": ((), ()),
+    "syncbn.xla_sums": ((), ()),
     "syncbn.groups": ((), ()),
     "syncbn.settings": ((), ()),
     "syncbn.validation": (("syncbn.groups",), ()),
@@ -120,6 +129,7 @@ FORBIDDEN = [
     ("syncbn.settings", "torch"),
     ("syncbn.contract", "torch"),
     ("syncbn.functional", "tensorflow"),
+    ("syncbn.xla_sums", "jax"),
     ("syncbn.torch.triton.device.moments", "torch"),
     ("syncbn.torch.triton.device.moments", "syncbn.torch.triton.launch"),
     ("syncbn.torch.triton.plan", "syncbn.torch.engine"),
