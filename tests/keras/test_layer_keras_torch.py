@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 
 os.environ["KERAS_BACKEND"] = "torch"
 
@@ -18,6 +19,7 @@ from test_engine_torch import numbers, tensor
 from test_layer_torch_ranks import counting, equal_everywhere
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from versions import needs_keras_renorm
 
 import syncbn
 from syncbn import SyncBatchNormalization
@@ -85,7 +87,8 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        keras.utils.set_random_seed(0)
+        # What Keras's initializers draw from. Its own function takes a folder named tensorflow for TensorFlow, in 3.8.
+        random.seed(0)
         self.first = nn.Linear(5, 4, dtype=torch.float64)
         self.norm = SyncBatchNormalization(renorm=True, dtype="float64", activation="relu", name="norm")
         self.norm.build((None, 4))
@@ -134,7 +137,16 @@ def test_training_equals_one_process(torch_world, form):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"renorm": True}, {"axis": 1}, {"scale": False}, {"dtype": "float64"}, {"dtype": "mixed_bfloat16"}], ids=str
+    "arguments",
+    [
+        {},
+        pytest.param({"renorm": True}, marks=needs_keras_renorm),
+        {"axis": 1},
+        {"scale": False},
+        {"dtype": "float64"},
+        {"dtype": "mixed_bfloat16"},
+    ],
+    ids=str,
 )
 def test_one_process_equals_keras(arguments):
     rng = np.random.default_rng(3)

@@ -190,7 +190,8 @@ def _narrowed(x: Tensor, norm: Normalization) -> Normalization:
         return norm
     hi = norm.mean.to(torch.float32)
     hi, lo, variance = materialize(hi, (norm.mean - hi).to(torch.float32), norm.variance.to(torch.float32))
-    return norm._replace(mean=hi, mean_lo=lo, variance=variance)
+    # Not by `_replace`, which torch 2.6 does not compile.
+    return Normalization(hi, variance, norm.scale, norm.offset, norm.epsilon, norm.activation, lo)
 
 
 def materialize(*vectors: Tensor) -> Any:
