@@ -99,7 +99,7 @@ MUTANTS = [
     Mutant("local statistics that never end", STATE, "if not was_local:", "if False:", LOCAL, "outermost"),
     Mutant("compiled moments never local", COMPILED, "    local = is_local()\n    sends(\"forward\", COMPILED_LAYER, x.shape)", "    local = False\n    sends(\"forward\", COMPILED_LAYER, x.shape)",
            LOCAL, "compiled_in_both and around"),
-    Mutant("a compiled backward pass never local", COMPILED, "    if was_local:\n        return", "    if False:\n        return", LOCAL, "compiled_in_both and around"),
+    Mutant("a compiled backward pass never local", COMPILED, "        if was_local:\n            return", "        if False:\n            return", LOCAL, "compiled_in_both and around"),
     Mutant("a graph without its own local statistics", COMPILED, "isinstance(group, Local) or is_local_in_graph()", "isinstance(group, Local)", LOCAL, "compiled_in_both and inside"),
     Mutant("compiled for ever alone", COMPILED, "if not AVAILABLE or dist.GroupMember.WORLD is None:", "if not AVAILABLE:", LOCAL, "older_than"),
     Mutant("ranks alone in silence", GROUPS, "    if ranks > 1:", "    if False:", LOCAL, "no_process_group_joins"),

@@ -99,7 +99,7 @@ def test_compiled_by_inductor(torch_world):
 
 
 def interleaved(backend, order, *batches):
-    """Gradients of two models, one of them called twice before any backward pass, with a pass without gradients between."""
+    """Gradients of two models, one of them called twice before any backward pass; between, a local pass and one without gradients."""
     torch._dynamo.reset()
     with drawn_on_the_cpu(0):
         nets = [nn.Sequential(*[m for _ in range(n) for m in (nn.Linear(3, 3), SyncBatchNorm(3))]) for n in (2, 1)]
@@ -111,6 +111,9 @@ def interleaved(backend, order, *batches):
     with torch.no_grad():
         calls[0](xs[0])
     torch.manual_seed(dist.get_rank())
+    with syncbn.local_statistics():
+        y = calls[0](xs[0])
+    y.backward(torch.randn(y.shape, dtype=y.dtype))
     for y in reversed(ys) if order == "last first" else ys:
         y.backward(torch.randn(y.shape, dtype=y.dtype))
     return [numbers(v.grad) for v in (*xs, *nets[0].parameters(), *nets[1].parameters())]

@@ -111,10 +111,10 @@ def _gather(v: Tensor, state: Tensor, size: int, group: str) -> tuple[Tensor, Te
 
 def _exchange_sums(message: Tensor, was_local: Tensor, state: Tensor, group: str) -> None:
     """message, now the sum of every replica's, float64 [2C], unless the forward pass was local. Memory order: as above."""
-    if was_local:
-        return
-    sends("backward", COMPILED_LAYER, message.numel() // 2)
     with _changed_by_nothing(_backward_state, state):
+        if was_local:
+            return
+        sends("backward", COMPILED_LAYER, message.numel() // 2)
         reduced = global_sums(message, _communicator_named(group))
         if reduced is not message:
             message.copy_(reduced)
