@@ -67,6 +67,8 @@ MUTANTS = [
     Mutant("one tensor twice in a compiled function", "torch/compiled.py", "if residual is x:", "if False:", "torch/test_layer_torch.py", "compiled_in_float64"),
     Mutant("messages between taken for a change", COMPILED, "return _versions[state][argument.data_ptr() == state.data_ptr()]",
            "return torch.no_grad()", TRAINING, "between_a_forward and aot_eager-last"),
+    Mutant("a local backward pass counts as a change", COMPILED, "    with _changed_by_nothing(_backward_state, state):\n        if was_local:\n            return\n",
+           "    if was_local:\n        return\n    with _changed_by_nothing(_backward_state, state):\n", TRAINING, "between_a_forward and aot_eager-last"),
     Mutant("a state that is written back counts as changed", COMPILED, "[argument.data_ptr() == state.data_ptr()]", "[True]",
            TRAINING, "between_a_forward and aot_eager and inductor and last"),
     Mutant("a module as activation that stays", LAYER, "self._modules.pop(name, None)", "pass", ONE_PROCESS, "can_be_changed"),
