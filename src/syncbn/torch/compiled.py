@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from syncbn.groups import Activation, Local
 from syncbn.torch import reference, transport
-from syncbn.torch._private import preserve_version_counter, resolve_process_group
+from syncbn.torch._private import CHANGES_INPUTS_IN_BOTH_PASSES, preserve_version_counter, resolve_process_group
 from syncbn.torch.failures import sends
 from syncbn.torch.groups import AVAILABLE, Communicator, GroupMoments, communicator_of, communicator_over, warn_if_not_joined
 from syncbn.torch.local import is_local, is_local_in_graph
@@ -26,8 +26,26 @@ from syncbn.torch.transport import global_moments, global_sums
 COMPILED_LAYER = "a compiled layer"
 # One for all groups: the order of exchanges of different groups must be the same everywhere too. Nothing is ever written to it.
 _state = torch.zeros((), dtype=torch.int64, device="cpu")
-# Backward passes have saved it, and would take the messages that came since for a change of it.
-_changed_by_nothing = preserve_version_counter(_state)
+# What backward passes change.
+_backward_state = _state if CHANGES_INPUTS_IN_BOTH_PASSES else _state.clone()
+
+
+def _versions_of(state: Tensor) -> tuple[Any, Any]:
+    """Context managers: one leaves a state at its version less 1, one at its version."""
+    before = preserve_version_counter(state)
+    state.zero_()
+    return before, preserve_version_counter(state)
+
+
+_versions = {state: _versions_of(state) for state in {_state, _backward_state}}
+
+
+def _changed_by_nothing(state: Tensor, argument: Tensor) -> Any:
+    """Leaves a state at its version. Backward passes have saved it, and would take the messages since for a change of it.
+
+    A graph may give a copy of the state as the argument. It then writes the copy back, and that counts as one change.
+    """
+    return _versions[state][argument.data_ptr() == state.data_ptr()]
 
 
 @torch.compiler.assume_constant_result
@@ -80,7 +98,7 @@ def _batch_moments(x: Tensor, mask: Tensor | None, state: Tensor, group: str) ->
     local = is_local()
     if not local:
         sends("forward", COMPILED_LAYER, x.shape, group)
-    with _changed_by_nothing:
+    with _changed_by_nothing(_state, state):
         count, mean, variance = global_moments(x, mask, None if local else _communicator_named(group))
         return torch.cat([mean, variance, count[None]]), torch.tensor(local, device="cpu")
 
@@ -90,17 +108,17 @@ def _gather(v: Tensor, state: Tensor, size: int, group: str) -> tuple[Tensor, Te
     local = is_local()
     if not local:
         sends("forward", COMPILED_LAYER, v.numel() // 3, group)
-    with _changed_by_nothing:
+    with _changed_by_nothing(_state, state):
         rows = torch.nn.functional.pad(v[None], (0, 0, 0, size - 1)) if local else transport.gather(v, _communicator_named(group))
         return rows, torch.tensor(local, device="cpu")
 
 
 def _exchange_sums(message: Tensor, was_local: Tensor, state: Tensor, group: str) -> None:
     """message, now the sum of every replica's, float64 [2C], unless the forward pass was local. Memory order: as above."""
-    if was_local:
-        return
-    sends("backward", COMPILED_LAYER, message.numel() // 2, group)
-    with _changed_by_nothing:
+    with _changed_by_nothing(_backward_state, state):
+        if was_local:
+            return
+        sends("backward", COMPILED_LAYER, message.numel() // 2, group)
         reduced = global_sums(message, _communicator_named(group))
         if reduced is not message:
             message.copy_(reduced)
@@ -191,7 +209,8 @@ def _narrowed(x: Tensor, norm: Normalization) -> Normalization:
         return norm
     hi = norm.mean.to(torch.float32)
     hi, lo, variance = materialize(hi, (norm.mean - hi).to(torch.float32), norm.variance.to(torch.float32))
-    return norm._replace(mean=hi, mean_lo=lo, variance=variance)
+    # Not by `_replace`, which torch 2.6 does not compile.
+    return Normalization(hi, variance, norm.scale, norm.offset, norm.epsilon, norm.activation, lo)
 
 
 def materialize(*vectors: Tensor) -> Any:
@@ -223,7 +242,9 @@ def normalize(
     norm = Normalization(mean, moments.variance, scale, offset, epsilon, activation, mean_lo)
     mean, variance, _, _, _, _, mean_lo = _narrowed(x, norm)
     name, slope = (None, 0.0) if activation is None else tuple(activation)
-    given = (scale, offset, residual, mask, moments.count, mean, mean_lo, variance, was_local)
+    # The state is an argument: torch 2.6 confuses tensors that are not with the sizes of a dynamic shape.
+    state = _backward_state if group else None
+    given = (scale, offset, residual, mask, moments.count, mean, mean_lo, variance, was_local, state)
     return _Normalized.apply(x, *given, epsilon, name, slope, group)
 
 
@@ -243,6 +264,7 @@ class _Normalized(Function):
         mean_lo: Tensor | None,
         variance: Tensor,
         was_local: Tensor | None,
+        state: Tensor | None,
         epsilon: float,
         activation: str | None,
         slope: float,
@@ -255,7 +277,7 @@ class _Normalized(Function):
         saved = saved_for_backward(norm, y, residual)
         ctx.has_lo, ctx.has_mask, ctx.has_saved = mean_lo is not None, mask is not None, saved is not None
         ctx.residual_dtype = None if residual is None else residual.dtype
-        optional = (was_local, mean_lo, mask, saved)
+        optional = (was_local, state, mean_lo, mask, saved)
         ctx.save_for_backward(x, scale, offset, count, mean, variance, *[v for v in optional if v is not None])
         ctx.epsilon, ctx.activation, ctx.group = epsilon, chosen, group
         return y
@@ -264,7 +286,8 @@ class _Normalized(Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         """As `Normalized.backward`."""
         x, scale, offset, count, mean, variance, *optional = ctx.saved_tensors
-        was_local = optional.pop(0) if ctx.group else None
+        # Not by `pop`: what is unpacked here is a tuple for the compiler of torch 2.6.
+        was_local, state, *optional = optional if ctx.group else (None, None, *optional)
         mean_lo = optional[0] if ctx.has_lo else None
         mask = optional[int(ctx.has_lo)] if ctx.has_mask else None
         saved = optional[-1] if ctx.has_saved else None
@@ -273,7 +296,7 @@ class _Normalized(Function):
         sums: tuple[Tensor, ...] = (scale.to(doffset.dtype) * doffset, scale.to(dscale.dtype) * dscale)
         if ctx.group:
             message = torch.cat(sums).to(torch.float64)
-            torch.ops.syncbn.exchange_sums(message, was_local, _state, ctx.group)
+            torch.ops.syncbn.exchange_sums(message, was_local, state, ctx.group)
             total = message.to(doffset.dtype)
             if total.dtype != message.dtype:
                 # For the same reason as in `_narrowed`.
@@ -281,4 +304,4 @@ class _Normalized(Function):
             sums = total.chunk(2)
         dx = reference.input_gradient_of(dz, x, mask, norm, count, *sums)
         dresidual = None if ctx.residual_dtype is None else dz.to(ctx.residual_dtype)
-        return dx, dscale.to(scale.dtype), doffset.to(scale.dtype), dresidual, *[None] * 10
+        return dx, dscale.to(scale.dtype), doffset.to(scale.dtype), dresidual, *[None] * 11
