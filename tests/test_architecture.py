@@ -38,7 +38,11 @@ RULES = {
     "syncbn.settings": ((), ()),
     "syncbn.validation": (("syncbn.groups",), ()),
     "syncbn.contract": (("syncbn.maths", "syncbn.groups"), ()),
-    "syncbn.functional": (SHARED, ()),
+    # Inside of functions.
+    "syncbn.functional": (
+        (*SHARED, "syncbn.jax.engine", "syncbn.tensorflow.engine", "syncbn.torch.engine"),
+        ("jax", "tensorflow", "torch"),
+    ),
     "syncbn.conversion": (("syncbn.validation",), ()),
     "syncbn.loading": (("syncbn.validation",), ()),
     "syncbn.torch.triton.device*": (("syncbn.torch.triton.device",), ("triton",)),
@@ -128,7 +132,7 @@ FORBIDDEN = [
     ("syncbn.validation", "syncbn.contract"),
     ("syncbn.settings", "torch"),
     ("syncbn.contract", "torch"),
-    ("syncbn.functional", "tensorflow"),
+    ("syncbn.functional", "keras"),
     ("syncbn.xla_sums", "jax"),
     ("syncbn.torch.triton.device.moments", "torch"),
     ("syncbn.torch.triton.device.moments", "syncbn.torch.triton.launch"),

@@ -742,3 +742,18 @@ def test_docstring_examples():
         assert found.attempted > 1
     assert NAMED["leaky_relu"].slope == 0.01
     assert {"SyncBatchNorm", "local_statistics", "checkpoint_contexts", "debug", "EmptySteps"} <= set(syncbn.__all__)
+
+
+def test_imported_in_inference_mode():
+    """What the first import makes is no inference tensor: compiled training goes on from it."""
+    code = (
+        "import torch\n"
+        "with torch.inference_mode():\n"
+        "    from syncbn.torch.module import SyncBatchNorm\n"
+        "    SyncBatchNorm(3).eval()(torch.randn(4, 3))\n"
+        "layer, x = SyncBatchNorm(3), torch.randn(4, 3, requires_grad=True)\n"
+        "y = torch.compile(layer, backend='aot_eager')(x)\n"
+        "torch.autograd.grad(y, x, torch.randn_like(y))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

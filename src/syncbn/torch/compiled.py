@@ -25,9 +25,11 @@ from syncbn.torch.transport import global_moments, global_sums
 # What an error calls a layer here: a graph keeps no name.
 COMPILED_LAYER = "a compiled layer"
 # One for all groups: the order of exchanges of different groups must be the same everywhere too. Nothing is ever written to it.
-_state = torch.zeros((), dtype=torch.int64, device="cpu")
-# What backward passes change.
-_backward_state = _state if CHANGES_INPUTS_IN_BOTH_PASSES else _state.clone()
+# An ordinary tensor also where inference mode imports this module: others have no version.
+with torch.inference_mode(False):
+    _state = torch.zeros((), dtype=torch.int64, device="cpu")
+    # What backward passes change.
+    _backward_state = _state if CHANGES_INPUTS_IN_BOTH_PASSES else _state.clone()
 
 
 def _versions_of(state: Tensor) -> tuple[Any, Any]:
