@@ -1,4 +1,4 @@
-"""The plots of docs/figures, from rows: time over floor in each case, accuracy at large means, and a ResNet-50's images/s."""
+"""The plots of docs/figures, from rows: times over the floor, accuracy at large means and of training, a ResNet-50's images/s."""
 
 from __future__ import annotations
 
@@ -105,7 +105,20 @@ def plot(name: str, figures: Figures) -> None:
     save(figure, name)
 
 
+def training() -> None:
+    """Test accuracy against images per device: the figure that `syncbn demo --sweep` draws."""
+    from syncbn.demo import plots
+
+    found = []
+    for row in read("images-per-device"):
+        details = {name: row["details"][name] for name in ("images_per_device", "steps")}
+        shared = {"norm": row["subject"], "devices": row["replicas"], **details}
+        found += [{**shared, "seed": seed, "accuracy": value} for seed, value in enumerate(row["values"]["each"])]
+    plots.sweep(found, FOLDER)
+
+
 def write_all() -> None:
+    training()
     accuracy()
     resnet()
     plot("gpu", Figures(1))

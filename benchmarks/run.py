@@ -25,6 +25,7 @@ SUITES = {
     "gpu-resnet": "PyTorch, training ResNet-50; on several GPUs under torchrun",
     "gpu-tiles": "PyTorch, a search for the kernels' tiles",
     "jax-gpu": "JAX, on all GPUs of one process",
+    "images-per-device": "test accuracy of the demo's network on JAX, 4 host devices",
     "accuracy": "the variance's error at large means on the CPU, each framework in a process",
 }
 

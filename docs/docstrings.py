@@ -1,4 +1,4 @@
-"""What griffe must know of the docstrings here: `Example:` is a section of code, as `Examples:` is."""
+"""What griffe must know of the docstrings here: `Example:` is a section of code, and `Call arguments:` is a list."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import griffe
 
 
 class Docstrings(griffe.Extension):
-    """Renames the section before griffe reads it."""
+    """Renames the sections before griffe reads them."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called once for each object."""
         if obj.docstring:
-            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.M)
+            text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.M)
+            obj.docstring.value = re.sub(r"^Call arguments:$", "Other Parameters: Call arguments:", text, flags=re.M)

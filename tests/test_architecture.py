@@ -16,7 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "syncbn"
 FRAMEWORKS = {"tensorflow", "torch", "jax", "keras"}
 
-SHARED = ("syncbn._missing", "syncbn.maths", "syncbn.contract", "syncbn.groups", "syncbn.validation", "syncbn.settings")
+SHARED = (
+    "syncbn._missing",
+    "syncbn.maths",
+    "syncbn.contract",
+    "syncbn.groups",
+    "syncbn.validation",
+    "syncbn.settings",
+    "syncbn.xla_sums",
+)
 # The first pattern that matches a module's path gives its imports: modules of syncbn, and packages.
 RULES = {
     "syncbn": (("syncbn._missing", "syncbn._moved", "syncbn._registration"), ()),
@@ -25,11 +33,16 @@ RULES = {
     "syncbn._registration": ((), ()),
     "syncbn.maths": ((), ()),
     "syncbn.class_swap": ((), ()),
+    "syncbn.xla_sums": ((), ()),
     "syncbn.groups": ((), ()),
     "syncbn.settings": ((), ()),
     "syncbn.validation": (("syncbn.groups",), ()),
     "syncbn.contract": (("syncbn.maths", "syncbn.groups"), ()),
-    "syncbn.functional": (SHARED, ()),
+    # Inside of functions.
+    "syncbn.functional": (
+        (*SHARED, "syncbn.jax.engine", "syncbn.tensorflow.engine", "syncbn.torch.engine"),
+        ("jax", "tensorflow", "torch"),
+    ),
     "syncbn.conversion": (("syncbn.validation",), ()),
     "syncbn.loading": (("syncbn.validation",), ()),
     "syncbn.torch.triton.device*": (("syncbn.torch.triton.device",), ("triton",)),
@@ -119,7 +132,8 @@ FORBIDDEN = [
     ("syncbn.validation", "syncbn.contract"),
     ("syncbn.settings", "torch"),
     ("syncbn.contract", "torch"),
-    ("syncbn.functional", "tensorflow"),
+    ("syncbn.functional", "keras"),
+    ("syncbn.xla_sums", "jax"),
     ("syncbn.torch.triton.device.moments", "torch"),
     ("syncbn.torch.triton.device.moments", "syncbn.torch.triton.launch"),
     ("syncbn.torch.triton.plan", "syncbn.torch.engine"),

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import figures  # noqa: E402
+import plots as benchmark_plots  # noqa: E402
 import rows  # noqa: E402
 import run  # noqa: E402
 
@@ -107,3 +108,21 @@ def test_the_check_of_the_tables_can_fail(tmp_path, monkeypatch):
     (tmp_path / "torch-cpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     assert figures.written(text, figures.TABLES["README.md"]) != text
+
+
+def test_the_figure_of_accuracy_has_all_its_points(monkeypatch):
+    from syncbn.demo import NORMS, plots, sweep
+
+    drawn = []
+    monkeypatch.setattr(plots, "sweep", lambda found, folder: drawn.extend(found))
+    benchmark_plots.training()
+    seeds = {row["seed"] for row in drawn}
+    assert len(seeds) >= 5
+    expected = {(norm, size, seed) for norm in NORMS for size in sweep.IMAGES_PER_DEVICE for seed in seeds}
+    assert {(row["norm"], row["images_per_device"], row["seed"]) for row in drawn} == expected
+    assert len(drawn) == len(expected)
+    assert len({(row["steps"], row["devices"]) for row in drawn}) == 1
+    first = rows.read("images-per-device")[0]
+    assert [row["accuracy"] for row in drawn if (row["norm"], row["images_per_device"]) == (first["subject"], 1)] == first[
+        "values"
+    ]["each"]

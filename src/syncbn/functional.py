@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -87,7 +86,7 @@ def sync_batch_norm(
     """
     framework = _framework(x, scale, offset, axis_name)
     group = _group(framework, axis_name, axis_index_groups, process_group)
-    engine, dialect = importlib.import_module(f"syncbn.{framework}.engine"), _dialect(framework, x)
+    engine, dialect = _engine(framework), _dialect(framework, x)
     if framework == "jax":
         x = dialect.operators.asarray(x)
     kind = str(x.dtype)
@@ -127,6 +126,21 @@ def _framework(x: Any, scale: Any, offset: Any, axis_name: Any) -> str:
             "it first, for example with jax.numpy.asarray."
         )
     return found
+
+
+def _engine(framework: str) -> Any:
+    """The engine's module. By statements, which torch.compile traces; `importlib.import_module` it does not."""
+    if framework == "torch":
+        from syncbn.torch import engine as of_torch
+
+        return of_torch
+    if framework == "jax":
+        from syncbn.jax import engine as of_jax
+
+        return of_jax
+    from syncbn.tensorflow import engine as of_tensorflow
+
+    return of_tensorflow
 
 
 def _packages(value: Any) -> list[str]:
@@ -181,10 +195,12 @@ def _vector(
 
 def _dialect(framework: str, x: Any) -> _Dialect:
     if framework == "jax":
-        jnp = importlib.import_module("jax.numpy")
+        import jax.numpy as jnp
+
         return _Dialect(jnp.asarray, lambda n, value, dtype: jnp.full([n], value, dtype), bool, jnp, jnp.isfinite)
     if framework == "torch":
-        torch = importlib.import_module("torch")
+        import torch
+
         on = x.device
         return _Dialect(
             # What is a tensor stays where it is: a parameter on another device is the caller's fault, and torch says so.
@@ -194,7 +210,8 @@ def _dialect(framework: str, x: Any) -> _Dialect:
             torch,
             torch.isfinite,
         )
-    tf = importlib.import_module("tensorflow")
+    import tensorflow as tf
+
     return _Dialect(
         lambda v, dtype: tf.cast(v, dtype),
         lambda n, value, dtype: tf.fill([n], tf.cast(value, dtype)),

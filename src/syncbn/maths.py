@@ -102,20 +102,3 @@ def renorm_correction(mean, stddev, renorm_mean, renorm_stddev, floor, clipping,
 def variance_of_stddev(stddev, epsilon, *, maximum):
     """The variance that a moving √(variance + ε) stands for."""
     return maximum(stddev * stddev - epsilon, 0)
-
-
-# XLA sums columns on a GPU in blocks of 32 columns of one part. So many results, over all parts, fill a GPU with blocks.
-PARTIAL_SUMS = 16384
-# Below so many rows a part is not worth a sum of its own.
-ROWS_OF_PART = 16
-
-
-def parts_of_rows(rows, channels, *, half=False):
-    """Into how many equal parts to divide `rows` rows of so many channels, where XLA on a GPU sums them by column.
-
-    It sums each part, and then the parts. In one sum it leaves most of the GPU idle, or writes x − k to memory first.
-    half: the rows are of half precision. Long and wide ones are then summed faster in twice as many parts.
-    """
-    results = 2 * PARTIAL_SUMS if half and channels >= 256 and rows > PARTIAL_SUMS else PARTIAL_SUMS
-    most = max(1, min(rows // ROWS_OF_PART, results // max(channels, 1)))
-    return next(parts for parts in range(most, 0, -1) if rows % parts == 0)

@@ -35,14 +35,17 @@ def check_table(text):
     """What synchronising does: the three rows of any framework."""
     table = rows(text)
     assert list(table) == NORMS
-    for name, (accuracy, _, apart, output_off, gradient_off) in table.items():
+    for name, (accuracy, _, apart, output_error, gradient_error) in table.items():
         if name == "local":
-            assert min(map(float, (apart, output_off, gradient_off))) > 1e-3
+            assert min(map(float, (apart, output_error, gradient_error))) > 1e-3
         else:
             assert float(accuracy.rstrip(" %")) > 50
             assert float(apart) == 0
-            assert float(output_off) < 1e-5
-            assert float(gradient_off) < 1e-4
+            assert float(output_error) < 1e-5
+            assert float(gradient_error) < 1e-4
+    for heading in ("statistics", "differ by", "error of", "output", "gradient"):
+        assert heading in text
+    assert "error: largest difference from one device that has the whole batch." in text
     # What is wider than a terminal would be broken: paths of this test's folders apart.
     shown = text[text.index("┏") :].splitlines()
     assert max(len(line) for line in shown if not line.startswith("/")) <= 80

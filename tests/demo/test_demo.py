@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 
 import pytest
 from demo_output import NORMS, OPTIONS, check_table, rows, syncbn
@@ -139,14 +138,3 @@ def test_best_row_is_bold(capsys, monkeypatch):
     assert len(bold) == 1
     assert "90.0 %" in bold[0]
     assert report.verdict(runs) == "Synchronising: 90.0 % instead of 50.0 % of the test images right."
-
-
-def test_the_rows_of_the_figure_are_whole():
-    """docs/figures/images-per-device.svg: `syncbn demo --sweep --rows docs/figures/images-per-device.jsonl --output docs/figures`."""
-    from syncbn.demo import sweep
-
-    rows = sweep.read(Path(__file__).parents[2] / "docs" / "figures" / "images-per-device.jsonl")
-    kinds = {(row["norm"], row["images_per_device"]) for row in rows}
-    assert kinds == {(norm, size) for norm in NORMS for size in sweep.IMAGES_PER_DEVICE}
-    assert len(rows) == len({(row["norm"], row["images_per_device"], row["seed"]) for row in rows}) >= 5 * len(kinds)
-    assert len({(row["steps"], row["devices"], row["backend"]) for row in rows}) == 1

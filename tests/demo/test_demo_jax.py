@@ -11,6 +11,7 @@ def test_demo_shows_what_synchronising_does(tmp_path):
     code, text = syncbn("demo", "--backend", "jax", *OPTIONS, "--output", tmp_path)
     assert code == 0, text
     check_table(text)
+    assert "Both are Keras layers." in text
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 

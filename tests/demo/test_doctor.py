@@ -24,10 +24,20 @@ def test_doctor_checks_each_framework(everything, framework):
     assert section[-1].startswith("OK: ")
     if framework == "tensorflow":
         assert "MirroredStrategy over 2" in said["strategy"]
-        assert "TensorFlow's operators, for CPUs" in said["passes"]
+        assert "TensorFlow's operators on CPUs" in said["kernels"]
     if framework == "jax":
-        assert "2 × cpu" in said["devices"]
+        assert said["devices"].strip() == "2 × CPU, made for this check"
     assert text.splitlines()[-1] == "OK: tensorflow, torch, jax."
+
+
+@pytest.mark.parametrize("setting", [
+    {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, {"JAX_NUM_CPU_DEVICES": "4"},
+], ids=lambda setting: next(iter(setting)))  # fmt: skip
+def test_doctor_checks_all_devices_that_are_set(setting):
+    code, text = syncbn("doctor", "--backend", "jax", **setting)
+    assert code == 0, text
+    assert "4 × CPU\n" in text
+    assert text.splitlines()[-1].startswith("OK: 4 replicas agree")
 
 
 def test_a_bad_setting_is_one_sentence():

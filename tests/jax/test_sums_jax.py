@@ -12,7 +12,7 @@ from jax import export
 from test_engine_jax import equal_shards, joined, step
 from worlds import JaxWorld
 
-from syncbn import maths
+from syncbn import xla_sums
 from syncbn.jax import mapped, sums
 from syncbn.jax.sums import column_sums, deviations, plain_sums, products, sums_in_stages
 
@@ -22,8 +22,8 @@ SHAPES = [(0, 3), (1, 5), (7, 2), (147, 96), (1568, 128), (20_011, 3), (30_000, 
 @pytest.fixture
 def many_parts(monkeypatch):
     """Small inputs are summed in parts too."""
-    monkeypatch.setattr(maths, "ROWS_OF_PART", 1)
-    monkeypatch.setattr(maths, "PARTIAL_SUMS", 12)
+    monkeypatch.setattr(xla_sums, "ROWS_OF_PART", 1)
+    monkeypatch.setattr(xla_sums, "RESULTS", 12)
 
 
 def operands_of(shape, dtype, arrays):
@@ -74,7 +74,7 @@ def test_derivatives_and_batches_are_those_of_plain_sums(terms):
 
 @pytest.mark.parametrize(("platform", "staged"), [("cuda", True), ("cpu", False), ("rocm", False), ("tpu", False)])
 def test_only_programs_for_nvidia_have_stages(platform, staged):
-    parts = maths.parts_of_rows(1568, 128)
+    parts = xla_sums.parts_of_rows(1568, 128)
     assert parts == 98
     operands = operands_of((1568, 128), "float32", 1)
     lowered = jax.jit(lambda *v: column_sums(*v, terms=deviations)).trace(*operands).lower(lowering_platforms=(platform,))
@@ -89,9 +89,9 @@ def test_an_export_for_gpus_may_leave_the_batch_open():
 
 
 def test_the_largest_share_of_rows_that_fills_a_gpu():
-    assert maths.parts_of_rows(100_352, 256) == 64
-    assert maths.parts_of_rows(100_352, 256, half=True) == 128
-    assert maths.parts_of_rows(1568, 2048, half=True) == 8
-    assert maths.parts_of_rows(20_011, 3) == 1  # a prime
-    assert maths.parts_of_rows(0, 3) == 1
+    assert xla_sums.parts_of_rows(100_352, 256) == 64
+    assert xla_sums.parts_of_rows(100_352, 256, half=True) == 128
+    assert xla_sums.parts_of_rows(1568, 2048, half=True) == 8
+    assert xla_sums.parts_of_rows(20_011, 3) == 1  # a prime
+    assert xla_sums.parts_of_rows(0, 3) == 1
     assert sums.column_sums is not plain_sums

@@ -122,6 +122,8 @@ def write(folder):
     subclassed.save(folder / "subclassed")
     tf.saved_model.save(tf.Module(), str(folder / "no keras"))
     code = f"lambda x: (open({str(folder / 'it ran')!r}, 'w'), x)[1]"
+    four = keras.Sequential([layers.Input((3,)), *(layers.BatchNormalization(name=name) for name in "abcd")])
+    four.save(folder / "four plain.h5")
     evil = keras.Sequential([layers.Input((3,)), layers.Lambda(eval(code))])
     (folder / "it ran").unlink(missing_ok=True)
     evil.save(folder / "evil.h5")

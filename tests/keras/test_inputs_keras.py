@@ -235,7 +235,7 @@ def test_epsilon_0_gives_what_keras_gives(renorm):
     x[:, 1] = 3.0
     results = []
     for cls in (SyncBatchNormalization, keras.layers.BatchNormalization):
-        layer = cls(epsilon=0, momentum=0.5, **({"renorm": True, "renorm_clipping": {}} if renorm else {}))
+        layer = cls(epsilon=0, momentum=0.5, **{"renorm": True, "renorm_clipping": {}} if renorm else {})
         trained = layer(x, training=True)
         held = [numbers(w) for w in layer.weights]
         for _ in range(3):

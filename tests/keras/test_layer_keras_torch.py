@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 
 os.environ["KERAS_BACKEND"] = "torch"
 
@@ -18,11 +19,15 @@ from test_engine_torch import numbers, tensor
 from test_layer_torch_ranks import counting, equal_everywhere
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from versions import TORCH, needs_keras_renorm
 
 import syncbn
 from syncbn import SyncBatchNormalization
 
 assert keras.backend.backend() == "torch"
+
+# Keras 3.8 flattens the arguments of a call by optree, where torch 2.6 breaks the graph.
+FULLGRAPH = TORCH >= (2, 11)
 
 BY_NAME = [
     Case("ragged", RAGGED),
@@ -85,7 +90,8 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        keras.utils.set_random_seed(0)
+        # What Keras's initializers draw from. Its own function takes a folder named tensorflow for TensorFlow, in 3.8.
+        random.seed(0)
         self.first = nn.Linear(5, 4, dtype=torch.float64)
         self.norm = SyncBatchNormalization(renorm=True, dtype="float64", activation="relu", name="norm")
         self.norm.build((None, 4))
@@ -101,7 +107,7 @@ def trained(form, rows, *batches):
     model = Net()
     wrapped = {
         "DDP": lambda: DistributedDataParallel(model),
-        "DDP(compile)": lambda: DistributedDataParallel(torch.compile(model, fullgraph=True, backend="aot_eager")),
+        "DDP(compile)": lambda: DistributedDataParallel(torch.compile(model, fullgraph=FULLGRAPH, backend="aot_eager")),
     }.get(form, lambda: model)()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -134,7 +140,16 @@ def test_training_equals_one_process(torch_world, form):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"renorm": True}, {"axis": 1}, {"scale": False}, {"dtype": "float64"}, {"dtype": "mixed_bfloat16"}], ids=str
+    "arguments",
+    [
+        {},
+        pytest.param({"renorm": True}, marks=needs_keras_renorm),
+        {"axis": 1},
+        {"scale": False},
+        {"dtype": "float64"},
+        {"dtype": "mixed_bfloat16"},
+    ],
+    ids=str,
 )
 def test_one_process_equals_keras(arguments):
     rng = np.random.default_rng(3)

@@ -89,6 +89,25 @@ def test_renorm_where_keras_has_none(folder, kind, monkeypatch):
     near(ops.convert_to_numpy(model(old["x"], training=True)), old["y0 True"], 1e-5)
 
 
+PLAIN_UNDER_REPLICAS = {
+    "four plain": r"Received: 4 such layers \('a', 'b', 'c', …\) under a strategy with \d replicas\. Give convert=True, or call",
+    "functional": r"Received: 2 such layers \('in_nested', 'in_deferred'\) under",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN_UNDER_REPLICAS)
+def test_plain_layers_under_several_replicas_warn_once(folder, world, name, recwarn):
+    with world.strategy.scope():
+        with pytest.warns(UserWarning, match=PLAIN_UNDER_REPLICAS[name]) as caught:
+            syncbn.load_legacy(folder / f"{name}.h5")
+        assert len([w for w in caught if "synchronised" in str(w.message)]) == 1
+        assert caught[0].filename == __file__
+        recwarn.clear()
+        syncbn.load_legacy(folder / f"{name}.h5", convert=True)
+    syncbn.load_legacy(folder / f"{name}.h5")
+    assert not [w for w in recwarn if "such layers" in str(w.message)]
+
+
 def test_loaded_model_saves_as_keras_3(folder, tmp_path):
     model = syncbn.load_legacy(folder / "functional.h5")
     model.save(tmp_path / "new.keras")

@@ -30,6 +30,22 @@ MUTANTS = [
         "doctor_under_torchrun",
     ),
     Mutant(
+        "the doctor overrides XLA_FLAGS",
+        "doctor/jax.py",
+        '"xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")',
+        "False",
+        "demo/test_doctor.py",
+        "devices_that_are_set and XLA",
+    ),
+    Mutant(
+        "the doctor overrides JAX_NUM_CPU_DEVICES",
+        "doctor/jax.py",
+        ' or getattr(jax.config, "jax_num_cpu_devices", -1) > 0',
+        "",
+        "demo/test_doctor.py",
+        "devices_that_are_set and NUM",
+    ),
+    Mutant(
         "the worst row is bold",
         "demo/report.py",
         "best = max(run.accuracies[-1] for run in runs)",

@@ -75,13 +75,13 @@ def left_alone(kind):
 
 
 @pytest.mark.parametrize(("kind", "which"), [
-    ("forward", "forward of block.norm (input of shape (2, 4)), message "),
-    ("renorm", "forward of block.norm (input of shape (2, 4)), message "),
-    ("without float64", "forward of block.norm (input of shape (2, 4)), message "),
-    ("backward", "backward of a layer without a name (input of shape (2, 4)), message "),
-    ("double backward", "derivative of the backward pass of a layer without a name, message "),
-    ("compiled forward", "forward of a compiled layer (input of shape (2, 4)), message "),
-    ("compiled backward", "backward of a compiled layer (4 channels), message "),
+    ("forward", "forward of block.norm (input of shape (2, 4)), message 3 of"),
+    ("renorm", "forward of block.norm (input of shape (2, 4)), message 3 of"),
+    ("without float64", "forward of block.norm (input of shape (2, 4)), message 3 of"),
+    ("backward", "backward of a batch norm (input of shape (2, 4)), message 4 of"),
+    ("double backward", "derivative of the backward pass of a batch norm, message 7 of"),
+    ("compiled forward", "forward of a compiled layer (input of shape (2, 4)), message 3 of"),
+    ("compiled backward", "backward of a compiled layer (4 channels), message 4 of"),
 ])  # fmt: skip
 def test_a_rank_that_is_left_alone_says_which_message_and_what_to_do(broken_world, kind, which):
     said, cause, original = broken_world.run(left_alone, common=(kind,))[0]
@@ -132,7 +132,7 @@ def test_the_first_call_of_a_group(broken_world):
 
 
 def test_peer_memory_says_which_call_comes_and_what_to_do():
-    sends("forward", "a.norm", torch.Size([2, 3]))
+    sends("forward", "a.norm", torch.Size([2, 3]), "a group")
     said = str(peer_memory.lost_replica("syncbn", 1, 3))
     assert "rank 3 did not come in time, before the forward of a.norm (input of shape (2, 3))" in said
     for mend in MENDS:
@@ -163,6 +163,8 @@ def debug_without_a_store(_):
 
 def test_debug_without_its_store(broken_world):
     for said in broken_world.run(debug_without_a_store, [0, 0]):
-        assert "Received: no answer from the ranks' store, while this one came to the forward of a layer without a name" in said
+        assert (
+            "Received: no answer from the ranks' store, while this one came to the forward of SyncBatchNorm(3) (message" in said
+        )
         for mend in MENDS[:3]:
             assert mend in said

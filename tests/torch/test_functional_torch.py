@@ -71,3 +71,13 @@ def test_an_axis_name_on_ranks(torch_world):
     for text in torch_world.run(with_an_axis_of_jax):
         assert "`axis_name` is for JAX: on PyTorch replicas are found without it." in text
     assert with_an_axis_of_jax() is None
+
+
+def test_compiles_without_a_graph_break():
+    x, dy = torch.randn(6, 4, 3, dtype=torch.float64, requires_grad=True), torch.randn(6, 4, 3, dtype=torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: sync_batch_norm(x)[:3], backend="aot_eager", fullgraph=True)
+    for got, right in zip(compiled(x), sync_batch_norm(x)[:3], strict=True):
+        torch.testing.assert_close(got, right)
+    (got,), (right,) = (torch.autograd.grad(f(x)[0], x, dy) for f in (compiled, sync_batch_norm))
+    torch.testing.assert_close(got, right)

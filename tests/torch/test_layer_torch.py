@@ -232,7 +232,8 @@ def test_copies(copier):
 
 
 def test_repr():
-    for arguments in ({}, {"affine": False}, {"bias": False}, {"momentum": None, "track_running_stats": False}):
+    with_bias = [{"bias": False}] if "bias" in inspect.signature(nn.SyncBatchNorm).parameters else []
+    for arguments in ({}, {"affine": False}, *with_bias, {"momentum": None, "track_running_stats": False}):
         assert repr(SyncBatchNorm(3, **arguments)) == repr(nn.SyncBatchNorm(3, **arguments))
     assert repr(SyncBatchNorm(3, renorm=True, activation="silu", group_size=2)).endswith(
         "track_running_stats=True, renorm=True, activation='silu', group_size=2)"
@@ -741,3 +742,18 @@ def test_docstring_examples():
         assert found.attempted > 1
     assert NAMED["leaky_relu"].slope == 0.01
     assert {"SyncBatchNorm", "local_statistics", "checkpoint_contexts", "debug", "EmptySteps"} <= set(syncbn.__all__)
+
+
+def test_imported_in_inference_mode():
+    """What the first import makes is no inference tensor: compiled training goes on from it."""
+    code = (
+        "import torch\n"
+        "with torch.inference_mode():\n"
+        "    from syncbn.torch.module import SyncBatchNorm\n"
+        "    SyncBatchNorm(3).eval()(torch.randn(4, 3))\n"
+        "layer, x = SyncBatchNorm(3), torch.randn(4, 3, requires_grad=True)\n"
+        "y = torch.compile(layer, backend='aot_eager')(x)\n"
+        "torch.autograd.grad(y, x, torch.randn_like(y))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -18,6 +18,7 @@ from checks import close
 from test_engine_torch import counting, numbers, tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
+from versions import TORCH
 from worlds import TorchWorld, free_ports
 
 import syncbn
@@ -177,7 +178,12 @@ def _local_and_compiled(form, x, dy):
     return together, found, counter.frame_count
 
 
-@pytest.mark.parametrize("form", ["around the graph", "inside the graph", "without float64"])
+INSIDE = pytest.param("inside the graph", marks=pytest.mark.skipif(
+    TORCH < (2, 11), reason="torch 2.6 breaks the graph at context managers that are generators; fullgraph=True allows no break"
+))  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["around the graph", INSIDE, "without float64"])
 def test_local_compiled_in_both_passes(torch_world, form):
     case = Case("compiled locally", (4, 3, 2, 5), (3,), dtype="float64")
     xs, dys = case.inputs(torch_world.replicas), case.cotangents(torch_world.replicas)

@@ -8,14 +8,17 @@ import sys
 
 import pytest
 import torch
-from versions import version
+from versions import TORCH, version
 
 from syncbn.torch import _private, peer_memory
 from syncbn.torch.groups import Communicator
 
+# Only the newest of the names, which torch 2.6 lacks; the key then stays in its thread, with False.
+LACKING = ["torch._C._remove_obj_from_tls"] if TORCH < (2, 11) else []
+
 
 def test_all_private_names_are_there():
-    assert _private.MISSING == []
+    assert _private.MISSING == LACKING
 
 
 def test_private_names_of_triton_and_of_cuda_are_there():
@@ -44,7 +47,7 @@ def test_a_name_that_has_vanished_is_listed_and_layers_train_without_it():
         "syncbn.SyncBatchNorm(3)(torch.randn(4, 3))\n"
         "print(_private.MISSING, _private.is_dead_tensor_wrapper(None))\n"
     )
-    names = ["torch._C._are_functorch_transforms_active", "torch._C._functorch.is_dead_tensor_wrapper"]
+    names = [*LACKING, "torch._C._are_functorch_transforms_active", "torch._C._functorch.is_dead_tensor_wrapper"]
     assert found.stdout.strip() == f"{names} True", found.stderr
 
 
@@ -81,7 +84,7 @@ def test_without_a_name_every_forward_pass_in_a_backward_pass_is_a_recomputation
     )
     said, batches = found.stdout.rsplit(maxsplit=1)
     assert batches == "0", found.stderr
-    assert len(said.split(",")) == 1
+    assert len(said.split(",")) == 1 + len(LACKING)
     assert name.rsplit(".", 1)[1] in said
 
 
@@ -99,7 +102,7 @@ def test_without_the_state_of_threads_layers_train_and_nothing_is_local():
 def test_a_key_that_cannot_be_removed_means_nothing():
     found = python(
         "import torch\n"
-        "del torch._C._remove_obj_from_tls\n"
+        "vars(torch._C).pop('_remove_obj_from_tls', None)\n"
         "import syncbn\n"
         "from syncbn.torch.local import is_local\n"
         "with syncbn.local_statistics(): print(is_local())\n"

@@ -25,9 +25,6 @@ from syncbn.torch import compiled
 
 # ------------------------------------------------------------------------------------------------- compiled
 
-compiles_on_ranks = pytest.mark.skipif(
-    TORCH < (2, 11), reason="torch 2.6 counts the messages of compiled layers as changes of what it saved"
-)
 SIZES = [(4, 3, 6, 5), (6, 2, 5, 4), (1, 4, 2, 3), (0, 6, 1, 2), (7, 3, 0, 4), (5, 0, 4, 1), (0, 4, 3, 0), (9, 5, 2, 6)]
 
 
@@ -52,7 +49,6 @@ def compiled_steps(form, rows, *batches):
     return {"state": train(model, batches, rows, seen), "graphs": graphs}
 
 
-@compiles_on_ranks
 @pytest.mark.parametrize("form", ["DDP(compile(model))", "model.compile(), DDP(model)"])
 def test_compiled_under_ddp(torch_world, form):
     """Six parallel branches, ranks of different sizes, one of them empty: no break, and few graphs."""
@@ -103,25 +99,28 @@ def test_compiled_by_inductor(torch_world):
 
 
 def interleaved(backend, order, *batches):
-    """Gradients of two models, one of them called twice before any backward pass, with a pass without gradients between."""
+    """Gradients of two models, one of them called twice before any backward pass; between, a local pass and one without gradients."""
     torch._dynamo.reset()
     with drawn_on_the_cpu(0):
         nets = [nn.Sequential(*[m for _ in range(n) for m in (nn.Linear(3, 3), SyncBatchNorm(3))]) for n in (2, 1)]
     nets = [net.double().to(torch.get_default_device()) for net in nets]
-    calls = nets if backend is None else [torch.compile(net, fullgraph=True, backend=backend) for net in nets]
+    backends = backend if isinstance(backend, tuple) else (backend, backend)
+    calls = [net if b is None else torch.compile(net, fullgraph=True, backend=b) for net, b in zip(nets, backends, strict=True)]
     xs = [tensor(x).requires_grad_() for x in batches]
     ys = [calls[i % 2](x) for i, x in enumerate(xs)]
     with torch.no_grad():
         calls[0](xs[0])
     torch.manual_seed(dist.get_rank())
+    with syncbn.local_statistics():
+        y = calls[0](xs[0])
+    y.backward(torch.randn(y.shape, dtype=y.dtype))
     for y in reversed(ys) if order == "last first" else ys:
         y.backward(torch.randn(y.shape, dtype=y.dtype))
     return [numbers(v.grad) for v in (*xs, *nets[0].parameters(), *nets[1].parameters())]
 
 
-@compiles_on_ranks
 @pytest.mark.parametrize("order", ["first first", "last first"])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor", ("aot_eager", "inductor")], ids=str)
 def test_compiled_calls_between_a_forward_and_its_backward(torch_world, backend, order):
     """A siamese model, a generator and a discriminator: the order of messages is kept, and nothing takes it for a change."""
     xs = [Case(f"interleaved {i}", (4, 3, 5, 2), (3,), dtype="float64").inputs(torch_world.replicas) for i in range(3)]
@@ -151,14 +150,15 @@ def test_compiled_equals_eager(arguments):
         torch.testing.assert_close(ours.state_dict(), again.state_dict())
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
 @pytest.mark.parametrize(("mean", "activation"), [(0, None), (1e4, "relu"), (1e4, None)])
-def test_compiled_as_alone_on_a_gpu(monkeypatch, mean, activation):
-    """By torch's own operators, about a value: exact at a large mean too, where they are not."""
-    monkeypatch.setattr(compiled, "_can_use_native", lambda x, mask, group: True)
+def test_compiled_as_alone_on_a_gpu(monkeypatch, mean, activation, layout):
+    """About a value, channels last by torch's own operator: exact at a large mean too, where that is not."""
+    monkeypatch.setattr(compiled, "_is_about_a_value", lambda x, mask, group: True)
     torch._dynamo.reset()
     layer, plain = SyncBatchNorm(5, activation=activation), nn.BatchNorm2d(5).double()
     x, dy, r = (torch.randn(6, 5, 4, 3) for _ in range(3))
-    x = (x + mean).requires_grad_()
+    x = (x + mean).contiguous(memory_format=layout).requires_grad_()
     wide = x.detach().double().requires_grad_()
     y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, None, r)
     right = plain(wide) + r

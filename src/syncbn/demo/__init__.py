@@ -34,7 +34,7 @@ class Run:
 
     accuracies: on the test images, after each epoch.
     statistics_apart: the largest difference of any moving statistic between two replicas, after training.
-    output_off, gradient_off: before training, on one batch, the largest difference of the first batch norm's output, and of
+    output_error, gradient_error: before training, on one batch, the largest difference of the first batch norm's output, and of
         its input gradient, from the same layer on one replica that sees the whole batch. NaN where `compare` is False.
     """
 
@@ -42,8 +42,8 @@ class Run:
     accuracies: list[float]
     seconds_per_step: float
     statistics_apart: float
-    output_off: float = float("nan")
-    gradient_off: float = float("nan")
+    output_error: float = float("nan")
+    gradient_error: float = float("nan")
 
 
 class Watch(Protocol):

@@ -66,7 +66,7 @@ def _program(norm: str, mesh: Mesh) -> _Program:
 def _run(task: Task, mesh: Mesh, program: _Program, images: Digits, watch: Watch) -> Run:
     keras.utils.set_random_seed(task.seed)
     model = network(_layer(task.norm))
-    off = _off_from_one_replica(task, mesh, model, images) if task.compare else ()
+    errors = _errors_against_one_replica(task, mesh, model, images) if task.compare else ()
     state = _state(model, program.optimizer, mesh)
     rows = batches(task.batch * mesh.size, task.seed)
     accuracies, seconds = [], []
@@ -83,7 +83,7 @@ def _run(task: Task, mesh: Mesh, program: _Program, images: Digits, watch: Watch
         watch.epoch(task, epoch + 1, accuracies[-1])
     apart = max(float(np.ptp(s, axis=0).max()) for s in jax.device_get(state[1]))
     late = seconds[task.steps :] or seconds[1:] or seconds
-    return Run(task, accuracies, float(np.median(late)), apart, *off)
+    return Run(task, accuracies, float(np.median(late)), apart, *errors)
 
 
 def _state(model: keras.Model, optimizer: Any, mesh: Mesh) -> tuple[Any, ...]:
@@ -119,7 +119,7 @@ def _accuracy(model: keras.Model) -> Callable[..., Any]:
     return accuracy
 
 
-def _off_from_one_replica(task: Task, mesh: Mesh, model: keras.Model, images: Digits) -> tuple[float, float]:
+def _errors_against_one_replica(task: Task, mesh: Mesh, model: keras.Model, images: Digits) -> tuple[float, float]:
     """How far the first batch norm's output and input gradient are from those of one replica with the whole batch."""
     convolution, norm = model.layers[0], model.layers[1]
     x = np.asarray(convolution(images.train_images[: mesh.size * task.batch]))
@@ -137,5 +137,5 @@ def _off_from_one_replica(task: Task, mesh: Mesh, model: keras.Model, images: Di
     specs: dict[str, Any] = {"in_specs": (OWN, OWN), "out_specs": (OWN, OWN)}
     many = jax.jit(jax.shard_map(partial(step, norm), mesh=mesh, check_vma=False, **specs))(x, dy)
     one = jax.jit(partial(step, alone))(x, dy)
-    y_off, dx_off = (float(np.abs(np.asarray(m) - np.asarray(o)).max()) for m, o in zip(many, one, strict=True))
-    return y_off, dx_off
+    y_error, dx_error = (float(np.abs(np.asarray(m) - np.asarray(o)).max()) for m, o in zip(many, one, strict=True))
+    return y_error, dx_error

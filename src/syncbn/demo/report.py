@@ -88,19 +88,21 @@ def plain(value: float) -> str:
 def table(runs: Sequence[Run], backend: str) -> None:
     """Prints a row for each run, the best one bold, and what the columns mean."""
     columns = Table()
-    for heading in ("", "test\naccuracy", "ms per\nstep", "statistics\napart", "output\noff", "gradient\noff"):
+    for heading in ("", "test\naccuracy", "ms per\nstep", "statistics\ndiffer by", "error of\noutput", "error of\ngradient"):
         columns.add_column(heading, justify="right" if heading else "left")
     best = max(run.accuracies[-1] for run in runs)
     for run in runs:
-        numbers = (1e3 * run.seconds_per_step, run.statistics_apart, run.output_off, run.gradient_off)
+        numbers = (1e3 * run.seconds_per_step, run.statistics_apart, run.output_error, run.gradient_error)
         style = "bold" if run.accuracies[-1] == best else None
         columns.add_row(run.task.norm, percent(run.accuracies[-1]), *map(plain, numbers), style=style)
     console = _console()
     console.print(columns)
     local, synced = LAYERS[backend]
     console.print(f"local: {local}. syncbn: {synced}.")
-    console.print("apart: largest difference of moving statistics between replicas, after training.")
-    console.print("off: largest difference from one replica with the whole batch, before training.")
+    if backend == "jax":
+        console.print("Both are Keras layers. Flax and plain JAX call sync_batch_norm: see docs/jax.md.")
+    console.print("statistics differ by: largest difference between two devices, after training.")
+    console.print("error: largest difference from one device that has the whole batch.")
 
 
 def verdict(runs: Sequence[Run]) -> str:

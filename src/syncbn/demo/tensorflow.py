@@ -48,7 +48,7 @@ def _run(task: Task, strategy: Any, images: Digits, watch: Watch) -> Run:
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
         )
-    off = _off_from_one_replica(task, strategy, model, images) if task.compare else ()
+    errors = _errors_against_one_replica(task, strategy, model, images) if task.compare else ()
     data = tf.data.Dataset.from_tensor_slices((images.train_images, images.train_labels))
     # Keras's unsynchronised layer becomes NaN where a replica is empty, so the last, incomplete batch is dropped.
     data = data.shuffle(len(images.train_images), seed=task.seed)
@@ -57,7 +57,7 @@ def _run(task: Task, strategy: Any, images: Digits, watch: Watch) -> Run:
     test = tf.data.Dataset.from_tensor_slices((images.test_images, images.test_labels)).batch(120)
     given: dict[str, Any] = {"epochs": task.epochs, "steps_per_epoch": task.steps, "shuffle": False, "verbose": 0}
     history = model.fit(data, validation_data=test, callbacks=[clock], **given).history
-    return Run(task, history["val_accuracy"], clock.seconds_per_step(), _statistics_apart(strategy, model), *off)
+    return Run(task, history["val_accuracy"], clock.seconds_per_step(), _statistics_apart(strategy, model), *errors)
 
 
 class _Clock(keras.callbacks.Callback):
@@ -82,7 +82,7 @@ class _Clock(keras.callbacks.Callback):
         return float(np.median(self.seconds[1:] or self.seconds))
 
 
-def _off_from_one_replica(task: Task, strategy: Any, model: keras.Model, images: Digits) -> tuple[float, float]:
+def _errors_against_one_replica(task: Task, strategy: Any, model: keras.Model, images: Digits) -> tuple[float, float]:
     """How far the first batch norm's output and input gradient are from those of one replica with the whole batch."""
     convolution, norm = model.layers[0], model.layers[1]
     replicas = strategy.num_replicas_in_sync
@@ -109,11 +109,11 @@ def _off_from_one_replica(task: Task, strategy: Any, model: keras.Model, images:
     shares = strategy.experimental_distribute_values_from_function(share)
     many = tf.function(lambda shares: strategy.run(lambda share: step(layer, *share), args=(shares,)))(shares)
     one = step(alone, tf.constant(x), tf.constant(dy))
-    y_off, dx_off = (
+    y_error, dx_error = (
         float(np.abs(np.concatenate(strategy.experimental_local_results(m)) - np.asarray(o)).max())
         for m, o in zip(many, one, strict=True)
     )
-    return y_off, dx_off
+    return y_error, dx_error
 
 
 def _statistics_apart(strategy: Any, model: keras.Model) -> float:

@@ -164,7 +164,7 @@ def _run(task: Task, images: Digits, device: str, watch: Watch) -> Run:
     torch.manual_seed(task.seed)
     model = network(task.norm).to(device)
     x, labels = _channels_first(images.train_images, device), torch.tensor(images.train_labels, device=device).long()
-    off = _off_from_one_replica(task, model, x) if task.compare else ()
+    errors = _errors_against_one_replica(task, model, x) if task.compare else ()
     replicated = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
     # Every replica draws the same rows and takes its share of each batch.
@@ -183,7 +183,7 @@ def _run(task: Task, images: Digits, device: str, watch: Watch) -> Run:
         accuracies.append(_accuracy(model, images, device))
         watch.epoch(task, epoch + 1, accuracies[-1])
     late = seconds[task.steps :] or seconds[1:] or seconds
-    return Run(task, accuracies, float(np.median(late)), _statistics_apart(model), *off)
+    return Run(task, accuracies, float(np.median(late)), _statistics_apart(model), *errors)
 
 
 def _channels_first(images: np.ndarray, device: str) -> torch.Tensor:
@@ -198,7 +198,7 @@ def _accuracy(model: nn.Module, images: Digits, device: str) -> float:
     return float((logits.argmax(1).cpu().numpy() == images.test_labels).mean())
 
 
-def _off_from_one_replica(task: Task, model: nn.Sequential, images: torch.Tensor) -> tuple[float, float]:
+def _errors_against_one_replica(task: Task, model: nn.Sequential, images: torch.Tensor) -> tuple[float, float]:
     """How far the first batch norm's output and input gradient are from those of one replica with the whole batch."""
     with torch.no_grad():
         x = model[0](images[: dist.get_world_size() * task.batch])
@@ -214,8 +214,8 @@ def _off_from_one_replica(task: Task, model: nn.Sequential, images: torch.Tensor
     many = [_gathered(v) for v in step(x[share], dy[share])]
     with syncbn.local_statistics():
         one = step(x, dy)
-    y_off, dx_off = (float((torch.cat(list(m)) - o).abs().max()) for m, o in zip(many, one, strict=True))
-    return y_off, dx_off
+    y_error, dx_error = (float((torch.cat(list(m)) - o).abs().max()) for m, o in zip(many, one, strict=True))
+    return y_error, dx_error
 
 
 def _statistics_apart(model: nn.Module) -> float:

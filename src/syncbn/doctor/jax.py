@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
@@ -13,22 +14,28 @@ from syncbn.doctor import Report, version
 from syncbn.doctor.batch import EPSILON, errors, known
 from syncbn.functional import sync_batch_norm
 
-# On a CPU, so that there is something to exchange.
+# On a CPU, so that there is something to exchange; unless a number was set.
 CPU_DEVICES = 2
 
 
 def report() -> Report:
     """Synchronises a known batch over the devices of this process, with `jax.shard_map`."""
-    jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
+    is_set = (
+        "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+        or getattr(jax.config, "jax_num_cpu_devices", -1) > 0
+    )
+    if not is_set:
+        jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
     devices = jax.local_devices()
-    kinds = sorted({device.device_kind for device in devices})
-    made = " made for this check" if devices[0].platform == "cpu" else ""
+    on_cpu = devices[0].platform == "cpu"
+    made = ", made for this check" if on_cpu and not is_set else ""
+    kinds = "CPU" if on_cpu else ", ".join(sorted({device.device_kind for device in devices}))
     lines = [
         ("jax", f"{jax.__version__}, jaxlib {version('jaxlib')}"),
         ("flax", version("flax")),
-        ("devices", f"{len(devices)} × {devices[0].platform} ({', '.join(kinds)}){made}"),
+        ("devices", f"{len(devices)} × {kinds}{made}"),
         ("processes", str(jax.process_count())),
-        ("passes", "XLA's, one program with the model"),
+        ("kernels", "XLA's, compiled with the model as one program"),
         ("exchange", "one all-gather each way" if len(devices) > 1 else "none: there is one device"),
     ]
     batch = known(len(devices))

@@ -1,4 +1,4 @@
-"""TensorFlow: the devices, the strategy, which passes run, and a known batch over the replicas."""
+"""TensorFlow: the devices, the strategy, which kernels run, and a known batch over the replicas."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def report() -> Report:
         ("devices", _devices(gpus)),
         ("strategy", f"MirroredStrategy over {count} {kind}{'s' * (count > 1)}{'' if gpus else ', made for this check'}"),
         ("TF_CONFIG", "set: several workers; this check ran on this one alone" if "TF_CONFIG" in os.environ else "not set"),
-        ("passes", "XLA clusters, for GPUs" if passes[0].endswith("gpu") else "TensorFlow's operators, for CPUs"),
+        ("kernels", "XLA clusters on GPUs" if passes[0].endswith("gpu") else "TensorFlow's operators on CPUs"),
         ("exchange", exchange if count > 1 else "none: there is one replica"),
     ]
     return Report(lines, count, errors(batch, mean, variance, y, dx))

@@ -68,7 +68,7 @@ def _join() -> torch.device:
 
 def _replicas() -> str:
     if not (dist.is_available() and dist.is_initialized()):
-        return "1 (not started by torchrun)"
+        return "1 (torchrun starts several)"
     return f"{dist.get_world_size()} over {dist.get_backend()}"
 
 

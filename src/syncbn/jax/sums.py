@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from syncbn import maths
+from syncbn import xla_sums
 from syncbn.jax import _private
 from syncbn.jax.xla import summed
 
@@ -40,7 +40,7 @@ def sums_in_stages(*operands: jax.Array, terms: Terms) -> Any:
     rows, channels = operands[0].shape
     if not isinstance(rows, int):  # symbolic, in an export
         return plain_sums(*operands, terms=terms)
-    parts = maths.parts_of_rows(rows, channels, half=operands[0].dtype.itemsize == 2)
+    parts = xla_sums.parts_of_rows(rows, channels, half=operands[0].dtype.itemsize == 2)
     first = summed(*[v.reshape(parts, rows // parts, channels).sum(1) for v in terms(*operands)])
     return list(summed(*[v.sum(0) for v in first]))
 

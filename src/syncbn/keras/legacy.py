@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+from keras import layers
 
-from syncbn.keras import checkpoints, files, keras2_hdf5, legacy_config, matching, protobuf
+from syncbn.keras import _private, checkpoints, files, keras2_hdf5, legacy_config, matching, protobuf
+from syncbn.keras.layer import SyncBatchNormalization
 
 IN_CODE = "Build the model in code, and load the weights of the same file with syncbn.load_weights(model, path)"
 MENDS = {
@@ -26,9 +28,10 @@ def load_legacy(path: Any, *, convert: bool = False, custom_objects: dict[str, A
 
     `tf.keras.layers.experimental.SyncBatchNormalization` becomes `syncbn.SyncBatchNormalization`, with its axes, renorm and
     statistics. `BatchNormalization` stays Keras's, because the files do not say `synchronized`; with convert=True it becomes
-    ours. One with several axes, which Keras 3 does not have, always becomes ours, with a warning. So does one with renorm where
-    Keras has none, before 3.14. A `/` in a layer's name becomes `_`. The model computes what it did, and is not compiled. No code
-    of a file runs. The kind of a file is told by its content.
+    ours. Plain layers that stay under a `tf.distribute` strategy with several replicas give a warning. One with several axes,
+    which Keras 3 does not have, always becomes ours, with a warning. So does one with renorm where Keras has none, before 3.14.
+    A `/` in a layer's name becomes `_`. The model computes what it did, and is not compiled. No code of a file runs. The kind of
+    a file is told by its content.
     A SavedModel is read with TensorFlow.
 
     Args:
@@ -81,9 +84,24 @@ def _load(path: Any, config: Any, convert: bool, custom_objects: Any, match: Any
         raise
     legacy_config.allocate()
     matching.assign(model, found)
-    for note in notes:
+    for note in [*notes, *_not_synchronised(model)]:
         warnings.warn(note, stacklevel=3)
     return model
+
+
+def _not_synchronised(model: Any) -> list[str]:
+    """The text of a warning, where plain batch norms stay in a model of several TensorFlow replicas."""
+    found = [layer for layer in _private.flatten_layers(model) if isinstance(layer, layers.BatchNormalization)]
+    plain = [layer for layer in found if not isinstance(layer, SyncBatchNormalization) and not layer.synchronized]
+    strategy = getattr(plain[0].moving_mean.value, "distribute_strategy", None) if plain else None
+    if strategy is None or strategy.num_replicas_in_sync == 1:
+        return []
+    names = ", ".join(repr(layer.name) for layer in plain[:3])
+    return [
+        "The files of Keras 2 do not say whether a BatchNormalization was synchronised, so it stays plain: each replica uses its "
+        f"own statistics. Received: {len(plain)} such layers ({names}{', …' if len(plain) > 3 else ''}) under a strategy with "
+        f"{strategy.num_replicas_in_sync} replicas. Give convert=True, or call syncbn.convert(model), to synchronise them."
+    ]
 
 
 def _whole(config: Any, refuse: Any) -> Any:

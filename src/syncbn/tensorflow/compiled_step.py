@@ -19,8 +19,8 @@ def compiled_step(step: Callable[..., Any]) -> Callable[..., Any]:
             updates a counter that all replicas share, which TensorFlow cannot do inside.
 
     Returns:
-        A function with the step's arguments and results. In a loop that is not a `tf.function`, keep it: it compiles once. It
-        also runs on one replica, without a strategy.
+        A function with the step's arguments and results. In a loop that is not a `tf.function`, keep it, because it compiles
+        once. It also runs on one replica, without a strategy.
 
     Raises:
         RuntimeError: when called, if several replicas train and one is on the CPU, or if the step applies gradients.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from syncbn import maths
+from syncbn import maths, xla_sums
 from syncbn.tensorflow._private import barrier, compiled_by_xla
 
 # The pivot is the mean of one value in so many, which saves a pass over x. The mean of any m of n values has
@@ -96,7 +96,7 @@ class Layout(NamedTuple):
         # A batch of unknown size is left whole, and taken for one of USUAL_BATCH.
         outer, rows = ([], math.prod(batch + image)) if known else (list(batch), math.prod(image))
         channels = math.prod(last)
-        parts = maths.parts_of_rows(rows, channels if known else channels * USUAL_BATCH)
+        parts = xla_sums.parts_of_rows(rows, channels if known else channels * USUAL_BATCH)
         shape = [*outer, parts, rows // parts, channels]
         return shape, (len(shape) - 1,), [len(shape) - 2]
 

@@ -120,6 +120,10 @@ preserve_version_counter = _find_or_raise(
     "torch.autograd:_unsafe_preserve_version_counter", "lets compiled layers order their messages"
 )
 
+# Whether the forward and the backward graph of compiled code may change the same input. Torch 2.6 keeps the last change alone.
+# Not private, but what the messages' order rests on; 2.11 is the first version after it that was run.
+CHANGES_INPUTS_IN_BOTH_PASSES = torch.__version__ >= "2.11"
+
 # Memory that the GPUs of one host map from each other: empty(…) and rendezvous(…). Without it, messages go by the all-reduce.
 symmetric_empty = _find_or_raise("torch.distributed._symmetric_memory:empty", "allocates memory that other GPUs can map")
 symmetric_rendezvous = _find_or_raise("torch.distributed._symmetric_memory:rendezvous", "maps the memory of other GPUs")
@@ -130,13 +134,6 @@ def timeout_of(process_group: Any) -> datetime.timedelta:
     with contextlib.suppress(AttributeError, IndexError):
         return process_group._get_backend(process_group._device_types[0]).options._timeout
     return dist.default_pg_timeout
-
-
-def sequence_number(process_group: Any) -> int | None:
-    """How many messages a process group has begun; None where it does not say."""
-    with contextlib.suppress(AttributeError, RuntimeError):
-        return int(process_group._get_sequence_number_for_group())
-    return None
 
 
 def backend_name(process_group: Any, device: torch.device) -> str:

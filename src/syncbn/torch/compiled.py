@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from syncbn.groups import Activation, Local
 from syncbn.torch import reference, transport
-from syncbn.torch._private import preserve_version_counter, resolve_process_group
+from syncbn.torch._private import CHANGES_INPUTS_IN_BOTH_PASSES, preserve_version_counter, resolve_process_group
 from syncbn.torch.failures import sends
 from syncbn.torch.groups import AVAILABLE, Communicator, GroupMoments, communicator_of, communicator_over, warn_if_not_joined
 from syncbn.torch.local import is_local, is_local_in_graph
@@ -25,9 +25,29 @@ from syncbn.torch.transport import global_moments, global_sums
 # What an error calls a layer here: a graph keeps no name.
 COMPILED_LAYER = "a compiled layer"
 # One for all groups: the order of exchanges of different groups must be the same everywhere too. Nothing is ever written to it.
-_state = torch.zeros((), dtype=torch.int64, device="cpu")
-# Backward passes have saved it, and would take the messages that came since for a change of it.
-_changed_by_nothing = preserve_version_counter(_state)
+# An ordinary tensor also where inference mode imports this module: others have no version.
+with torch.inference_mode(False):
+    _state = torch.zeros((), dtype=torch.int64, device="cpu")
+    # What backward passes change.
+    _backward_state = _state if CHANGES_INPUTS_IN_BOTH_PASSES else _state.clone()
+
+
+def _versions_of(state: Tensor) -> tuple[Any, Any]:
+    """Context managers: one leaves a state at its version less 1, one at its version."""
+    before = preserve_version_counter(state)
+    state.zero_()
+    return before, preserve_version_counter(state)
+
+
+_versions = {state: _versions_of(state) for state in {_state, _backward_state}}
+
+
+def _changed_by_nothing(state: Tensor, argument: Tensor) -> Any:
+    """Leaves a state at its version. Backward passes have saved it, and would take the messages since for a change of it.
+
+    A graph may give a copy of the state as the argument. It then writes the copy back, and that counts as one change.
+    """
+    return _versions[state][argument.data_ptr() == state.data_ptr()]
 
 
 @torch.compiler.assume_constant_result
@@ -55,10 +75,12 @@ class CompiledGroup(NamedTuple):
     """What compiled code holds of a communicator: its name, and whether this pass was local, bool [] on the CPU.
 
     Of one replica "" and None. Compiled code asks for `local_statistics` as it runs: the compiler's guards hold for all threads.
+    about: where moments are about a value of each channel, that value and the mean of what deviates from it, float32 [C].
     """
 
     name: str = ""
     was_local: Tensor | None = None
+    about: tuple[Tensor, Tensor] | None = None
 
 
 # A second library of the same name as in checkpoint.py: fragments of one.
@@ -76,8 +98,9 @@ def _batch_moments(x: Tensor, mask: Tensor | None, state: Tensor, group: str) ->
     sees the moments of all replicas. Nothing is said about other streams, and the host waits for nobody.
     """
     local = is_local()
-    sends("forward", COMPILED_LAYER, x.shape)
-    with _changed_by_nothing:
+    if not local:
+        sends("forward", COMPILED_LAYER, x.shape, group)
+    with _changed_by_nothing(_state, state):
         count, mean, variance = global_moments(x, mask, None if local else _communicator_named(group))
         return torch.cat([mean, variance, count[None]]), torch.tensor(local, device="cpu")
 
@@ -85,18 +108,19 @@ def _batch_moments(x: Tensor, mask: Tensor | None, state: Tensor, group: str) ->
 def _gather(v: Tensor, state: Tensor, size: int, group: str) -> tuple[Tensor, Tensor]:
     """[size, n], every replica's v [n] in the order of ranks; and whether the others' are 0, as if they were empty."""
     local = is_local()
-    sends("forward", COMPILED_LAYER, v.numel() // 3)
-    with _changed_by_nothing:
+    if not local:
+        sends("forward", COMPILED_LAYER, v.numel() // 3, group)
+    with _changed_by_nothing(_state, state):
         rows = torch.nn.functional.pad(v[None], (0, 0, 0, size - 1)) if local else transport.gather(v, _communicator_named(group))
         return rows, torch.tensor(local, device="cpu")
 
 
 def _exchange_sums(message: Tensor, was_local: Tensor, state: Tensor, group: str) -> None:
     """message, now the sum of every replica's, float64 [2C], unless the forward pass was local. Memory order: as above."""
-    if was_local:
-        return
-    sends("backward", COMPILED_LAYER, message.numel() // 2)
-    with _changed_by_nothing:
+    with _changed_by_nothing(_backward_state, state):
+        if was_local:
+            return
+        sends("backward", COMPILED_LAYER, message.numel() // 2, group)
         reduced = global_sums(message, _communicator_named(group))
         if reduced is not message:
             message.copy_(reduced)
@@ -124,19 +148,39 @@ for _name, _function, _fake in (
     torch.library.register_fake(f"syncbn::{_name}", _fake, lib=_library)
 
 
-def _can_use_native(x: Tensor, mask: Tensor | None, group: str) -> bool:
-    """Whether torch's own operators serve: on a GPU, with one replica, nothing else compiles to fewer or better passes."""
+def _is_about_a_value(x: Tensor, mask: Tensor | None, group: str) -> bool:
+    """Whether moments are about a value of each channel: on a GPU, with one replica, nothing compiles to fewer passes."""
     return x.is_cuda and not group and mask is None and x.dtype != torch.float64 and reference.count(x, None) > 1
 
 
-def _about_a_value(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(x − k, k) in float32, k a value of each channel, out of the middle, where no padding is.
+def _by_batch_norm(x: Tensor, epsilon: float) -> bool:
+    """Whether torch's own operator normalises what is about a value: channels last, its passes are the faster ones."""
+    return x.stride(1) == 1 and epsilon != 0
 
-    What is measured about it loses little at a large mean, and is normalised to the same.
-    """
+
+def _value_of_each_channel(x: Tensor) -> Tensor:
+    """[C] float32, out of the middle of the batch, where no padding is: about it sums lose little at a large mean."""
     middle: Any = (x.shape[0] // 2, slice(None), *(size // 2 for size in x.shape[2:]))
-    k = x[middle].detach().to(torch.float32).view(-1, *[1] * (x.dim() - 2))
-    return x.to(torch.float32) - k, k
+    k = x[middle].detach().to(torch.float32)
+    if x.stride(1) == 1:
+        return k
+    # Written to memory, of which alone there are strided views. Read out of x, it would part the moments from the output.
+    return k.clone().as_strided(k.shape, (1,))
+
+
+def _deviation(x: Tensor, k: Tensor) -> Tensor:
+    """x − k in float32."""
+    return x.to(torch.float32) - k.view(-1, *[1] * (x.dim() - 2))
+
+
+def _moments_about_a_value(x: Tensor) -> GroupMoments:
+    """The moments of one replica."""
+    k = _value_of_each_channel(x)
+    # What batch_norm is decomposed into, so that it is done once.
+    variance, mean = torch.var_mean(_deviation(x, k), [0, *range(2, x.dim())], correction=0, keepdim=True)
+    variance, mean = variance.flatten(), mean.flatten()
+    count = torch.full((), reference.count(x, None), dtype=torch.float32, device=x.device)
+    return GroupMoments(count, mean + k, variance, communicator=CompiledGroup(about=(k, mean)))
 
 
 def moments(x: Tensor, mask: Tensor | None, size: int, group: str) -> GroupMoments:
@@ -145,14 +189,9 @@ def moments(x: Tensor, mask: Tensor | None, size: int, group: str) -> GroupMomen
         stats, was_local = torch.ops.syncbn.batch_moments(x, mask, _state, group)
         mean, variance, count = stats.split([x.shape[1], x.shape[1], 1])
         return GroupMoments(count[0], mean, variance, size, communicator=CompiledGroup(group, was_local))
-    if not _can_use_native(x, mask, group):
-        return GroupMoments(*reference.moments_of_sums(reference.local_sums(x, mask)), communicator=CompiledGroup())
-    # What batch_norm is decomposed into, so that it is done once.
-    rest, k = _about_a_value(x)
-    variance, mean = torch.var_mean(rest, [0, *range(2, x.dim())], correction=0, keepdim=True)
-    mean = mean + k
-    count = torch.full((), reference.count(x, None), dtype=torch.float64, device=x.device)
-    return GroupMoments(count, mean.flatten(), variance.flatten(), communicator=CompiledGroup())
+    if _is_about_a_value(x, mask, group):
+        return _moments_about_a_value(x)
+    return GroupMoments(*reference.moments_of_sums(reference.local_sums(x, mask)), communicator=CompiledGroup())
 
 
 def gather(v: Tensor, size: int, group: str) -> tuple[Tensor, CompiledGroup]:
@@ -172,7 +211,8 @@ def _narrowed(x: Tensor, norm: Normalization) -> Normalization:
         return norm
     hi = norm.mean.to(torch.float32)
     hi, lo, variance = materialize(hi, (norm.mean - hi).to(torch.float32), norm.variance.to(torch.float32))
-    return norm._replace(mean=hi, mean_lo=lo, variance=variance)
+    # Not by `_replace`, which torch 2.6 does not compile.
+    return Normalization(hi, variance, norm.scale, norm.offset, norm.epsilon, norm.activation, lo)
 
 
 def materialize(*vectors: Tensor) -> Any:
@@ -193,17 +233,20 @@ def normalize(
     activation: Activation | None,
 ) -> Tensor:
     """activation(scale·x_hat + offset + residual)."""
-    group, was_local = moments.communicator
-    if epsilon and _can_use_native(x, mask, group):
-        y = torch.nn.functional.batch_norm(_about_a_value(x)[0], None, None, scale, offset, True, 0.0, epsilon)
+    group, was_local, about = moments.communicator
+    if about is not None and _by_batch_norm(x, epsilon):
+        y = torch.nn.functional.batch_norm(_deviation(x, about[0]), None, None, scale, offset, True, 0.0, epsilon)
         return reference.activated(y if residual is None else y + residual, activation).to(x.dtype)
+    mean, mean_lo = about or (moments.mean, moments.mean_lo)
     if residual is x:
         # An autograd function that is compiled takes no tensor twice.
         residual = residual.view_as(residual)
-    norm = Normalization(moments.mean, moments.variance, scale, offset, epsilon, activation, moments.mean_lo)
+    norm = Normalization(mean, moments.variance, scale, offset, epsilon, activation, mean_lo)
     mean, variance, _, _, _, _, mean_lo = _narrowed(x, norm)
     name, slope = (None, 0.0) if activation is None else tuple(activation)
-    given = (scale, offset, residual, mask, moments.count, mean, mean_lo, variance, was_local)
+    # The state is an argument: torch 2.6 confuses tensors that are not with the sizes of a dynamic shape.
+    state = _backward_state if group else None
+    given = (scale, offset, residual, mask, moments.count, mean, mean_lo, variance, was_local, state)
     return _Normalized.apply(x, *given, epsilon, name, slope, group)
 
 
@@ -223,6 +266,7 @@ class _Normalized(Function):
         mean_lo: Tensor | None,
         variance: Tensor,
         was_local: Tensor | None,
+        state: Tensor | None,
         epsilon: float,
         activation: str | None,
         slope: float,
@@ -235,7 +279,7 @@ class _Normalized(Function):
         saved = saved_for_backward(norm, y, residual)
         ctx.has_lo, ctx.has_mask, ctx.has_saved = mean_lo is not None, mask is not None, saved is not None
         ctx.residual_dtype = None if residual is None else residual.dtype
-        optional = (was_local, mean_lo, mask, saved)
+        optional = (was_local, state, mean_lo, mask, saved)
         ctx.save_for_backward(x, scale, offset, count, mean, variance, *[v for v in optional if v is not None])
         ctx.epsilon, ctx.activation, ctx.group = epsilon, chosen, group
         return y
@@ -244,7 +288,8 @@ class _Normalized(Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         """As `Normalized.backward`."""
         x, scale, offset, count, mean, variance, *optional = ctx.saved_tensors
-        was_local = optional.pop(0) if ctx.group else None
+        # Not by `pop`: what is unpacked here is a tuple for the compiler of torch 2.6.
+        was_local, state, *optional = optional if ctx.group else (None, None, *optional)
         mean_lo = optional[0] if ctx.has_lo else None
         mask = optional[int(ctx.has_lo)] if ctx.has_mask else None
         saved = optional[-1] if ctx.has_saved else None
@@ -253,7 +298,7 @@ class _Normalized(Function):
         sums: tuple[Tensor, ...] = (scale.to(doffset.dtype) * doffset, scale.to(dscale.dtype) * dscale)
         if ctx.group:
             message = torch.cat(sums).to(torch.float64)
-            torch.ops.syncbn.exchange_sums(message, was_local, _state, ctx.group)
+            torch.ops.syncbn.exchange_sums(message, was_local, state, ctx.group)
             total = message.to(doffset.dtype)
             if total.dtype != message.dtype:
                 # For the same reason as in `_narrowed`.
@@ -261,4 +306,4 @@ class _Normalized(Function):
             sums = total.chunk(2)
         dx = reference.input_gradient_of(dz, x, mask, norm, count, *sums)
         dresidual = None if ctx.residual_dtype is None else dz.to(ctx.residual_dtype)
-        return dx, dscale.to(scale.dtype), doffset.to(scale.dtype), dresidual, *[None] * 10
+        return dx, dscale.to(scale.dtype), doffset.to(scale.dtype), dresidual, *[None] * 11

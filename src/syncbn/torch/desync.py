@@ -11,11 +11,13 @@ import torch.distributed as dist
 
 from syncbn import settings
 from syncbn.torch._private import default_store, timeout_of
-from syncbn.torch.failures import REMEDIES, RULE, sends
+from syncbn.torch.failures import REMEDIES, RULE, UNNAMED, name_on_the_stack, sends
 from syncbn.torch.groups import Communicator
 
 _enabled = settings.debug()
-# How many messages each group has announced.
+# Whether `debug` has given names. Names that were found on the stack depend on what a rank called first, and are not compared.
+_named = False
+# The number of the last message that each group has announced.
 _announced: dict[str, int] = {}
 
 
@@ -24,11 +26,11 @@ def debug(model: torch.nn.Module | None = None, enabled: bool = True) -> None:
 
     A rank that took another path (skipped a layer, changed an order, is in eval) then raises, on every rank, an error that names
     the layer and what each rank said; a rank that does not come is named after the group's timeout. It costs about half a
-    millisecond a message. The same as the environment variable SYNCBN_DEBUG=1, but the layers of `model` get their names.
-    Compiled code is not checked.
+    millisecond a message. Compiled code is not checked. The environment variable SYNCBN_DEBUG=1 does the same without names
+    that are compared: a layer is then called as in the outermost module that runs it first.
 
     Args:
-        model: its synchronised layers are called by their names in it from now on.
+        model: its synchronised layers are called by their names in it from now on, and these names are compared.
         enabled: False ends it.
 
     Example:
@@ -37,8 +39,8 @@ def debug(model: torch.nn.Module | None = None, enabled: bool = True) -> None:
         >>> syncbn.debug(model)
         >>> syncbn.debug(enabled=False)
     """
-    global _enabled
-    _enabled = enabled
+    global _enabled, _named
+    _enabled, _named = enabled, enabled and (_named or model is not None)
     for name, module in () if model is None else model.named_modules():
         if hasattr(module, "_name_in_model"):
             module._name_in_model = name or type(module).__name__
@@ -61,17 +63,18 @@ def announce(communicator: Communicator | None, direction: str, layer: str | Non
     """
     if communicator is None:
         return
-    sends(direction, layer, shape)
+    number = sends(direction, layer, shape, communicator.name)
     if _enabled:
-        _compare(communicator, {"direction": direction, "layer": layer or "a layer without a name", "channels": shape[1]})
+        layer = layer or (name_on_the_stack() if direction == "forward" else None) or UNNAMED
+        _compare(communicator, {"call": number, "direction": direction, "channels": shape[1], "layer": layer})
 
 
 def _compare(communicator: Communicator, said: dict[str, Any]) -> None:
     group, name = communicator.process_group, communicator.name
     rank = dist.get_rank(group)
-    number = _announced[name] = _announced.get(name, -1) + 1
+    number, last = said["call"], _announced.get(name)
+    _announced[name] = number
     store = dist.PrefixStore(f"syncbn/{name}", default_store())
-    said["call"] = number
     keys = [f"{number}/{other}" for other in range(communicator.size)]
     timeout = timeout_of(group)
     try:
@@ -85,12 +88,12 @@ def _compare(communicator: Communicator, said: dict[str, Any]) -> None:
             f"{RULE} Received: {who}, while this one came to the {_described(said)}. Look for what those ranks do instead, or "
             f"raise the timeout of the process group. {REMEDIES}"
         ) from error
-    if any(other != said for other in read):
+    if any(other[key] != said[key] for other in read for key in said if _named or key != "layer"):
         each = "; ".join(f"rank {dist.get_global_rank(group, i)}: {_described(other)}" for i, other in enumerate(read))
         raise RuntimeError(f"{RULE} Received: {each}. {REMEDIES}")
-    if number:
+    if last is not None:
         # Every rank has read the last one: all of them have come here.
-        store.delete_key(f"{number - 1}/{rank}")
+        store.delete_key(f"{last}/{rank}")
 
 
 def _absent(store: Any, keys: list[str]) -> list[int]:

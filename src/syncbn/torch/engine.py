@@ -112,7 +112,9 @@ def normalize(
     view = ChannelView(axes, x.shape)
     x, mask, residual = view.of(x), view.of_mask(mask), None if residual is None else view.of(residual)
     if epsilon == 0 and moments.count is not None:
-        moments = moments._replace(variance=reference.divisible(moments.variance, moments.mean))
+        # Not by `_replace`, which torch 2.6 does not compile.
+        count, mean, variance, replicas, average, mean_lo, communicator = moments
+        moments = GroupMoments(count, mean, reference.divisible(variance, mean), replicas, average, mean_lo, communicator)
     if moments.count is None:
         y = _with_constants(x, moments, scale, offset, epsilon, activation, residual)
     elif torch.compiler.is_compiling():

@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from syncbn.torch._private import sequence_number
-
 RULE = "All ranks must run the same synchronised layers in the same order."
 REMEDIES = (
     "Let every rank take the same path; an empty batch is fine. What one rank runs alone needs model.eval(), or belongs in "
     "syncbn.local_statistics(). Ranks that differ in their number of steps need syncbn.EmptySteps."
 )
+# A batch norm whose name nothing tells; its channels stand beside it.
+UNNAMED = "a batch norm"
 # Not for the errors of the debug mode itself.
-USE_DEBUG = "SYNCBN_DEBUG=1 names the rank, and syncbn.debug(model) the layer too."
+USE_DEBUG = "SYNCBN_DEBUG=1, or syncbn.debug(model), names the rank and the layer."
 
 
 class _Next(threading.local):
@@ -28,17 +28,20 @@ class _Next(threading.local):
 
 
 _next = _Next()
+# How many messages each group has noted, by the group's name. The plain errors and the debug mode's count alike.
+_numbers: dict[str, int] = {}
 
 
-def sends(direction: str, layer: str | None, size: Any) -> None:
-    """Notes which message comes next; it costs an assignment."""
+def sends(direction: str, layer: str | None, size: Any, group: str) -> int:
+    """Notes which message comes next in the group of this name. Returns the message's number there, from 1."""
     _next.message = direction, layer, size
+    number = _numbers[group] = _numbers.get(group, 0) + 1
+    return number
 
 
 def message_failed(communicator: Any, error: Exception) -> RuntimeError:
     """The error of a message that its process group could not carry. Raise it from the original one."""
-    number = sequence_number(communicator.process_group)
-    which = f"group {communicator.name!r}" if number is None else f"message {number} of group {communicator.name!r}"
+    which = f"message {_numbers.get(communicator.name, 1)} of group {communicator.name!r}"
     return _like(error)(
         f"{RULE} Received: {next_message()}, {which}, failed with {_first_line(error)!r}. Look first for another rank's own "
         f"error. {REMEDIES} {USE_DEBUG}"
@@ -61,7 +64,7 @@ def _like(error: Exception) -> type[RuntimeError]:
 def next_message() -> str:
     """The message that this thread was about to send, in words."""
     direction, layer, size = _next.message
-    layer = layer or (_name_on_the_stack() if direction == "forward" else None) or "a layer without a name"
+    layer = layer or (name_on_the_stack() if direction == "forward" else None) or UNNAMED
     of_size = "" if size is None else f" ({size} channels)" if isinstance(size, int) else f" (input of shape {tuple(size)})"
     return f"{direction} of {layer}{of_size}"
 
@@ -70,7 +73,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
-def _name_on_the_stack() -> str | None:
+def name_on_the_stack() -> str | None:
     """The path of the innermost module that runs, in the outermost one that has it."""
     running: list[nn.Module] = []
     frame: Any = sys._getframe(1)

@@ -13,9 +13,10 @@ from torch import Tensor
 from syncbn import contract, maths
 from syncbn.contract import Moments, Statistics
 from syncbn.groups import LOCAL, Activation
-from syncbn.torch import dtensor, engine
+from syncbn.torch import desync, dtensor, engine
 from syncbn.torch._private import _BatchNorm, tracing_state
 from syncbn.torch.arguments import check_activation, check_input, check_mask, check_weight, refuse_epsilon
+from syncbn.torch.failures import name_on_the_stack
 from syncbn.torch.groups import GroupMoments, check_one_group
 from syncbn.torch.replaced import warn_if_replaced
 from syncbn.validation import check_epsilon, check_float_dtype, check_group_size, check_renorm_clipping
@@ -233,7 +234,7 @@ class SyncBatchNorm(_BatchNorm):
             group=self._group() if self.training else LOCAL,
             activation=activation,
             residual=residual,
-            layer=self._name_in_model,
+            layer=self._name(),
         )
         if new is not None and not new.assigned:
             self._assign(running_mean=new.mean, running_var=new.variance, num_batches_tracked=new.batches)
@@ -241,7 +242,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _renorm_step(self, x: Tensor, mask: Tensor | None, activation: Activation | None, residual: Tensor | None) -> Tensor:
         """With r and d, from the statistics before this step updates them."""
-        x, where = engine.readable(x, mask), {"mask": mask, "group": self._group(), "layer": self._name_in_model}
+        x, where = engine.readable(x, mask), {"mask": mask, "group": self._group(), "layer": self._name()}
         moments = engine.moments(x, **where)
         scale, offset = engine.scale_and_offset(x, self.weight, self.bias)
         # Compilers would work them out anew in the backward pass, from statistics that have changed.
@@ -249,6 +250,12 @@ class SyncBatchNorm(_BatchNorm):
         self._update_renorm_statistics(moments)
         given: dict[str, Any] = {"epsilon": self.eps, "activation": activation, "residual": residual}
         return engine.normalize(x, moments, r * scale, d * scale + offset, **given, **where)
+
+    def _name(self) -> str | None:
+        """Its name for messages. In the debug mode it gets one at its first call."""
+        if self._name_in_model is None and not torch.compiler.is_compiling() and desync.enabled():
+            self._name_in_model = name_on_the_stack() or f"{type(self).__name__}({self.num_features})"
+        return self._name_in_model
 
     def _is_alone(self) -> bool:
         """Whether no other process shares the statistics of this pass, as far as the arguments tell."""
