@@ -74,10 +74,11 @@ def test_links_lead_somewhere(name):
 
 
 def test_commands_of_make_are_there():
-    targets = set(re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.M))
+    targets = "|".join(re.findall(r"^([\w%-]+):(?!=)", (ROOT / "Makefile").read_text(), re.M)).replace("%", r"\w+")
     for name, page in PAGES.items():
         asked = set(re.findall(r"(?:^|`)make ([a-z][\w-]*)", page.read_text(encoding="utf-8"), re.M))
-        assert asked <= targets, (name, asked - targets)
+        missing = [target for target in asked if not re.fullmatch(targets, target)]
+        assert not missing, name
 
 
 def test_what_troubleshooting_quotes_stands_in_the_source():
