@@ -52,6 +52,8 @@ MUTANTS = [
     Mutant("what is masked deviates", MAPPED, "counted = x if mask is None else jnp.where(mask, x.astype(wide), layout.spread(k))", "counted = x",
            ENGINE_TESTS, "batch and masked-checked"),
     Mutant("a part's largest value", "jax/sums.py", "channels).sum(1) for v in terms", "channels).max(1) for v in terms", SUMS_TESTS, "float64"),
+    Mutant("symbolic rows are divided", "jax/sums.py", "if not isinstance(rows, int):", "if False:", SUMS_TESTS, "leave_the_batch_open"),
+    Mutant("half precision has as many parts", "xla_sums.py", "2 * RESULTS if half", "RESULTS if half", SUMS_TESTS, "largest_share"),
     Mutant("AMD's GPUs have the stages", "jax/_private.py", 'platform="cuda")', 'platform="rocm")', SUMS_TESTS, "nvidia"),
     Mutant("one array has a derivative", "jax/_private.py", "if type(t) is not ad.Zero]", "if type(t) is not ad.Zero][:1]", SUMS_TESTS, "derivatives"),
     Mutant("a map that is not named says nothing", AXES, "    warned_of.add(names)\n", "    return\n", FUNCTIONAL_TESTS, "warns_once"),

@@ -97,6 +97,7 @@ MUTANTS = [
     Mutant("on GPUs no path through the moments", GPU, "through = _where(mask, (wide - hi) * a + b)", "through = 0 * wide", GPU_TESTS, "a_training_step"),
     Mutant("on GPUs one replica's message", GPU, "    message = tf.add_n(messages)\n", "    message = messages[0]\n", GPU_TESTS, "a_training_step"),
     Mutant("on GPUs the mask forgotten in the sums", GPU, "rest = _where(mask, x - layout.spread(k))", "rest = x - layout.spread(k)", GPU_TESTS, "a_training_step"),
+    Mutant("on GPUs an unknown batch counts as one", GPU, "channels if known else channels * USUAL_BATCH", "channels", GPU_TESTS, "summed_in_parts"),
     Mutant("on GPUs momentum the wrong way round", GPU, "tf.cast(new, old.dtype), 1 - weight)", "tf.cast(new, old.dtype), weight)", GPU_TESTS, "a_training_step"),
     Mutant("on GPUs half of the mean", GPU, "    return hi, mean - tf.cast(hi, mean.dtype)\n", "    return hi, 0 * mean\n", GPU_TESTS, "large_means"),
     Mutant("every shape is compiled", GPU, "if len(shapes) < COMPILED_SHAPES:", "if True:", GPU_TESTS, "a_number_of_shapes"),

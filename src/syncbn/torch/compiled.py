@@ -154,7 +154,7 @@ def _is_about_a_value(x: Tensor, mask: Tensor | None, group: str) -> bool:
 
 
 def _by_batch_norm(x: Tensor, epsilon: float) -> bool:
-    """Whether torch's own operator normalises what is about a value: channels last, its passes are the faster ones."""
+    """Whether torch's own operator normalises, as it does for channels last: decision 9 says why."""
     return x.stride(1) == 1 and epsilon != 0
 
 
@@ -164,7 +164,8 @@ def _value_of_each_channel(x: Tensor) -> Tensor:
     k = x[middle].detach().to(torch.float32)
     if x.stride(1) == 1:
         return k
-    # Written to memory, of which alone there are strided views. Read out of x, it would part the moments from the output.
+    # A strided view is one of memory, so the compiler must write k there. It would otherwise read k out of x, and make two
+    # kernels of the moments and the output.
     return k.clone().as_strided(k.shape, (1,))
 
 
