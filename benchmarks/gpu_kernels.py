@@ -16,10 +16,10 @@ from syncbn.torch.triton import plan as plans
 from syncbn.torch.triton._private import Launcher
 from syncbn.torch.triton.launch import power_of_2
 from syncbn.torch.triton.plan import Plan, PlanOptions
-from syncbn.torch.triton.tiling import ChannelView, Tile
+from syncbn.torch.triton.tiling import ChannelView, Held, Tile, held_tiles, shared_out
 
-__all__ = ["Tile", "between_cost", "calls", "channel_view", "exchange_cost", "launches", "make", "one_launch", "power_of_2",
-           "programmatic_launch", "without_launches"]  # fmt: skip
+__all__ = ["Held", "Tile", "between_cost", "calls", "channel_view", "exchange_cost", "held_by_default", "launches", "make", "one_launch", "power_of_2",
+           "programmatic_launch", "shared_out", "without_launches"]  # fmt: skip
 
 EPSILON = 1e-5
 ONE_REPLICA = {"mask": None, "transport": None}
@@ -35,6 +35,13 @@ def make(case: Case, tiles, single_launch=False):
     """The plan of one replica's step, compiled."""
     options = PlanOptions(EPSILON, scale=torch.float32, statistics=torch.float32, update=1, single_launch=single_launch)
     return Plan(channel_view(case), case.torch_dtype(), torch.device("cuda", 0), options, tiles)
+
+
+def held_by_default(case: Case, way: str) -> Held | None:
+    """The tile of a single launch, forward or backward, as a layer gets it."""
+    itemsize = case.torch_dtype().itemsize
+    machine = plans.machine_of(torch.device("cuda", 0))
+    return held_tiles(way, channel_view(case), itemsize, 0 if way == "forward" else itemsize, machine)
 
 
 def statistics(t):
@@ -66,7 +73,7 @@ def calls(plan, t):
 
 
 def one_launch(plan, t):
-    """(forward, backward) of a plan of a single launch each way."""
+    """(forward, backward) of a plan, of a single launch each way where it has one."""
     moving = statistics(t)
 
     def forward():
@@ -84,8 +91,11 @@ def launches(case: Case) -> dict[str, float]:
     first, third = graph_time(moments), graph_time(sums)
     found = {"moments": first, "normalize": both - first, "sums": third, "input_gradient": back - third}
     single = make(case, {}, single_launch=True)
-    if single.single_launch:
-        found |= dict(zip(("forward", "backward"), map(graph_time, one_launch(single, t)), strict=True))
+    forward, backward = one_launch(single, t)
+    if single.forward:
+        found["forward"] = graph_time(forward)
+    if single.backward:
+        found["backward"] = graph_time(backward)
     return found
 
 

@@ -1,6 +1,6 @@
 """A search for tiles: the 28 cases on the GPU at hand. What it finds goes into `tiling.CHOICES`.
 
-A row per tile that was tried: µs of a launch with the launch before it, or of the single launches of both passes. Then the errors of
+A row per tile that was tried: µs of a launch with the launch before it, or of a single launch. Then the errors of
 the default tiles, and the step with the best tiles, with and without programmatic launch.
 """
 
@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import multiprocessing
 import time
 
 import torch
 from gpu_cases import chosen_cases, graph_time, start, tensors, where
-from gpu_kernels import EPSILON, Tile, calls, channel_view, make, one_launch, power_of_2, programmatic_launch
+from gpu_kernels import (
+    EPSILON,
+    Held,
+    Tile,
+    calls,
+    channel_view,
+    held_by_default,
+    make,
+    one_launch,
+    power_of_2,
+    programmatic_launch,
+    shared_out,
+)
 from timing import case_option
 
 # Reductions: (positions, channels, warps, programs per processor or 0 for one program per channel, unroll[, stages]).
@@ -50,7 +63,7 @@ POINTWISE_SMALL = [
     (256, 8, 4), (64, 32, 4), (128, 16, 4), (512, 4, 4), (64, 16, 4), (1024, 2, 4), (256, 4, 4), (256, 16, 8), (2048, 1, 4),
 ]
 # fmt: on
-SINGLE, BESIDE = "single_launch", "a launch and its neighbour in a CUDA graph"
+WAYS, BESIDE = ("forward", "backward"), "a launch and its neighbour in a CUDA graph"
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -94,18 +107,27 @@ def pointwises(view):
     return list(dict.fromkeys(tiles))
 
 
-def singles(view):
-    """Tiles of one launch each way, 8 to 32 values a thread."""
-    T, cap = power_of_2(view.A * view.B), power_of_2(view.C)
-    if T > 8192:
+def singles(case, way):
+    """Tiles of a single launch: the one that a layer gets, and its neighbours."""
+    default, view = held_by_default(case, way), channel_view(case)
+    if default is None:
         return []
-    return [Tile(T, K, w, 1) for K in (1, 2, 4, 8, 16) for w in (1, 2, 4, 8, 16) if cap >= K and 256 * w <= T * K <= 1024 * w]
+    found, J = [default], view.A * view.B
+    for K, values, warps in itertools.product((1, 2) if view.B > 1 else (8, 16, 32, 64), (512, 1024, 2048), (2, 4, 8)):
+        programs = 132 // -(-view.C // K)
+        if 128 * warps <= values <= 512 * warps and power_of_2(view.C) >= K:
+            found += [
+                Held(values // K, K, warps, *shared_out(-(-J // (values // K)), max(1, min(31, programs)), room))
+                for room in (8, 16, 24)
+            ]
+    return list(dict.fromkeys(found))
 
 
 def candidates(case):
     view = channel_view(case)
     r, p = reductions(view, case.torch_dtype().itemsize), pointwises(view)
-    return {"moments": r, "sums": r, "normalize": p, "input_gradient": p, SINGLE: singles(view)}
+    single = {way: singles(case, way) for way in WAYS}
+    return {"moments": r, "sums": r, "normalize": p, "input_gradient": p, **single}
 
 
 def warm(job):
@@ -113,7 +135,7 @@ def warm(job):
     case, tiles, on = job
     programmatic_launch(on)
     try:
-        make(case, tiles, SINGLE in tiles)
+        make(case, tiles, any(way in tiles for way in WAYS))
     except Exception as error:  # a tile that does not compile is no candidate
         return repr(error)[:200]
 
@@ -142,12 +164,11 @@ def errors_of(plan, t):
 def time_of(case, kind, tile, t):
     """µs; None for a tile that does not compile."""
     try:
-        plan = make(case, {kind: tile}, kind == SINGLE)
+        plan = make(case, {kind: tile}, kind in WAYS)
     except Exception:
         return None
-    if kind == SINGLE:
-        both = one_launch(plan, t)
-        return graph_time(lambda: [f() for f in both], 6, 5)
+    if kind in WAYS:
+        return graph_time(one_launch(plan, t)[WAYS.index(kind)], 6, 5)
     m, n, s, g = calls(plan, t)
     # After the kernel that comes before it, and that leaves it its input in L2 or not.
     before = {"moments": (g, m), "sums": (n, s), "normalize": (m, n), "input_gradient": (s, g)}[kind]
@@ -169,7 +190,7 @@ def search(case, record):
             print(case.name, kind, round(min(times)[0], 2), *best[kind], flush=True)
     for name, error in errors_of(make(case, {}), t).items():
         record(measure="largest relative error", unit="1", subject=name, values=error)
-    return {kind: tile for kind, tile in best.items() if kind != SINGLE}
+    return {kind: tile for kind, tile in best.items() if kind not in WAYS}
 
 
 def measure(given, record):

@@ -8,6 +8,7 @@ from kernel_checks import MATRIX, KernelCase, check, each_way
 
 import syncbn
 from syncbn.torch.triton import ops, tiling
+from syncbn.torch.triton import plan as plans
 from syncbn.torch.triton.plan import Plan, PlanOptions
 
 LARGE = [
@@ -39,6 +40,75 @@ def test_equals_oracle(case, way):
     first = check(case, "cuda", way=way)
     second = check(case, "cuda", way=way)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "bits differ between runs"
+
+
+SHARED = [
+    KernelCase((8, 64, 56, 56), last=True),
+    KernelCase((8, 256, 28, 28), dtype="bfloat16", last=True),
+    KernelCase((8, 256, 28, 28), dtype="float16", last=True, activation="relu", residual=True),
+    KernelCase((2, 96, 25, 42), last=True, mean=1e4),
+    KernelCase((8, 100, 31, 29), mask=True, last=True, mean=1e4),
+    KernelCase((8, 64, 112, 112), dtype="bfloat16", activation="silu", residual=True),
+    KernelCase((8, 64, 56, 56), mask=True, activation="leaky_relu"),
+]
+
+
+@pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
+def test_programs_that_leave_change_nothing(case, monkeypatch):
+    """However many wait for the last of them, and however many it does the tiles of: the bits are the same."""
+    found = [check(case, "cuda", way="single launch")]
+    for patience in (0, 1, 3):
+        monkeypatch.setattr(plans, "PATIENCE", patience)
+        found += [check(case, "cuda", way="single launch") for _ in range(3)]
+    assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others, strict=True))
+
+
+def test_programs_meet_on_a_gpu_that_others_fill():
+    """Steps on several streams at once, beside products of matrices that fill the GPU."""
+    x, dy = (torch.randn(8, 256, 28, 28, device="cuda").to(memory_format=torch.channels_last) for _ in range(2))
+    scale, offset = torch.randn(256, device="cuda"), torch.randn(256, device="cuda")
+    options = PlanOptions(1e-5, scale=torch.float32, single_launch=True)
+    plan = Plan(tiling.channel_view(x), x.dtype, x.device, options)
+    assert plan.forward is not None
+    assert plan.backward is not None
+
+    def step():
+        y, stats = ops.forward(plan, x, scale, offset, mask=None, residual=None, statistics=None)
+        return y, stats, ops.backward(plan, x, dy, stats, scale, offset, mask=None, saved=None).dx
+
+    expected, a = step(), torch.randn(4096, 4096, device="cuda")
+    streams = [torch.cuda.Stream(priority=priority) for priority in (0, -1, 0, -1)]
+    for round_ in range(50):
+        found = []
+        for i, stream in enumerate(streams):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                if (round_ + i) % 3 == 0:
+                    a @ a
+                found += [step() for _ in range(3)]
+        torch.cuda.synchronize()
+        assert all(torch.equal(e, f) for tensors in found for e, f in zip(expected, tensors, strict=True)), round_
+
+
+def test_programs_meet_in_a_graph():
+    x, dy = (torch.randn(8, 64, 56, 56, device="cuda").to(memory_format=torch.channels_last) for _ in range(2))
+    layer = syncbn.SyncBatchNorm(64).cuda()
+
+    def step():
+        inputs = x.detach().requires_grad_()
+        y = layer(inputs)
+        return [y, *torch.autograd.grad(y, [inputs, *layer.parameters()], dy)]
+
+    eager = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(200):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
+    assert layer.num_batches_tracked == 201
 
 
 def test_more_than_2_to_the_31_elements():

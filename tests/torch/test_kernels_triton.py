@@ -4,7 +4,9 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import collections
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -20,8 +22,9 @@ from syncbn.groups import Activation
 from syncbn.torch import dispatch, fused, reference
 from syncbn.torch.reference import Normalization
 from syncbn.torch.triton import backend, ops, plan, scratch, tiling
+from syncbn.torch.triton.device import meeting
 from syncbn.torch.triton.plan import Plan, PlanOptions
-from syncbn.torch.triton.tiling import ChannelView, Tile
+from syncbn.torch.triton.tiling import ChannelView, Held, Tile
 
 MACHINE = tiling.Machine(132, 227 << 10, True)
 
@@ -59,6 +62,33 @@ SMALL = {"moments": Tile(4, 2, 1, 3), "sums": Tile(8, 2, 1, 2), "normalize": Til
 )
 def test_equals_oracle_in_small_tiles(case):
     check(case, tiles=SMALL)
+
+
+def shared(case, held, splits):
+    """Each way in one launch, `splits` programs a block of channels, each with so many tiles in registers."""
+    tiles = -(-case.shape[0] * math.prod(case.shape[2:]) // 4)
+    each = -(-tiles // splits)
+    last = tiles % each or each
+    assert each < tiles
+    return dict.fromkeys(("forward", "backward"), Held(4, 2, 1, min(held, last), each))
+
+
+@pytest.mark.parametrize(("held", "splits"), [(1, 5), (2, 3), (9, 4)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        KernelCase((3, 7, 5, 5)),
+        KernelCase((3, 7, 5, 5), last=True, dtype="bfloat16"),
+        KernelCase((6, 4, 4, 4), mean=1e4),
+        KernelCase((5, 3, 3, 3), last=True, mask=True, mean=1e4),
+        KernelCase((4, 4, 6), activation="silu", residual=True),
+        KernelCase((4, 4, 6), activation="relu", residual=True, mask=True),
+    ],
+    ids=lambda c: c.name,
+)
+def test_equals_oracle_where_programs_share_a_block(case, held, splits):
+    """The interpreter runs one program after the other: all but the last to arrive leave, and it does their tiles."""
+    check(case, tiles=shared(case, held, splits), way="single launch")
 
 
 def test_the_same_input_gives_the_same_bits():
@@ -178,7 +208,7 @@ def test_interface_agrees_with_the_reference(layout, activation, residual, full)
 
 
 # As if registers held hardly more than this.
-HELD = {"single_launch": Tile(64, 2, 1, 1)}
+HELD = dict.fromkeys(("forward", "backward"), Held(64, 2, 1))
 
 
 def in_one_launch(x, mask=None, weight=0.5):
@@ -229,6 +259,77 @@ def test_steps_visit_every_tile_once():
     for across, length in itertools.product(range(1, 5), range(1, 6)):
         seen = [step % across * length + (length - 1 - step // across) for step in range(across * length)]
         assert sorted(seen) == list(range(across * length))
+
+
+def test_programs_that_share_a_block_meet_again():
+    """The counters are as before, whoever left in between; one program a channel moves the statistics."""
+    case = KernelCase((3, 7, 5, 5))
+    x, dy = (case.tensor(np.random.default_rng(seed)) for seed in (1, 2))
+    moving = [torch.zeros(7), torch.ones(7), torch.zeros(1, dtype=torch.int64)]
+    layer = plan_of(x, shared(case, 1, 5), update=1, single_launch=True)
+    found = []
+    for _ in range(3):
+        given = {"mask": None, "residual": None, "statistics": moving_statistics(*moving, 0.5)}
+        y, stats = ops.forward(layer, x, None, None, **given)
+        found.append((y, stats, ops.backward(layer, x, dy, stats, None, None, mask=None, saved=None).dx))
+    assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others, strict=True))
+    assert moving[2].item() == 3
+    torch.testing.assert_close(moving[0], 0.875 * x.mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("besides", [0, 2, 8])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_single_launches_cover_every_value(way, besides):
+    """The programs of a block have all tiles, each at least those that it holds; those that meet fit the counters and the GPU."""
+    shapes = [
+        (32, 64, 56, 56),
+        (8, 1024, 14, 14),
+        (8, 64, 112, 112),
+        (3, 2048, 9, 31),
+        (2, 96, 25, 42),
+        (8, 512, 28, 28),
+        (7, 24, 40, 40),
+    ]
+    found = []
+    for (n, c, h, w), last, size in itertools.product(shapes, (True, False), (2, 4)):
+        view = ChannelView(n * h * w, c, 1) if last else ChannelView(n, c, h * w)
+        tile = tiling.held_tiles(way, view, size, besides, MACHINE)
+        if tile is not None:
+            tiles = -(-n * h * w // tile.block_p)
+            programs = -(-tiles // tile.tiles_per_program)
+            last_has = tiles - (programs - 1) * tile.tiles_per_program
+            assert 1 <= tile.held <= last_has <= tile.tiles_per_program
+            assert programs <= meeting.MOST
+            assert programs == 1 or programs * -(-c // tile.block_c) <= MACHINE.processors
+            found.append(programs)
+    assert min(found) == 1
+    assert max(found) > 1
+
+
+@pytest.mark.parametrize("room", [1, 5, 30])
+def test_tiles_are_shared_out_evenly(room):
+    for tiles, most in itertools.product((1, 2, 31, 49, 98, 392), (1, 4, 31)):
+        held, each = tiling.shared_out(tiles, most, room)
+        programs = -(-tiles // each)
+        assert programs <= most
+        assert held == min(room, tiles - (programs - 1) * each)
+        # No other number of programs would do better.
+        assert all(
+            2 * each - held <= 2 * -(-tiles // p) - min(room, (tiles - 1) % -(-tiles // p) + 1)
+            for p in range(1, min(most, tiles) + 1)
+        )
+
+
+def test_images_that_all_differ_in_size_take_kernels_that_are_compiled_once(monkeypatch):
+    monkeypatch.setattr(backend, "_plans", {})
+    monkeypatch.setattr(backend, "_sizes", collections.Counter())
+    options = PlanOptions(EPSILON, single_launch=True)
+    images = [torch.zeros(1, 64, 5, width).to(memory_format=torch.channels_last) for width in range(2, 2 + backend.SIZES + 2)]
+    singles = [backend.plan_for(x, options).forward is not None for x in images]
+    assert singles == [True] * backend.SIZES + [False] * 2
+    assert backend.plan_for(images[0], options).forward is not None
+    # Planes are compiled for their size anyway.
+    assert backend.plan_for(torch.zeros(1, 64, 5, 20), options).forward is not None
 
 
 def test_an_empty_replica_has_a_program_that_updates_its_statistics():

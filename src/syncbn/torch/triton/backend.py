@@ -6,6 +6,7 @@ replicas exchange inside the kernels, or there is one, fused.py calls ops.py ins
 
 from __future__ import annotations
 
+import collections
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -21,6 +22,10 @@ from syncbn.torch.triton.plan import DTYPES, Plan, PlanOptions
 # By what a plan depends on; of training steps also by what its options are made of.
 _plans: dict[Any, Plan] = {}
 _step_plans: dict[Any, Plan] = {}
+# Single launches with channels last are compiled for the number of positions. So many numbers of one kind of call get them; the
+# others, as where all images differ in size, take kernels that are compiled once.
+SIZES = 8
+_sizes: collections.Counter[Any] = collections.Counter()
 
 
 @cache
@@ -58,6 +63,10 @@ def plan_for(x: Tensor, options: PlanOptions) -> Plan:
     if found is None:
         view = tiling.channel_view(x)
         assert view is not None
+        if options.single_launch and view.B == 1:
+            kind = (view.C, x.dtype, x.get_device(), options)
+            _sizes[kind] += 1
+            options = options._replace(single_launch=_sizes[kind] <= SIZES)
         found = _plans[key] = Plan(view, x.dtype, x.device, options)
     return found
 

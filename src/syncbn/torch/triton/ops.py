@@ -5,7 +5,8 @@
     gradient_sums(…)      dscale, doffset and the coefficients of
     input_gradient(…)     dx
 
-and `forward(…)` and `backward(…)`, which do both, or, where registers hold the batch (`Plan.single_launch`), one launch instead.
+and `forward(…)` and `backward(…)`, which do both, or one launch instead, where registers hold the batch (`Plan.forward`,
+`Plan.backward`).
 
 x, dy, residual and saved are [N, C, …] in one dense layout (`in_layout_of`). mask is uint8, one value a position. scale and
 offset are [C] or None. statistics are a `syncbn.contract.Statistics` that the launch updates, or None. No autograd and no group
@@ -88,15 +89,9 @@ def normalize(
     residual: Tensor | None = None,
     statistics: Statistics | None = None,
 ) -> Tensor:
-    """activation(scale·(x − mean)·rstd + offset + residual), in x's dtype and layout. A single launch writes stats too."""
+    """activation(scale·(x − mean)·rstd + offset + residual), in x's dtype and layout."""
     y = torch.empty_like(x)
-    if statistics is None:
-        mean = variance = batches = None
-        weight = rest = 0.0
-    else:
-        mean, variance, new, _, batches, _ = statistics
-        # Below 0: 1/batches.
-        weight, rest = _halves(-1.0 if new is None else new)
+    mean, variance, batches, weight, rest = _updated(statistics)
     plan.normalize.start(
         stream_of(x.device),
         x_ptr=x,
@@ -113,6 +108,15 @@ def normalize(
         weight_rest=rest,
     )
     return y
+
+
+def _updated(statistics: Statistics | None) -> tuple[Any, Any, Any, float, float]:
+    """What a launch takes to update the moving statistics: mean, variance, batches, the weight of the new value in two parts."""
+    if statistics is None:
+        return None, None, None, 0.0, 0.0
+    mean, variance, new, _, batches, _ = statistics
+    # Below 0: 1/batches.
+    return mean, variance, batches, *_halves(-1.0 if new is None else new)
 
 
 @lru_cache(64)
@@ -134,15 +138,50 @@ def forward(
     transport: Transport = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, stats)."""
-    if plan.single_launch:
-        # Written by the launch that writes the output.
-        stats = torch.empty(plan.stats_size, dtype=torch.float64, device=x.device)
-    elif plan.options.partial_sums:
+    if plan.forward is not None:
+        return _forward_in_a_single_launch(plan, x, scale, offset, mask, residual, statistics)
+    if plan.options.partial_sums:
         stats = measure(plan, x, mask)
         _reduce(stats, transport)
     else:
         stats = measure(plan, x, mask, transport)  # type: ignore[arg-type]
     return normalize(plan, x, stats, scale, offset, mask=mask, residual=residual, statistics=statistics), stats
+
+
+def _forward_in_a_single_launch(
+    plan: Plan,
+    x: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    statistics: Statistics | None,
+) -> tuple[Tensor, Tensor]:
+    assert plan.forward is not None
+    launch, parts, counters = plan.forward
+    device = x.device
+    stream = stream_of(device)
+    y, stats = torch.empty_like(x), torch.empty(plan.stats_size, dtype=torch.float64, device=device)
+    mean, variance, batches, weight, rest = _updated(statistics)
+    parts_ptr, arrivals_ptr = scratch_for(device, stream, parts, counters)
+    launch.start(
+        stream,
+        x_ptr=x,
+        y_ptr=y,
+        residual_ptr=residual,
+        mask_ptr=mask,
+        stats_ptr=stats,
+        scale_ptr=scale,
+        offset_ptr=offset,
+        moving_mean_ptr=mean,
+        moving_variance_ptr=variance,
+        batches_ptr=batches,
+        parts_ptr=parts_ptr,
+        arrivals_ptr=arrivals_ptr,
+        weight=weight,
+        weight_rest=rest,
+    )
+    return y, stats
 
 
 def _reduce(message: Tensor, transport: Transport) -> None:
@@ -263,7 +302,7 @@ def backward(
     needs_dx: bool = True,
 ) -> Gradients:
     """The gradients; dx and dresidual only where they are needed, but the message is always sent."""
-    if plan.single_launch:
+    if plan.backward is not None:
         return _backward_in_a_single_launch(plan, x, dy, stats, scale, offset, mask, saved)
     exchange = None if plan.options.partial_sums else transport
     dscale, doffset, message = gradient_sums(
@@ -295,12 +334,16 @@ def _backward_in_a_single_launch(
     mask: Tensor | None,
     saved: Tensor | None,
 ) -> Gradients:
+    assert plan.backward is not None
+    launch, parts, counters = plan.backward
+    stream = stream_of(x.device)
     dx, dresidual = torch.empty_like(x), _dresidual(plan, x, saved)
     dscale = doffset = None
     if scale is not None:
         dscale, doffset = torch.empty_like(scale), torch.empty_like(scale)
-    plan.backward.start(
-        stream_of(x.device),
+    parts_ptr, arrivals_ptr = scratch_for(x.device, stream, parts, counters)
+    launch.start(
+        stream,
         x_ptr=x,
         dy_ptr=dy,
         dx_ptr=dx,
@@ -312,6 +355,8 @@ def _backward_in_a_single_launch(
         offset_ptr=offset,
         dscale_ptr=dscale,
         doffset_ptr=doffset,
+        parts_ptr=parts_ptr,
+        arrivals_ptr=arrivals_ptr,
     )
     return Gradients(dx, dscale, doffset, dresidual)
 

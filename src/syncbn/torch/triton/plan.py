@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from syncbn.groups import Activation
-from syncbn.torch.triton.device import gradient_sums, moments, peer_exchange, pointwise, single_launch
+from syncbn.torch.triton.device import gradient_sums, moments, peer_exchange, pointwise, single_backward, single_forward
 from syncbn.torch.triton.launch import INTERPRETED, Launch, power_of_2
 from syncbn.torch.triton.tiling import (
     BESIDE,
@@ -16,16 +16,22 @@ from syncbn.torch.triton.tiling import (
     L2_BYTES,
     UNDER_WAY,
     ChannelView,
+    Held,
     Machine,
     Tile,
+    held_tiles,
     order,
-    single_launch_tile,
+    stages_for,
     tile_for,
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Whether the kernels of one replica overlap their starts (tiles.follow), where the GPU can: from sm_90 on.
 PDL = True
+
+# How many looks, of about 1 µs each, the programs of a single launch wait for each other (meeting.py). The interpreter runs one
+# program after the other: whoever waits there waits in vain.
+PATIENCE = 2 if INTERPRETED else 256
 
 # Arguments of kernels that hold no tensor of their own, or one that lies behind another.
 ADDRESSES = frozenset({"parts_ptr", "arrivals_ptr", "coefficients_ptr", "mailboxes_ptr"})
@@ -72,7 +78,7 @@ class PlanOptions(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """Moments or gradient sums of one view: a launch, and the scratch that it needs, in float32 and in counters."""
+    """A launch that sums over a view, and the scratch that it needs, in float32 and in counters."""
 
     launch: Launch
     parts: int
@@ -82,11 +88,12 @@ class Reduction(NamedTuple):
 class Plan:
     """All launches of one kind of call.
 
-    `single_launch` says whether it is one launch each way: `normalize`, which measures too, and `backward`, which are then all
-    that the plan has. tiles: in place of those that `tiling` chooses.
+    forward, backward: the single launch of that way, or None: then it is two launches. tiles: in place of those that `tiling`
+    chooses.
     """
 
-    backward: Launch
+    forward: Reduction | None = None
+    backward: Reduction | None = None
 
     def __init__(
         self,
@@ -94,25 +101,21 @@ class Plan:
         dtype: torch.dtype,
         device: torch.device,
         options: PlanOptions,
-        tiles: dict[str, Tile] | None = None,
+        tiles: Mapping[str, Tile | Held] | None = None,
     ):
         o, tiles = options, tiles or {}
         self.view, self.dtype, self.device, self.options = view, dtype, device, o
         one_replica = o.replicas == 1 and not o.partial_sums and not o.reduced_sums and o.update < 2
         assert not o.single_launch or one_replica, "a single launch is of one replica"
         self._machine = machine_of(device)
-        tile = None
-        if o.single_launch:
-            tile = tiles.get("single_launch") or single_launch_tile(view, dtype.itemsize, self._machine)
-        self.single_launch = tile is not None
-        # The moments, and room for five float32 coefficients a channel where a launch leaves them for the next.
-        room = 0 if o.partial_sums or self.single_launch else 1 + -(-5 * view.C // 2)
-        self.stats_size = 2 * view.C + 1 + room
         self._types, self._absent, self._flags = types_of(dtype, o), absent_of(o), self._flags_of(o)
-        if tile is not None:
-            self._plan_single_launch(tile)
-        else:
-            self._plan_launches(tiles)
+        if o.single_launch:
+            self.forward = self._single_launch("forward", tiles)
+            self.backward = self._single_launch("backward", tiles)
+        # The moments, and room for five float32 coefficients a channel where a launch leaves them for the next.
+        room = 0 if o.partial_sums or self.backward else 1 + -(-5 * view.C // 2)
+        self.stats_size = 2 * view.C + 1 + room
+        self._plan_launches(tiles)
 
     def _flags_of(self, o: PlanOptions) -> dict[str, Any]:
         """The constants that do not depend on a tile."""
@@ -134,7 +137,9 @@ class Plan:
             "REDUCED_SUMS": o.reduced_sums,
         }
 
-    def _launch(self, kernel: Any, tile: Tile, programs: int, constants: dict[str, Any], numbers: Mapping[str, float]) -> Launch:
+    def _launch(
+        self, kernel: Any, tile: Tile | Held, programs: int, constants: dict[str, Any], numbers: Mapping[str, float]
+    ) -> Launch:
         o = self.options
         numbers = {"A": self.view.A, "epsilon": o.epsilon, "slope": o.activation.slope if o.activation else 0.0, **numbers}
         return Launch(
@@ -149,17 +154,21 @@ class Plan:
             addresses=ADDRESSES,
         )
 
-    def _plan_launches(self, tiles: dict[str, Tile]) -> None:
-        """Two launches each way: a reduction, and what writes a tensor."""
-        view, itemsize, o = self.view, self.dtype.itemsize, self.options
-        # The activation's slope needs x, dy and, with a residual, one tensor more.
-        saved = self._types["saved_ptr"].itemsize if o.activation and o.residual else 0
-        read = {"sums": 2 * itemsize + saved}
+    def _plan_launches(self, tiles: Mapping[str, Any]) -> None:
+        """Two launches each way, where it is not one: a reduction, and what writes a tensor."""
+        view, itemsize = self.view, self.dtype.itemsize
+        read = {"sums": 2 * itemsize + self._saved()}
         chosen = {k: tiles.get(k) or tile_for(k, view, itemsize, self._machine, read.get(k)) for k in CHOICES}
-        self.moments = self._reduction(moments.moments_kernel, int(moments.PARTS.value), chosen["moments"])
-        self.normalize = self._pointwise(pointwise.normalize_kernel, chosen["normalize"], chosen["moments"])
-        self.sums = self._reduction(gradient_sums.sums_kernel, 2, chosen["sums"])
-        self.input_gradient = self._pointwise(pointwise.input_gradient_kernel, chosen["input_gradient"], chosen["sums"])
+        if self.forward is None:
+            self.moments = self._reduction(moments.moments_kernel, int(moments.PARTS.value), chosen["moments"])
+            self.normalize = self._pointwise(pointwise.normalize_kernel, chosen["normalize"], chosen["moments"])
+        if self.backward is None:
+            self.sums = self._reduction(gradient_sums.sums_kernel, 2, chosen["sums"])
+            self.input_gradient = self._pointwise(pointwise.input_gradient_kernel, chosen["input_gradient"], chosen["sums"])
+
+    def _saved(self) -> int:
+        """The bytes of a value of what the activation's slope needs besides x and dy: with a residual, one tensor more."""
+        return self._types["saved_ptr"].itemsize if self.options.activation and self.options.residual else 0
 
     def _reduction(self, kernel: Any, parts: int, tile: Tile) -> Reduction:
         C, replicas = self.view.C, self.options.replicas
@@ -186,12 +195,32 @@ class Plan:
         programs = pointwise_programs(self.view, tile, before)
         return self._launch(kernel, tile, programs, even(self.view, tile, before), numbers)
 
-    def _plan_single_launch(self, tile: Tile) -> None:
-        """One launch each way, of a view that registers hold."""
-        constants = {"EVEN": tile.block_p == self.view.A * self.view.B}
-        programs = -(-self.view.C // tile.block_c)
-        self.normalize = self._launch(single_launch.forward_kernel, tile, programs, constants, {})
-        self.backward = self._launch(single_launch.backward_kernel, tile, programs, constants, {})
+    def _single_launch(self, way: str, tiles: Mapping[str, Any]) -> Reduction | None:
+        """One launch of a view that registers hold."""
+        view, o, itemsize = self.view, self.options, self.dtype.itemsize
+        besides = (o.residual.itemsize if o.residual else 0) if way == "forward" else itemsize + self._saved()
+        tile = tiles.get(way) or held_tiles(way, view, itemsize, besides, self._machine)
+        if tile is None:
+            return None
+        blocks, J = -(-view.C // tile.block_c), view.A * view.B
+        splits = -(-J // (tile.block_p * tile.tiles_per_program))
+        constants = {
+            "MERGE_S": min(power_of_2(splits), max(1, 256 * tile.warps // tile.block_c)),
+            "HELD": tile.held,
+            "STAGES": min(5, stages_for(tile.block_p * tile.block_c * (itemsize + besides), self._machine)),
+            "EVEN": J % tile.block_p == 0,
+            # Two values of two bytes in a register, where a thread has two neighbours.
+            "PACKED": itemsize == 2 and not INTERPRETED and tile.block_p * tile.block_c >= 64 * tile.warps,
+            "THREADS": 32 * tile.warps,
+            "REST": tile.held < tile.tiles_per_program,
+            "MEETING": splits > 1,
+        }
+        numbers = {"splits": splits, "tiles_per_program": tile.tiles_per_program, "patience": PATIENCE}
+        kernel, parts = single_backward.backward_kernel, 2
+        if way == "forward":
+            kernel, parts = single_forward.forward_kernel, int(moments.PARTS.value)
+        launch = self._launch(kernel, tile, blocks * splits, constants, numbers)
+        return Reduction(launch, splits * parts * view.C, 2 * blocks) if splits > 1 else Reduction(launch, 0, 0)
 
 
 def types_of(dtype: torch.dtype, o: PlanOptions) -> dict[str, Any]:
@@ -213,7 +242,7 @@ def types_of(dtype: torch.dtype, o: PlanOptions) -> dict[str, Any]:
         "arrivals_ptr": i32,
         "coefficients_ptr": f64 if o.partial_sums else f32,
         "mailboxes_ptr": i64,
-        **dict.fromkeys(("A", "splits", "tiles_per_program", "across", "length", "limit", "tag", "rank"), 1),
+        **dict.fromkeys(("A", "splits", "tiles_per_program", "across", "length", "limit", "tag", "rank", "patience"), 1),
         **dict.fromkeys(("epsilon", "slope", "weight", "weight_rest"), 0.5),
     }
 

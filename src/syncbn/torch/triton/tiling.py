@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from syncbn.torch.triton.device import meeting
 from syncbn.torch.triton.launch import power_of_2
 
 # The values of one program: float32 counts stay exact, and it is plenty.
@@ -147,28 +148,92 @@ def tile_for(kernel: str, view: ChannelView, itemsize: int, machine: Machine, re
     steps = max(1, -(-J // block_p))
     if kernel in ("normalize", "input_gradient"):
         return Tile(block_p, block_c, warps, waves + 1)
-    room = min(UNDER_WAY, machine.shared - BESIDE)
-    stages = max(1, min(stages, 1 + room // (block_p * block_c * (read or itemsize))))
+    stages = min(stages, stages_for(block_p * block_c * (read or itemsize), machine))
     splits = 1 if not waves else max(1, min(steps, round(machine.processors * waves / -(-view.C // block_c))))
     splits = max(splits, min(steps, -(-J // MOST_VALUES)))
     return Tile(block_p, block_c, warps, -(-steps // splits), unroll, stages)
 
 
-# The most positions of a channel that registers hold, and of a row of memory where a sector is all that a program reads of it.
-LONGEST = {"planes": 8192, "last": 512}
-# Values of one tensor that a warp holds: 32 a thread.
-HELD = 1024
+def stages_for(step: int, machine: Machine) -> int:
+    """How many steps of so many bytes may be under way at once, with the present one."""
+    return max(1, 1 + min(UNDER_WAY, machine.shared - BESIDE) // step)
 
 
-def single_launch_tile(view: ChannelView, itemsize: int, machine: Machine) -> Tile | None:
-    """The tile that is all of its channels; None for a view that registers cannot hold."""
-    J, longest = view.A * view.B, LONGEST["last" if view.B == 1 else "planes"]
-    if J == 0 or longest < J or J * view.C >= 2**31:
+class Held(NamedTuple):
+    """How a single launch cuts a view: tiles of block_p positions of block_c channels. A program holds `held` of them.
+
+    The last program of a block of channels may have fewer tiles than `tiles_per_program`, but has at least `held`.
+    """
+
+    block_p: int
+    block_c: int
+    warps: int
+    held: int = 1
+    tiles_per_program: int = 1
+
+
+# Found on an H200 (docs/decisions/0013): bytes that a thread holds, by way and by the bytes of x's dtype. Two values of two bytes
+# share a register, but each takes one while it is used.
+HOLDS = {"forward": {2: 416, 4: 608}, "backward": {2: 544, 4: 640}}
+# Less than this share in registers, and the rest read twice by one program a processor, is slower than two launches.
+LEAST_HELD = 0.4
+# The most positions of which one tile is all, of planes, and of rows of memory of which a program reads a sector.
+ONE_TILE = {"planes": 8192, "last": 512}
+# So few values that smaller programs fill the GPU.
+SMALL = 2_000_000
+
+
+def held_tiles(way: str, view: ChannelView, itemsize: int, besides: int, machine: Machine) -> Held | None:
+    """How a single launch cuts a view; None for a view that registers cannot hold.
+
+    way: "forward" or "backward". besides: bytes of a value of the tensors that are held with x.
+    """
+    J, C, processors = view.A * view.B, view.C, machine.processors
+    if J == 0 or J * C >= 2**31:
         return None
-    block_p = power_of_2(J)
-    block_c = 32 // itemsize if view.B == 1 else max(1, min(4 * HELD // block_p, power_of_2(view.C // (4 * machine.processors))))
-    block_c = min(block_c, power_of_2(view.C))
-    return Tile(block_p, block_c, max(1, block_p * block_c // HELD), 1)
+    last = view.B == 1
+    if ONE_TILE["last" if last else "planes"] >= J and (last or J <= 2048 or 2 * processors > C):
+        return _one_tile(view, itemsize, machine)
+    if last:
+        # Rows of 64 bytes and more; with few channels, more programs matter more.
+        block_c = 32 if 25 * processors < 32 * meeting.MOST * -(-C // 32) else 16
+        block_c, warps = min(block_c, power_of_2(C)), 4 if J * C < SMALL else 8
+    else:
+        block_c, warps = 1, 4 if J <= 8192 or (way == "forward" and itemsize == 2 and processors <= C) else 8
+    # Eight values a thread.
+    block_p, blocks = 256 * warps // block_c, -(-C // block_c)
+    steps, room = -(-J // block_p), HOLDS[way][itemsize] // (8 * (itemsize + besides))
+    # One program a processor: those that meet should find room at once.
+    found = shared_out(steps, min(meeting.MOST, max(1, processors // blocks)), max(1, room))
+    tile = Held(block_p, block_c, warps, *found)
+    programs = blocks * -(-steps // tile.tiles_per_program)
+    return tile if tile.held >= LEAST_HELD * tile.tiles_per_program and 4 * programs >= processors else None
+
+
+def _one_tile(view: ChannelView, itemsize: int, machine: Machine) -> Held:
+    """All positions of some channels, 32 values a thread."""
+    block_p, channels = power_of_2(view.A * view.B), power_of_2(view.C)
+    block_c = 32 // itemsize if view.B == 1 else max(1, min(4096 // block_p, power_of_2(view.C // (4 * machine.processors))))
+    block_c = min(block_c, channels)
+    return Held(block_p, block_c, max(1, block_p * block_c // 1024))
+
+
+def shared_out(tiles: int, most: int, room: int) -> tuple[int, int]:
+    """(held, tiles a program) of so many tiles, shared out to `most` programs or fewer, which hold `room` tiles each at most.
+
+    The longest program gets as little work as can be; a tile that it does not hold counts twice. All programs hold the same
+    number, which the last one must have.
+    """
+
+    def cost(programs: int) -> int:
+        each = -(-tiles // programs)
+        return 2 * each - min(room, last_of(each))
+
+    def last_of(each: int) -> int:
+        return (tiles - 1) % each + 1
+
+    each = -(-tiles // min(range(min(most, tiles), 0, -1), key=cost))
+    return min(room, last_of(each)), each
 
 
 def order(view: ChannelView, tile: Tile, before: Tile) -> tuple[int, int]:

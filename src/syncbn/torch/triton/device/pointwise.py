@@ -79,16 +79,27 @@ def affine_coefficients(
 @triton.jit
 def affine(mean, variance, scale_ptr, offset_ptr, c, epsilon, C: tl.constexpr, SCALE: tl.constexpr):
     """(hi, lo, rstd, a, b) in float32, from moments in float64."""
-    inside = c < C
+    gamma, beta = load_affine(scale_ptr, offset_ptr, c, C, SCALE)
+    return affine_of(mean, variance, gamma, beta, epsilon)
+
+
+@triton.jit
+def load_affine(scale_ptr, offset_ptr, c, C: tl.constexpr, SCALE: tl.constexpr):
+    """Scale and offset of channels c in float32; 1 and 0 where there are none."""
+    if SCALE:
+        gamma = tl.load(scale_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        return gamma, tl.load(offset_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    return c * 0.0 + 1.0, c * 0.0
+
+
+@triton.jit
+def affine_of(mean, variance, gamma, beta, epsilon):
+    """`affine` from scale and offset."""
     hi = mean.to(tl.float32)
     lo = (mean - hi.to(tl.float64)).to(tl.float32)
     rstd = 1.0 / tl.sqrt_rn(variance.to(tl.float32) + epsilon)
-    a = rstd
-    b = -lo * a
-    if SCALE:
-        a *= tl.load(scale_ptr + c, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(offset_ptr + c, mask=inside, other=0.0).to(tl.float32) - lo * a
-    return hi, lo, rstd, a, b
+    a = gamma * rstd
+    return hi, lo, rstd, a, beta - lo * a
 
 
 @triton.jit
@@ -172,11 +183,21 @@ def before_activation(
     RESIDUAL: tl.constexpr,
 ):
     """dy·activation'(z) of a tile, from dy = g and v = x − hi."""
+    saved = v
+    if ACTIVATION != 0:
+        if RESIDUAL:
+            saved = tiles.load(saved_ptr, j, c, J, C, B, BLOCK_C, EVEN, EVICTION)
+    return gradient_before(g, v, a, b, saved, slope, ACTIVATION, RESIDUAL)
+
+
+@triton.jit
+def gradient_before(g, v, a, b, saved, slope, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr):
+    """The same from what was saved, where RESIDUAL."""
     if ACTIVATION == 0:
         return g
     z = v * a[None, :] + b[None, :]
     if RESIDUAL:
-        z = with_residual(z, tiles.load(saved_ptr, j, c, J, C, B, BLOCK_C, EVEN, EVICTION), ACTIVATION)
+        z = with_residual(z, saved, ACTIVATION)
     return g * slope_at(z, slope, ACTIVATION)
 
 
@@ -278,11 +299,19 @@ def update_statistics(
 @triton.jit
 def update_channels(mean, variance, n, moving_mean_ptr, moving_variance_ptr, weight, c, there):
     """The same for channels c, from their moments in float64."""
+    old = (tl.load(moving_mean_ptr + c, mask=there, other=0.0), tl.load(moving_variance_ptr + c, mask=there, other=0.0))
+    store_moving(old, mean, variance, n, moving_mean_ptr, moving_variance_ptr, weight, c, there)
+
+
+@triton.jit
+def store_moving(old, mean, variance, n, moving_mean_ptr, moving_variance_ptr, weight, c, there):
+    """The same from the old values, which were loaded before."""
+    old_mean, old_variance = old
     variance *= n / tl.maximum(n - 1, 1.0)
-    old = tl.load(moving_mean_ptr + c, mask=there, other=0.0).to(tl.float64)
-    tl.store(moving_mean_ptr + c, tiles.narrowed(old * (1 - weight) + mean * weight, moving_mean_ptr), mask=there)
-    old = tl.load(moving_variance_ptr + c, mask=there, other=0.0).to(tl.float64)
-    tl.store(moving_variance_ptr + c, tiles.narrowed(old * (1 - weight) + variance * weight, moving_variance_ptr), mask=there)
+    mean = old_mean.to(tl.float64) * (1 - weight) + mean * weight
+    variance = old_variance.to(tl.float64) * (1 - weight) + variance * weight
+    tl.store(moving_mean_ptr + c, tiles.narrowed(mean, moving_mean_ptr), mask=there)
+    tl.store(moving_variance_ptr + c, tiles.narrowed(variance, moving_variance_ptr), mask=there)
 
 
 @triton.jit(do_not_specialize=["A", "tiles_per_program", "across", "length"], do_not_specialize_on_alignment=VECTORS)

@@ -59,12 +59,42 @@ def addresses(j, c, C: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def load(pointer, j, c, J, C: tl.constexpr, B: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr, EVICTION: tl.constexpr):
     """A tile of positions j [BLOCK_P] and channels c [BLOCK_C] in float32; 0 where nothing exists. EVEN: BLOCK_P divides J."""
+    return load_narrow(pointer, j, c, J, C, B, BLOCK_C, EVEN, EVICTION).to(tl.float32)
+
+
+@triton.jit
+def load_narrow(
+    pointer, j, c, J, C: tl.constexpr, B: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr, EVICTION: tl.constexpr
+):
+    """The same in the pointer's dtype."""
     at = pointer + addresses(j, c, C, B)
     if EVEN and C % BLOCK_C == 0:
-        return tl.load(at, eviction_policy=EVICTION).to(tl.float32)
+        return tl.load(at, eviction_policy=EVICTION)
     if EVEN:
-        return tl.load(at, mask=(c < C)[None, :], other=0.0, eviction_policy=EVICTION).to(tl.float32)
-    return tl.load(at, mask=(j < J)[:, None] & (c < C)[None, :], other=0.0, eviction_policy=EVICTION).to(tl.float32)
+        return tl.load(at, mask=(c < C)[None, :], other=0.0, eviction_policy=EVICTION)
+    return tl.load(at, mask=(j < J)[:, None] & (c < C)[None, :], other=0.0, eviction_policy=EVICTION)
+
+
+@triton.jit
+def widened(value, PACKED: tl.constexpr):
+    """A tile in float32. PACKED: two values of two bytes lie in one register, and stay there until they are used.
+
+    The assembly hides the conversion from the compiler, which would otherwise keep its result: twice the registers.
+    """
+    if PACKED:
+        if value.dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [value], dtype=tl.float32, is_pure=False, pack=2
+            )
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
+            "=f,=f,r",
+            [value],
+            dtype=tl.float32,
+            is_pure=False,
+            pack=2,
+        )
+    return value.to(tl.float32)
 
 
 @triton.jit
@@ -83,6 +113,12 @@ def store(
 
 
 @triton.jit
+def add_pairs(a, b, more_a, more_b):
+    """Two sums at once."""
+    return a + more_a, b + more_b
+
+
+@triton.jit
 def narrowed(value, pointer):
     """A float32 or float64 value in a pointer's dtype."""
     if pointer.dtype.element_ty == tl.float64:
@@ -96,6 +132,14 @@ def load_mask(pointer, j, J, EVEN: tl.constexpr):
     if EVEN:
         return tl.load(pointer + j) != 0
     return tl.load(pointer + j, mask=j < J, other=0) != 0
+
+
+@triton.jit
+def counted(pointer, j, J, EVEN: tl.constexpr, MASKED: tl.constexpr):
+    """Which positions count, [BLOCK_P]."""
+    if MASKED:
+        return load_mask(pointer, j, J, EVEN)
+    return j < J
 
 
 @triton.jit
