@@ -121,5 +121,5 @@ def write_all() -> None:
     training()
     accuracy()
     resnet()
-    plot("gpu", Figures(1))
+    plot("gpu", Figures(1, device="H200"))
     plot("gpu-x2", Figures(2))

@@ -12,7 +12,7 @@ import torch
 from kernel_checks import KernelCase, check
 from virtual import Replicas, step
 
-from syncbn.torch.triton.tiling import Tile
+from syncbn.torch.triton.tiling import Held, Tile
 
 SPLIT = {
     "moments": Tile(64, 4, 4, 2),
@@ -21,6 +21,9 @@ SPLIT = {
     "input_gradient": Tile(64, 4, 4, 3),
 }
 STAGED = {kernel: Tile(16, 4, 4, 5, 1, 4) for kernel in ("moments", "sums")}
+
+# Programs that meet, and tiles that are not held.
+SHARED = {way: Held(64, 4, 4, 1, 2) for way in ("forward", "backward")}
 
 for case in (
     KernelCase((5, 6, 9, 7)),
@@ -31,6 +34,7 @@ for case in (
         check(case, "cuda", tiles=tiles)
     check(case, "cuda", tiles=SPLIT, way="partial sums")
     check(case, "cuda", way="single launch")
+    check(case, "cuda", tiles=SHARED, way="single launch")
 if "exchange" in sys.argv:
     replicas = Replicas(2, limit=1_000_000)
     x, dy = (torch.randn(5, 70, 9, device="cuda") for _ in range(2))

@@ -99,7 +99,10 @@ def test_programs_meet_in_a_graph():
         y = layer(inputs)
         return [y, *torch.autograd.grad(y, [inputs, *layer.parameters()], dy)]
 
-    eager = step()
+    # On another stream than the default one, which a capture must not depend on.
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        eager = step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -358,14 +358,18 @@ def test_an_integer_mask_counts_what_is_not_0():
 
 
 def by_the_operator(layer, x, dy):
-    """As `step`, by torch's operator: the function around it refuses to train with an epsilon of 0."""
-    x = x.clone().requires_grad_()
+    """As `step`, by torch's operator: the function around it refuses to train with an epsilon of 0. On the CPU: on CUDA torch returns
+    NaN."""
+    layer, device = layer.cpu(), x.device
+    x, dy = x.cpu().clone().requires_grad_(), dy.cpu()
     statistics = layer.running_mean, layer.running_var.clone()
     y = torch.batch_norm(x, layer.weight, layer.bias, *statistics, True, layer.momentum, 0.0, False)
     y.backward(dy)
     layer.running_var.copy_(statistics[1])
     layer.num_batches_tracked.add_(1)
-    return [y.detach(), x.grad, *(p.grad for p in layer.parameters()), *(b.clone() for b in layer.buffers())]
+    found = [y.detach(), x.grad, *(p.grad for p in layer.parameters()), *(b.clone() for b in layer.buffers())]
+    layer.to(device)
+    return [v.to(device) for v in found]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -175,8 +175,8 @@ class Held(NamedTuple):
 # Found on an H200 (docs/decisions/0013): bytes that a thread holds, by way and by the bytes of x's dtype. Two values of two bytes
 # share a register, but each takes one while it is used.
 HOLDS = {"forward": {2: 416, 4: 608}, "backward": {2: 544, 4: 640}}
-# Less than this share in registers, and the rest read twice by one program a processor, is slower than two launches.
-LEAST_HELD = 0.4
+# With a smaller share of the tiles in registers, two launches are faster: of them, more programs read a tile the second time.
+LEAST_HELD = {"forward": 0.6, "backward": 0.4}
 # The most positions of which one tile is all, of planes, and of rows of memory of which a program reads a sector.
 ONE_TILE = {"planes": 8192, "last": 512}
 # So few values that smaller programs fill the GPU.
@@ -207,7 +207,7 @@ def held_tiles(way: str, view: ChannelView, itemsize: int, besides: int, machine
     found = shared_out(steps, min(meeting.MOST, max(1, processors // blocks)), max(1, room))
     tile = Held(block_p, block_c, warps, *found)
     programs = blocks * -(-steps // tile.tiles_per_program)
-    return tile if tile.held >= LEAST_HELD * tile.tiles_per_program and 4 * programs >= processors else None
+    return tile if tile.held >= LEAST_HELD[way] * tile.tiles_per_program and 4 * programs >= processors else None
 
 
 def _one_tile(view: ChannelView, itemsize: int, machine: Machine) -> Held:
