@@ -37,7 +37,6 @@ MUTANTS = [
     Mutant("a tile that is not held forgotten in the moments", FORWARD, "for tile in tl.range(first + HELD, end", "for tile in tl.range(first + HELD + 1, end", KERNELS, "share_a_block and 7 and 1-5"),
     Mutant("the same in the sums", BACKWARD, "for tile in tl.range(first + HELD, end", "for tile in tl.range(first + HELD + 1, end", KERNELS, "share_a_block and 7 and 1-5"),
     Mutant("the same in the output", FORWARD, "for step in tl.range(first + HELD, end", "for step in tl.range(first + HELD + 1, end", KERNELS, "share_a_block and 7 and 1-5"),
-    Mutant("moving statistics by every program", FORWARD, "    if last:\n        moments.write", "    if True:\n        moments.write", KERNELS, "meet_again"),
     Mutant("pivots of programs dropped where they meet", FORWARD, "tl.store(at, k, mask=inside)", "tl.store(at, 0 * k, mask=inside)", KERNELS, "share_a_block and 7 and 1-5"),
     Mutant("more programs meet than the counters name", "torch/triton/tiling.py", "min(meeting.MOST, max(1, processors // blocks))", "max(1, processors // blocks)", KERNELS, "cover_every_value"),
     Mutant("a kernel compiled for every size of image", "torch/triton/backend.py", "_sizes[kind] <= SIZES", "True", KERNELS, "differ_in_size"),

@@ -273,6 +273,7 @@ def test_programs_that_share_a_block_meet_again():
         y, stats = ops.forward(layer, x, None, None, **given)
         found.append((y, stats, ops.backward(layer, x, dy, stats, None, None, mask=None, saved=None).dx))
     assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others, strict=True))
+    assert not any(of_stream.arrivals.any() for of_stream in scratch._streams.values())
     assert moving[2].item() == 3
     torch.testing.assert_close(moving[0], 0.875 * x.mean((0, 2, 3)))
 
