@@ -101,6 +101,7 @@ def test_programs_meet_in_a_graph():
 
     # On another stream than the default one, which a capture must not depend on.
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         eager = step()
     torch.cuda.synchronize()

@@ -4,7 +4,6 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import collections
 import itertools
 import math
 
@@ -211,10 +210,18 @@ def test_interface_agrees_with_the_reference(layout, activation, residual, full)
 HELD = dict.fromkeys(("forward", "backward"), Held(64, 2, 1))
 
 
-def in_one_launch(x, mask=None, weight=0.5):
+# In one tile, in several, some of which are read twice, and by programs that meet.
+EACH_HELD = {
+    "one tile": HELD,
+    "tiles": dict.fromkeys(HELD, Held(4, 2, 1, 2, 8)),
+    "meeting": dict.fromkeys(HELD, Held(4, 2, 1, 1, 3)),
+}
+
+
+def in_one_launch(x, mask=None, weight=0.5, tiles=HELD):
     """(stats, y, moving statistics) of x, in registers, without scale and offset."""
     moving = [torch.full((x.shape[1],), 3.0), torch.full((x.shape[1],), 5.0), torch.zeros(1, dtype=torch.int64)]
-    plan = plan_of(x, HELD, masked=mask is not None, update=1, single_launch=True)
+    plan = plan_of(x, tiles, masked=mask is not None, update=1, single_launch=True)
     given = {"mask": None if mask is None else mask.to(torch.uint8), "residual": None}
     y, stats = ops.forward(plan, x, None, None, statistics=moving_statistics(*moving, weight), **given)
     return stats, y, moving
@@ -248,9 +255,26 @@ def test_in_registers_what_is_not_finite_shows():
     assert batches.item() == 1
 
 
-def test_values_whose_sum_is_too_large():
+@pytest.mark.parametrize("where", [float("nan"), float("-inf"), 1.0])
+@pytest.mark.parametrize("held", EACH_HELD)
+def test_an_infinite_mean_is_one_only_where_all_else_is_finite(held, where):
+    """Infinite or NaN, as torch's, in one tile; else NaN may stand for an infinite one. Never the reverse."""
+    x = torch.randn(1, 2, 32)
+    x[0, 0, 1], x[0, 0, 9] = float("inf"), where
+    stats, y, (mean, _, _) = in_one_launch(x, tiles=EACH_HELD[held])
+    expected = x[0, 0].double().mean()
+    assert stats[0].isnan() if expected.isnan() else not stats[0].isfinite()
+    assert not mean[0].isfinite()
+    assert y[0, 0].isnan().any()
+    assert stats[1].isfinite()
+    assert y[0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("held", EACH_HELD)
+def test_values_whose_sum_is_too_large(held, masked):
     x = torch.randn(4, 3, 8) * 1e30 + 3e37
-    stats, y, _ = in_one_launch(x)
+    stats, y, _ = in_one_launch(x, torch.ones(4, 1, 8, dtype=torch.bool) if masked else None, tiles=EACH_HELD[held])
     np.testing.assert_allclose(stats[:3], x.double().mean((0, 2)), rtol=1e-6)
     assert torch.isfinite(y).all()
 
@@ -323,12 +347,15 @@ def test_tiles_are_shared_out_evenly(room):
 
 def test_images_that_all_differ_in_size_take_kernels_that_are_compiled_once(monkeypatch):
     monkeypatch.setattr(backend, "_plans", {})
-    monkeypatch.setattr(backend, "_sizes", collections.Counter())
+    monkeypatch.setattr(backend, "_sizes", {})
     options = PlanOptions(EPSILON, single_launch=True)
     images = [torch.zeros(1, 64, 5, width).to(memory_format=torch.channels_last) for width in range(2, 2 + backend.SIZES + 2)]
     singles = [backend.plan_for(x, options).forward is not None for x in images]
     assert singles == [True] * backend.SIZES + [False] * 2
     assert backend.plan_for(images[0], options).forward is not None
+    # A recomputation, which updates no statistics, takes what the first pass took.
+    again = options._replace(statistics=torch.float32, update=1)
+    assert [backend.plan_for(x, again).forward is not None for x in images] == singles
     # Planes are compiled for their size anyway.
     assert backend.plan_for(torch.zeros(1, 64, 5, 20), options).forward is not None
 

@@ -6,7 +6,6 @@ replicas exchange inside the kernels, or there is one, fused.py calls ops.py ins
 
 from __future__ import annotations
 
-import collections
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ _step_plans: dict[Any, Plan] = {}
 # Single launches with channels last are compiled for the number of positions. So many numbers of one kind of call get them; the
 # others, as where all images differ in size, take kernels that are compiled once.
 SIZES = 8
-_sizes: collections.Counter[Any] = collections.Counter()
+_sizes: dict[Any, set[int]] = {}
 
 
 @cache
@@ -64,9 +63,12 @@ def plan_for(x: Tensor, options: PlanOptions) -> Plan:
         view = tiling.channel_view(x)
         assert view is not None
         if options.single_launch and view.B == 1:
-            kind = (view.C, x.dtype, x.get_device(), options)
-            _sizes[kind] += 1
-            options = options._replace(single_launch=_sizes[kind] <= SIZES)
+            # A recomputation, which updates no statistics, must save what the first pass saved.
+            kind = (view.C, x.dtype, x.get_device(), options._replace(statistics=None, update=0))
+            sizes = _sizes.setdefault(kind, set())
+            if len(sizes) < SIZES:
+                sizes.add(view.A)
+            options = options._replace(single_launch=view.A in sizes)
         found = _plans[key] = Plan(view, x.dtype, x.device, options)
     return found
 

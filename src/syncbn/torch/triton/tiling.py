@@ -221,13 +221,14 @@ def _one_tile(view: ChannelView, itemsize: int, machine: Machine) -> Held:
 def shared_out(tiles: int, most: int, room: int) -> tuple[int, int]:
     """(held, tiles a program) of so many tiles, shared out to `most` programs or fewer, which hold `room` tiles each at most.
 
-    The longest program gets as little work as can be; a tile that it does not hold counts twice. All programs hold the same
-    number, which the last one must have.
+    The longest program gets as little work as can be; a tile that it does not hold counts twice. Of equals, those that hold most.
+    All programs hold the same number, which the last one must have.
     """
 
-    def cost(programs: int) -> int:
+    def cost(programs: int) -> tuple[int, int]:
         each = -(-tiles // programs)
-        return 2 * each - min(room, last_of(each))
+        twice = each - min(room, last_of(each))
+        return each + twice, twice
 
     def last_of(each: int) -> int:
         return (tiles - 1) % each + 1

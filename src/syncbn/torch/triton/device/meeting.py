@@ -8,8 +8,8 @@ waits for a limited number of looks. Then it leaves: it sets its bit, counts its
 to arrive waits for nobody. It reads who left before, and does their tiles too, from memory. So the launch ends, whatever else the
 GPU runs: every wait is limited, and there is a program for every tile.
 
-A program that is about to leave counts itself first, and learns in the same step whether all have arrived. If they have, it
-stays. Its bit may then be set although it stays: two programs may write the same tile, with the same values.
+A program that is about to leave sets its bit, and then counts itself. The same step tells it whether all have arrived. If they
+have, it stays, and its bit stays set: then two programs may write the same tile, with the same values.
 
 `counters_ptr` points to two int32 a block, which are 0 between launches. The first has three fields: how many have arrived, how
 many have left, and how many need the counters no longer. The second has a bit for each program that left.
@@ -62,7 +62,8 @@ def part(counters_ptr, splits, THREADS: tl.constexpr):
     """
     thread = tl.arange(0, THREADS)
     first = thread == 0
-    before = tl.atomic_add(counters_ptr + thread * 0, DONE, mask=first, sem="relaxed", scope="gpu")
+    # What others did to the counters before they left comes before what the last program does here.
+    before = tl.atomic_add(counters_ptr + thread * 0, DONE, mask=first, sem="acquire", scope="gpu")
     ends = first & ((before // DONE) == splits - 1)
     tl.store(counters_ptr + thread * 0, 0, mask=ends)
     tl.store(counters_ptr + 1 + thread * 0, 0, mask=ends)

@@ -84,7 +84,9 @@ def about_one_pivot(pivot, s, q, n):
     k = tl.sum(tl.where(there[:, None], pivot * share, 0.0), 0)
     d = tl.where(there[:, None], pivot - k[None, :], 0.0)
     each = n[:, None]
-    s, q = tl.reduce((s + each * d, q + d * (2 * s + each * d)), 0, tiles.add_pairs)
+    # Squares that are too large stay infinite: infinity less infinity would be NaN.
+    moved = tl.where(q == float("inf"), q, q + d * (2 * s + each * d))
+    s, q = tl.reduce((s + each * d, moved), 0, tiles.add_pairs)
     return k, s, q, tl.sum(n, 0)
 
 
@@ -118,14 +120,18 @@ def merge_masked_parts(parts_ptr, c, splits, C: tl.constexpr, MERGE_S: tl.conste
     """The same where programs say how many values they counted, which may be none: the pivot is the mean of all pivots."""
     row = tl.arange(0, MERGE_S)
     weight = tl.zeros([MERGE_S, MERGE_C], tl.float32)
+    for start in range(0, splits, MERGE_S):
+        at, there = part_addresses(start + row, c, splits, C)
+        weight += tl.load(parts_ptr + at + 3 * C, mask=there, other=0.0, cache_modifier=".cg")
+    # Divided first: a sum could be too large.
+    share = 1.0 / tl.maximum(tl.sum(weight, 0), 1.0)
     weighted = tl.zeros([MERGE_S, MERGE_C], tl.float32)
     for start in range(0, splits, MERGE_S):
         at, there = part_addresses(start + row, c, splits, C)
         n = tl.load(parts_ptr + at + 3 * C, mask=there, other=0.0, cache_modifier=".cg")
         k = tl.load(parts_ptr + at, mask=there, other=0.0, cache_modifier=".cg")
-        weight += n
-        weighted += n * k
-    pivot = tl.sum(weighted, 0) / tl.maximum(tl.sum(weight, 0), 1.0)
+        weighted += n * share[None, :] * k
+    pivot = tl.sum(weighted, 0)
     s = tl.zeros([MERGE_S, MERGE_C], tl.float32)
     q = tl.zeros([MERGE_S, MERGE_C], tl.float32)
     total = tl.zeros([MERGE_S, MERGE_C], tl.int64)
@@ -147,7 +153,7 @@ def merge_masked_parts(parts_ptr, c, splits, C: tl.constexpr, MERGE_S: tl.conste
 @triton.jit
 def moments_about(pivot, n, s, q):
     """(mean, m2) in float64 from n, Σ(x − pivot) and Σ(x − pivot)²."""
-    # Small beside the pivot, or beside q: float32 is enough, and its division takes a tenth of the time.
+    # In float32, whose division takes a tenth of the time: its rounding is small beside the standard deviation.
     shift = (s / tl.maximum(n, 1.0).to(tl.float32)).to(tl.float64)
     mean = tl.where(n == 0, 0.0, pivot.to(tl.float64) + shift)
     m2 = q.to(tl.float64) - s.to(tl.float64) * shift

@@ -90,7 +90,7 @@ def forward_kernel(
     if UPDATE:
         old = (tl.load(moving_mean_ptr + c, mask=inside, other=0.0), tl.load(moving_variance_ptr + c, mask=inside, other=0.0))
         batches = tl.load(batches_ptr + c, mask=c == 0, other=0)
-    if HELD == 1 and not MEETING:
+    if HELD == 1 and not MEETING and not REST:
         # All that there is: about its mean, with fewer registers than pivots take.
         v = tiles.widened(x[0], PACKED)
         there = tiles.counted(mask_ptr, tl.arange(0, BLOCK_P), J, EVEN, MASKED)
@@ -145,8 +145,9 @@ def forward_kernel(
     else:
         all_n = tl.zeros([BLOCK_C], tl.float64) + total.to(tl.float64)
         mean, m2 = moments.moments_about(k, all_n, s, q)
-        # An infinite mean, as torch has it; the variance is NaN.
-        mean = tl.where(tl.abs(k) < float("inf"), mean, k.to(tl.float64))
+        if HELD == 1 and not REST:
+            # The mean of all values: an infinite one is torch's too. The variance is NaN.
+            mean = tl.where(tl.abs(k) < float("inf"), mean, k.to(tl.float64))
     variance = tl.where(all_n == 0, 1.0, m2 / tl.where(all_n == 0, 1.0, all_n))
     hi, _, _, a, b = pointwise.affine_of(mean, variance, gamma, beta, epsilon)
     out = (y_ptr, hi, a, b, slope)
