@@ -84,10 +84,17 @@ def about_one_pivot(pivot, s, q, n):
     k = tl.sum(tl.where(there[:, None], pivot * share, 0.0), 0)
     d = tl.where(there[:, None], pivot - k[None, :], 0.0)
     each = n[:, None]
-    # Squares that are too large stay infinite: infinity less infinity would be NaN.
-    moved = tl.where(q == float("inf"), q, q + d * (2 * s + each * d))
-    s, q = tl.reduce((s + each * d, moved), 0, tiles.add_pairs)
+    s, q = tl.reduce((s + each * d, squares_about(q, s, each, d)), 0, tiles.add_pairs)
     return k, s, q, tl.sum(n, 0)
+
+
+@triton.jit
+def squares_about(q, s, n, d):
+    """Σ(x − k + d)² from q = Σ(x − k)² and s = Σ(x − k) of n values.
+
+    Squares that are too large stay infinite: infinity less infinity would be NaN.
+    """
+    return tl.where(q == float("inf"), q, q + d * (2 * s + n * d))
 
 
 @triton.jit
@@ -109,7 +116,7 @@ def merge_parts(parts_ptr, c, J, splits, each, C: tl.constexpr, MERGE_S: tl.cons
         n = tl.minimum(J - tl.minimum(split, splits - 1).to(J.dtype) * each, each).to(tl.float32)[:, None]
         d = tl.where(there, k - pivot[None, :], 0.0)
         s += part_s + n * d
-        q += part_q + d * (2 * part_s + n * d)
+        q += squares_about(part_q, part_s, n, d)
     n = tl.zeros([MERGE_C], tl.float64) + J.to(tl.float64)
     mean, m2 = moments_about(pivot, n, tl.sum(s, 0), tl.sum(q, 0))
     return n, mean, m2
@@ -143,7 +150,7 @@ def merge_masked_parts(parts_ptr, c, splits, C: tl.constexpr, MERGE_S: tl.conste
         n = tl.load(parts_ptr + at + 3 * C, mask=there, other=0.0, cache_modifier=".cg")
         d = tl.where(n > 0, k - pivot[None, :], 0.0)
         s += part_s + n * d
-        q += part_q + d * (2 * part_s + n * d)
+        q += squares_about(part_q, part_s, n, d)
         total += n.to(tl.int64)
     n = tl.sum(total, 0).to(tl.float64)
     mean, m2 = moments_about(pivot, n, tl.sum(s, 0), tl.sum(q, 0))
