@@ -35,7 +35,7 @@ def line(where: str, baseline: str, found: list[float]) -> str:
 
 
 def gpus(suite: str, replicas: int) -> str:
-    """How many GPUs of which kind a run had."""
+    """How many GPUs of which kind the latest run had, whose rows come last."""
     row = next(row for row in reversed(read(suite)) if row["replicas"] == replicas)
     return f"{replicas} × {row['device'].removeprefix('NVIDIA ').split()[0]}"
 

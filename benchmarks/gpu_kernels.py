@@ -16,10 +16,24 @@ from syncbn.torch.triton import plan as plans
 from syncbn.torch.triton._private import Launcher
 from syncbn.torch.triton.launch import power_of_2
 from syncbn.torch.triton.plan import Plan, PlanOptions
-from syncbn.torch.triton.tiling import ChannelView, Held, Tile, held_tiles, shared_out
+from syncbn.torch.triton.tiling import ChannelView, SingleLaunchTile, Tile, partition_tiles, single_launch_tile
 
-__all__ = ["Held", "Tile", "between_cost", "calls", "channel_view", "exchange_cost", "held_by_default", "launches", "make", "one_launch", "power_of_2",
-           "programmatic_launch", "shared_out", "without_launches"]  # fmt: skip
+__all__ = [
+    "SingleLaunchTile",
+    "Tile",
+    "between_cost",
+    "calls",
+    "channel_view",
+    "default_single_launch_tile",
+    "exchange_cost",
+    "launches",
+    "make",
+    "one_launch",
+    "partition_tiles",
+    "power_of_2",
+    "programmatic_launch",
+    "without_launches",
+]  # fmt: skip
 
 EPSILON = 1e-5
 ONE_REPLICA = {"mask": None, "transport": None}
@@ -37,11 +51,11 @@ def make(case: Case, tiles, single_launch=False):
     return Plan(channel_view(case), case.torch_dtype(), torch.device("cuda", 0), options, tiles)
 
 
-def held_by_default(case: Case, way: str) -> Held | None:
+def default_single_launch_tile(case: Case, way: str) -> SingleLaunchTile | None:
     """The tile of a single launch, forward or backward, as a layer gets it."""
     itemsize = case.torch_dtype().itemsize
     machine = plans.machine_of(torch.device("cuda", 0))
-    return held_tiles(way, channel_view(case), itemsize, 0 if way == "forward" else itemsize, machine)
+    return single_launch_tile(way, channel_view(case), itemsize, 0 if way == "forward" else itemsize, machine)
 
 
 def statistics(t):

@@ -16,16 +16,16 @@ import torch
 from gpu_cases import chosen_cases, graph_time, start, tensors, where
 from gpu_kernels import (
     EPSILON,
-    Held,
+    SingleLaunchTile,
     Tile,
     calls,
     channel_view,
-    held_by_default,
+    default_single_launch_tile,
     make,
     one_launch,
+    partition_tiles,
     power_of_2,
     programmatic_launch,
-    shared_out,
 )
 from timing import case_option
 
@@ -109,7 +109,7 @@ def pointwises(view):
 
 def singles(case, way):
     """Tiles of a single launch: the one that a layer gets, and its neighbours."""
-    default, view = held_by_default(case, way), channel_view(case)
+    default, view = default_single_launch_tile(case, way), channel_view(case)
     if default is None:
         return []
     found, J = [default], view.A * view.B
@@ -117,7 +117,7 @@ def singles(case, way):
         programs = 132 // -(-view.C // K)
         if 128 * warps <= values <= 512 * warps and power_of_2(view.C) >= K:
             found += [
-                Held(values // K, K, warps, *shared_out(-(-J // (values // K)), max(1, min(31, programs)), room))
+                SingleLaunchTile(values // K, K, warps, *partition_tiles(-(-J // (values // K)), max(1, min(31, programs)), room))
                 for room in (8, 16, 24)
             ]
     return list(dict.fromkeys(found))

@@ -12,7 +12,7 @@ import torch
 from kernel_checks import KernelCase, check
 from virtual import Replicas, step
 
-from syncbn.torch.triton.tiling import Held, Tile
+from syncbn.torch.triton.tiling import SingleLaunchTile, Tile
 
 SPLIT = {
     "moments": Tile(64, 4, 4, 2),
@@ -22,8 +22,8 @@ SPLIT = {
 }
 STAGED = {kernel: Tile(16, 4, 4, 5, 1, 4) for kernel in ("moments", "sums")}
 
-# Programs that meet, and tiles that are not held.
-SHARED = {way: Held(64, 4, 4, 1, 2) for way in ("forward", "backward")}
+# A barrier, and tiles that are read twice.
+SHARED = {way: SingleLaunchTile(64, 4, 4, 1, 2) for way in ("forward", "backward")}
 
 for case in (
     KernelCase((5, 6, 9, 7)),

@@ -54,16 +54,16 @@ SHARED = [
 
 
 @pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
-def test_programs_that_leave_change_nothing(case, monkeypatch):
-    """However many wait for the last of them, and however many it does the tiles of: the bits are the same."""
+def test_programs_that_give_up_change_nothing(case, monkeypatch):
+    """The result has the same bits however many programs give up at the barrier."""
     found = [check(case, "cuda", way="single launch")]
-    for patience in (0, 1, 3):
-        monkeypatch.setattr(plans, "PATIENCE", patience)
+    for max_polls in (0, 1, 3):
+        monkeypatch.setattr(plans, "MAX_POLLS", max_polls)
         found += [check(case, "cuda", way="single launch") for _ in range(3)]
     assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others, strict=True))
 
 
-def test_programs_meet_on_a_gpu_that_others_fill():
+def test_the_barrier_on_a_gpu_that_other_kernels_fill():
     """Steps on several streams at once, beside products of matrices that fill the GPU."""
     x, dy = (torch.randn(8, 256, 28, 28, device="cuda").to(memory_format=torch.channels_last) for _ in range(2))
     scale, offset = torch.randn(256, device="cuda"), torch.randn(256, device="cuda")
@@ -90,7 +90,7 @@ def test_programs_meet_on_a_gpu_that_others_fill():
         assert all(torch.equal(e, f) for tensors in found for e, f in zip(expected, tensors, strict=True)), round_
 
 
-def test_programs_meet_in_a_graph():
+def test_the_barrier_in_a_graph():
     x, dy = (torch.randn(8, 64, 56, 56, device="cuda").to(memory_format=torch.channels_last) for _ in range(2))
     layer = syncbn.SyncBatchNorm(64).cuda()
 

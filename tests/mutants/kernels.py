@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mutants import Mutant
 
-MOMENTS, POINTWISE, FORWARD, BACKWARD, MEETING, EXCHANGE = (
+MOMENTS, POINTWISE, FORWARD, BACKWARD, BARRIER, EXCHANGE = (
     f"torch/triton/device/{name}.py"
-    for name in ("moments", "pointwise", "single_forward", "single_backward", "meeting", "peer_exchange")
+    for name in ("moments", "pointwise", "single_forward", "single_backward", "barrier", "peer_exchange")
 )
 KERNELS, PEERS = "torch/test_kernels_triton.py", "torch/test_exchange.py"
 
@@ -29,22 +29,22 @@ MUTANTS = [
     Mutant("sums in registers before the scale dropped", BACKWARD, "        all_g *= gamma", "        all_g *= 1", KERNELS, "equals_oracle and bfloat16 and launch"),
     Mutant("lo dropped in registers", BACKWARD, "(all_gx - lo * all_g)", "all_gx", KERNELS, "equals_oracle and large and launch"),
     Mutant("a sum in registers that is too large", FORWARD, "part = v * (1.0 / tl.maximum(total, 1).to(tl.float32))", "part = v", KERNELS, "too_large"),
-    Mutant("tiles of programs that left not done", FORWARD, "if (left >> (tile // tiles_per_program)) & 1:", "if left == 0:", KERNELS, "share_a_block and 7 and 1-5"),
-    Mutant("the same in the backward pass", BACKWARD, "if (left >> (tile // tiles_per_program)) & 1:", "if left == 0:", KERNELS, "share_a_block and 7 and 1-5"),
-    Mutant("a program that left not named", MEETING, "1 << split,", "1 << (split + 1),", KERNELS, "share_a_block and 7 and 1-5"),
-    Mutant("counters of a meeting not reset", MEETING, "tl.store(counters_ptr + thread * 0, 0, mask=ends)", "pass", KERNELS, "meet_again"),
-    Mutant("names of those who left not reset", MEETING, "tl.store(counters_ptr + 1 + thread * 0, 0, mask=ends)", "pass", KERNELS, "meet_again"),
-    Mutant("a tile that is not held forgotten in the moments", FORWARD, "for tile in tl.range(first + HELD, end", "for tile in tl.range(first + HELD + 1, end", KERNELS, "share_a_block and 7 and 1-5"),
-    Mutant("the same in the sums", BACKWARD, "for tile in tl.range(first + HELD, end", "for tile in tl.range(first + HELD + 1, end", KERNELS, "share_a_block and 7 and 1-5"),
-    Mutant("the same in the output", FORWARD, "for step in tl.range(first + HELD, end", "for step in tl.range(first + HELD + 1, end", KERNELS, "share_a_block and 7 and 1-5"),
+    Mutant("tiles of programs that gave up not written", FORWARD, "if (abandoned >> (tile // tiles_per_program)) & 1:", "if abandoned == 0:", KERNELS, "share_a_block and 7 and 1-5"),
+    Mutant("the same in the backward pass", BACKWARD, "if (abandoned >> (tile // tiles_per_program)) & 1:", "if abandoned == 0:", KERNELS, "share_a_block and 7 and 1-5"),
+    Mutant("the wrong bit for a program that gave up", BARRIER, "1 << split,", "1 << (split + 1),", KERNELS, "share_a_block and 7 and 1-5"),
+    Mutant("counters of the barrier not reset", BARRIER, "tl.store(counters_ptr + thread * 0, 0, mask=ends)", "pass", KERNELS, "barrier_can_be"),
+    Mutant("bits of programs that gave up not reset", BARRIER, "tl.store(counters_ptr + 1 + thread * 0, 0, mask=ends)", "pass", KERNELS, "barrier_can_be"),
+    Mutant("a tile that is not in registers left out of the moments", FORWARD, "for tile in tl.range(first + REGISTER_TILES, end", "for tile in tl.range(first + REGISTER_TILES + 1, end", KERNELS, "share_a_block and 7 and 1-5"),
+    Mutant("the same in the sums", BACKWARD, "for tile in tl.range(first + REGISTER_TILES, end", "for tile in tl.range(first + REGISTER_TILES + 1, end", KERNELS, "share_a_block and 7 and 1-5"),
+    Mutant("the same in the output", FORWARD, "for step in tl.range(first + REGISTER_TILES, end", "for step in tl.range(first + REGISTER_TILES + 1, end", KERNELS, "share_a_block and 7 and 1-5"),
     Mutant("pivots of programs dropped where they meet", FORWARD, "tl.store(at, k, mask=inside)", "tl.store(at, 0 * k, mask=inside)", KERNELS, "share_a_block and 7 and 1-5"),
-    Mutant("more programs meet than the counters name", "torch/triton/tiling.py", "min(meeting.MOST, max(1, processors // blocks))", "max(1, processors // blocks)", KERNELS, "cover_every_value"),
-    Mutant("a kernel compiled for every size of image", "torch/triton/backend.py", "len(sizes) < SIZES", "True", KERNELS, "differ_in_size"),
-    Mutant("programs hold more than the last one has", "torch/triton/tiling.py", "    return min(room, last_of(each)), each", "    return min(room, each), each", KERNELS, "shared_out or cover_every"),
+    Mutant("more programs at a barrier than it has bits", "torch/triton/tiling.py", "min(barrier.MAX_PROGRAMS, max(1, processors // blocks))", "max(1, processors // blocks)", KERNELS, "cover_every_value"),
+    Mutant("a kernel compiled for every size of image", "torch/triton/backend.py", "len(sizes) < MAX_SIZES", "True", KERNELS, "differ_in_size"),
+    Mutant("more tiles in registers than the last program has", "torch/triton/tiling.py", "    return min(capacity, last_of(each)), each", "    return min(capacity, each), each", KERNELS, "partition or cover_every"),
     Mutant("recomputations counted as another kind of call", "torch/triton/backend.py", "options._replace(statistics=None, update=0))", "options)", KERNELS, "differ_in_size"),
     Mutant("squares that are too large as NaN", MOMENTS, 'tl.where(q == float("inf"), q, q + d', 'tl.where(q < 0, q, q + d', KERNELS, "too_large and tiles"),
-    Mutant("a mean of masked programs' pivots that is too large", MOMENTS, "weighted += n * share[None, :] * k", "weighted += n * k * share[None, :]", KERNELS, "too_large and meeting"),
-    Mutant("the mean of the pivots for the mean", FORWARD, "if HELD == 1 and not REST:", "if True:", KERNELS, "infinite_mean and tiles"),
+    Mutant("a mean of masked programs' pivots that is too large", MOMENTS, "weighted += n * each_value[None, :] * k", "weighted += n * k * each_value[None, :]", KERNELS, "too_large and barrier"),
+    Mutant("the mean of the pivots for the mean", FORWARD, "if REGISTER_TILES == 1 and not REREAD:", "if True:", KERNELS, "infinite_mean and tiles"),
     Mutant("one launch for 1/batches too", "torch/fused.py", "communicator is None and (statistics is None or statistics.weight is not None)", "communicator is None", KERNELS,
            "statistics_are_torchs"),
     Mutant("a recomputation in one launch, the first pass in two", "torch/fused.py", "    updated = statistics if",

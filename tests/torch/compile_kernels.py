@@ -84,7 +84,7 @@ def compile_all(device) -> None:
             PlanOptions(1e-5, statistics=f32, update=2, partial_sums=True, reduced_sums=True),
         ),
         (ChannelView(8 * 49, 2048, 1), torch.bfloat16, fused._replace(update=1, single_launch=True)),
-        # Programs that meet, and tiles that are not held.
+        # A barrier, and tiles that are read twice.
         (ChannelView(8 * 784, 256, 1), f32, fused._replace(update=1, single_launch=True)),
         (ChannelView(8 * 784, 512, 1), torch.float16, PlanOptions(1e-5, scale=f32, statistics=f32, update=1, single_launch=True)),
         (ChannelView(8, 64, 12544), torch.bfloat16, PlanOptions(1e-5, scale=f32, statistics=f32, update=1, single_launch=True)),

@@ -90,7 +90,7 @@ def each_way(cases):
 def fits_registers(case):
     x = case.tensor(np.random.default_rng(0))
     view, machine = tiling.channel_view(x), tiling.Machine(132, 227 << 10, True)
-    return all(tiling.held_tiles(way, view, x.element_size(), 8, machine) for way in ("forward", "backward"))
+    return all(tiling.single_launch_tile(way, view, x.element_size(), 8, machine) for way in ("forward", "backward"))
 
 
 def slopes(z, activation):

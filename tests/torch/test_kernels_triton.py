@@ -21,9 +21,9 @@ from syncbn.groups import Activation
 from syncbn.torch import dispatch, fused, reference
 from syncbn.torch.reference import Normalization
 from syncbn.torch.triton import backend, ops, plan, scratch, tiling
-from syncbn.torch.triton.device import meeting
+from syncbn.torch.triton.device import barrier
 from syncbn.torch.triton.plan import Plan, PlanOptions
-from syncbn.torch.triton.tiling import ChannelView, Held, Tile
+from syncbn.torch.triton.tiling import ChannelView, SingleLaunchTile, Tile
 
 MACHINE = tiling.Machine(132, 227 << 10, True)
 
@@ -69,7 +69,7 @@ def shared(case, held, splits):
     each = -(-tiles // splits)
     last = tiles % each or each
     assert each < tiles
-    return dict.fromkeys(("forward", "backward"), Held(4, 2, 1, min(held, last), each))
+    return dict.fromkeys(("forward", "backward"), SingleLaunchTile(4, 2, 1, min(held, last), each))
 
 
 @pytest.mark.parametrize(("held", "splits"), [(1, 5), (2, 3), (9, 4)])
@@ -86,7 +86,7 @@ def shared(case, held, splits):
     ids=lambda c: c.name,
 )
 def test_equals_oracle_where_programs_share_a_block(case, held, splits):
-    """The interpreter runs one program after the other: all but the last to arrive leave, and it does their tiles."""
+    """The interpreter runs one program after the other. So all but the last give up, and it writes their tiles."""
     check(case, tiles=shared(case, held, splits), way="single launch")
 
 
@@ -206,19 +206,17 @@ def test_interface_agrees_with_the_reference(layout, activation, residual, full)
     torch.testing.assert_close(backend.input_gradient(got_dz, x, mask, norm, 2 * count, 3 * sent), dx, rtol=1e-5, atol=1e-5)
 
 
-# As if registers held hardly more than this.
-HELD = dict.fromkeys(("forward", "backward"), Held(64, 2, 1))
-
-
-# In one tile, in several, some of which are read twice, and by programs that meet.
-EACH_HELD = {
-    "one tile": HELD,
-    "tiles": dict.fromkeys(HELD, Held(4, 2, 1, 2, 8)),
-    "meeting": dict.fromkeys(HELD, Held(4, 2, 1, 1, 3)),
+# One tile that covers all positions.
+IN_REGISTERS = dict.fromkeys(("forward", "backward"), SingleLaunchTile(64, 2, 1))
+# One tile, several of which some are read twice, and several programs with a barrier.
+PARTITIONS = {
+    "one tile": IN_REGISTERS,
+    "tiles": dict.fromkeys(IN_REGISTERS, SingleLaunchTile(4, 2, 1, 2, 8)),
+    "barrier": dict.fromkeys(IN_REGISTERS, SingleLaunchTile(4, 2, 1, 1, 3)),
 }
 
 
-def in_one_launch(x, mask=None, weight=0.5, tiles=HELD):
+def in_one_launch(x, mask=None, weight=0.5, tiles=IN_REGISTERS):
     """(stats, y, moving statistics) of x, in registers, without scale and offset."""
     moving = [torch.full((x.shape[1],), 3.0), torch.full((x.shape[1],), 5.0), torch.zeros(1, dtype=torch.int64)]
     plan = plan_of(x, tiles, masked=mask is not None, update=1, single_launch=True)
@@ -256,12 +254,12 @@ def test_in_registers_what_is_not_finite_shows():
 
 
 @pytest.mark.parametrize("where", [float("nan"), float("-inf"), 1.0])
-@pytest.mark.parametrize("held", EACH_HELD)
-def test_an_infinite_mean_is_one_only_where_all_else_is_finite(held, where):
-    """Infinite or NaN, as torch's, in one tile; else NaN may stand for an infinite one. Never the reverse."""
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_an_infinite_mean_is_one_only_where_all_else_is_finite(partition, where):
+    """One tile gives torch's mean. Several tiles may give NaN where torch has infinity, but never the reverse."""
     x = torch.randn(1, 2, 32)
     x[0, 0, 1], x[0, 0, 9] = float("inf"), where
-    stats, y, (mean, _, _) = in_one_launch(x, tiles=EACH_HELD[held])
+    stats, y, (mean, _, _) = in_one_launch(x, tiles=PARTITIONS[partition])
     expected = x[0, 0].double().mean()
     assert stats[0].isnan() if expected.isnan() else not stats[0].isfinite()
     assert not mean[0].isfinite()
@@ -271,11 +269,11 @@ def test_an_infinite_mean_is_one_only_where_all_else_is_finite(held, where):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("held", EACH_HELD)
-def test_values_whose_sum_is_too_large(held, masked):
-    # So many channels that every order of signs is among them.
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_values_whose_sum_is_too_large(partition, masked):
+    # Many channels, because the outcome depends on the signs of the values.
     x = torch.randn(4, 40, 8) * 1e30 + 3e37
-    stats, y, _ = in_one_launch(x, torch.ones(4, 1, 8, dtype=torch.bool) if masked else None, tiles=EACH_HELD[held])
+    stats, y, _ = in_one_launch(x, torch.ones(4, 1, 8, dtype=torch.bool) if masked else None, tiles=PARTITIONS[partition])
     np.testing.assert_allclose(stats[:40], x.double().mean((0, 2)), rtol=1e-6)
     assert torch.isfinite(y).all()
 
@@ -286,8 +284,8 @@ def test_steps_visit_every_tile_once():
         assert sorted(seen) == list(range(across * length))
 
 
-def test_programs_that_share_a_block_meet_again():
-    """The counters are as before, whoever left in between; one program a channel moves the statistics."""
+def test_the_barrier_can_be_used_again():
+    """All counters are 0 after each launch, and one program of a block updates the moving statistics."""
     case = KernelCase((3, 7, 5, 5))
     x, dy = (case.tensor(np.random.default_rng(seed)) for seed in (1, 2))
     moving = [torch.zeros(7), torch.ones(7), torch.zeros(1, dtype=torch.int64)]
@@ -303,10 +301,10 @@ def test_programs_that_share_a_block_meet_again():
     torch.testing.assert_close(moving[0], 0.875 * x.mean((0, 2, 3)))
 
 
-@pytest.mark.parametrize("besides", [0, 2, 8])
+@pytest.mark.parametrize("extra_bytes", [0, 2, 8])
 @pytest.mark.parametrize("way", ["forward", "backward"])
-def test_single_launches_cover_every_value(way, besides):
-    """The programs of a block have all tiles, each at least those that it holds; those that meet fit the counters and the GPU."""
+def test_single_launches_cover_every_value(way, extra_bytes):
+    """The programs of a block cover all its tiles. Their number fits the barrier's bits and the GPU's processors."""
     shapes = [
         (32, 64, 56, 56),
         (8, 1024, 14, 14),
@@ -319,29 +317,29 @@ def test_single_launches_cover_every_value(way, besides):
     found = []
     for (n, c, h, w), last, size in itertools.product(shapes, (True, False), (2, 4)):
         view = ChannelView(n * h * w, c, 1) if last else ChannelView(n, c, h * w)
-        tile = tiling.held_tiles(way, view, size, besides, MACHINE)
+        tile = tiling.single_launch_tile(way, view, size, extra_bytes, MACHINE)
         if tile is not None:
             tiles = -(-n * h * w // tile.block_p)
             programs = -(-tiles // tile.tiles_per_program)
             last_has = tiles - (programs - 1) * tile.tiles_per_program
-            assert 1 <= tile.held <= last_has <= tile.tiles_per_program
-            assert programs <= meeting.MOST
+            assert 1 <= tile.register_tiles <= last_has <= tile.tiles_per_program
+            assert programs <= barrier.MAX_PROGRAMS
             assert programs == 1 or programs * -(-c // tile.block_c) <= MACHINE.processors
             found.append(programs)
     assert min(found) == 1
     assert max(found) > 1
 
 
-@pytest.mark.parametrize("room", [1, 5, 30])
-def test_tiles_are_shared_out_evenly(room):
+@pytest.mark.parametrize("capacity", [1, 5, 30])
+def test_the_partition_of_tiles_is_the_best(capacity):
     for tiles, most in itertools.product((1, 2, 31, 49, 98, 392), (1, 4, 31)):
-        held, each = tiling.shared_out(tiles, most, room)
+        held, each = tiling.partition_tiles(tiles, most, capacity)
         programs = -(-tiles // each)
         assert programs <= most
-        assert held == min(room, tiles - (programs - 1) * each)
+        assert held == min(capacity, tiles - (programs - 1) * each)
         # No other number of programs would do better.
         assert all(
-            2 * each - held <= 2 * -(-tiles // p) - min(room, (tiles - 1) % -(-tiles // p) + 1)
+            2 * each - held <= 2 * -(-tiles // p) - min(capacity, (tiles - 1) % -(-tiles // p) + 1)
             for p in range(1, min(most, tiles) + 1)
         )
 
@@ -350,9 +348,9 @@ def test_images_that_all_differ_in_size_take_kernels_that_are_compiled_once(monk
     monkeypatch.setattr(backend, "_plans", {})
     monkeypatch.setattr(backend, "_sizes", {})
     options = PlanOptions(EPSILON, single_launch=True)
-    images = [torch.zeros(1, 64, 5, width).to(memory_format=torch.channels_last) for width in range(2, 2 + backend.SIZES + 2)]
+    images = [torch.zeros(1, 64, 5, width).to(memory_format=torch.channels_last) for width in range(2, 2 + backend.MAX_SIZES + 2)]
     singles = [backend.plan_for(x, options).forward is not None for x in images]
-    assert singles == [True] * backend.SIZES + [False] * 2
+    assert singles == [True] * backend.MAX_SIZES + [False] * 2
     assert backend.plan_for(images[0], options).forward is not None
     # A recomputation, which updates no statistics, takes what the first pass took.
     again = options._replace(statistics=torch.float32, update=1)

@@ -358,8 +358,8 @@ def test_an_integer_mask_counts_what_is_not_0():
 
 
 def by_the_operator(layer, x, dy):
-    """As `step`, by torch's operator: the function around it refuses to train with an epsilon of 0. On the CPU: on CUDA torch returns
-    NaN."""
+    """As `step`, by torch's operator: the function around it refuses to train with an epsilon of 0."""
+    # On the CPU, because torch returns NaN on CUDA.
     layer, device = layer.cpu(), x.device
     x, dy = x.cpu().clone().requires_grad_(), dy.cpu()
     statistics = layer.running_mean, layer.running_var.clone()

@@ -21,9 +21,10 @@ from syncbn.torch.triton.plan import DTYPES, Plan, PlanOptions
 # By what a plan depends on; of training steps also by what its options are made of.
 _plans: dict[Any, Plan] = {}
 _step_plans: dict[Any, Plan] = {}
-# Single launches with channels last are compiled for the number of positions. So many numbers of one kind of call get them; the
-# others, as where all images differ in size, take kernels that are compiled once.
-SIZES = 8
+# With channels last, a single launch is compiled for each number of positions. So only the first few numbers of a kind of call
+# get one. The others take two launches, whose kernels are compiled once. Otherwise images that all differ in size would always
+# compile.
+MAX_SIZES = 8
 _sizes: dict[Any, set[int]] = {}
 
 
@@ -66,7 +67,7 @@ def plan_for(x: Tensor, options: PlanOptions) -> Plan:
             # A recomputation, which updates no statistics, must save what the first pass saved.
             kind = (view.C, x.dtype, x.get_device(), options._replace(statistics=None, update=0))
             sizes = _sizes.setdefault(kind, set())
-            if len(sizes) < SIZES:
+            if len(sizes) < MAX_SIZES:
                 sizes.add(view.A)
             options = options._replace(single_launch=view.A in sizes)
         found = _plans[key] = Plan(view, x.dtype, x.device, options)

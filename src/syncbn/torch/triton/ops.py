@@ -5,8 +5,8 @@
     gradient_sums(…)      dscale, doffset and the coefficients of
     input_gradient(…)     dx
 
-and `forward(…)` and `backward(…)`, which do both, or one launch instead, where registers hold the batch (`Plan.forward`,
-`Plan.backward`).
+and `forward(…)` and `backward(…)`, which do both, or one launch instead, if enough of the batch fits in registers
+(`Plan.forward`, `Plan.backward`).
 
 x, dy, residual and saved are [N, C, …] in one dense layout (`in_layout_of`). mask is uint8, one value a position. scale and
 offset are [C] or None. statistics are a `syncbn.contract.Statistics` that the launch updates, or None. No autograd and no group

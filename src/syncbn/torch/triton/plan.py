@@ -16,11 +16,11 @@ from syncbn.torch.triton.tiling import (
     L2_BYTES,
     UNDER_WAY,
     ChannelView,
-    Held,
     Machine,
+    SingleLaunchTile,
     Tile,
-    held_tiles,
     order,
+    single_launch_tile,
     stages_for,
     tile_for,
 )
@@ -29,9 +29,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Whether the kernels of one replica overlap their starts (tiles.follow), where the GPU can: from sm_90 on.
 PDL = True
 
-# How many looks, of about 1 µs each, the programs of a single launch wait for each other (meeting.py). The interpreter runs one
-# program after the other: whoever waits there waits in vain.
-PATIENCE = 2 if INTERPRETED else 256
+# How often a program polls at the barrier of a single launch, about 1 µs each time (barrier.py). The interpreter runs one program
+# after the other, so waiting is useless there.
+MAX_POLLS = 2 if INTERPRETED else 256
 
 # Arguments of kernels that hold no tensor of their own, or one that lies behind another.
 ADDRESSES = frozenset({"parts_ptr", "arrivals_ptr", "coefficients_ptr", "mailboxes_ptr"})
@@ -101,7 +101,7 @@ class Plan:
         dtype: torch.dtype,
         device: torch.device,
         options: PlanOptions,
-        tiles: Mapping[str, Tile | Held] | None = None,
+        tiles: Mapping[str, Tile | SingleLaunchTile] | None = None,
     ):
         o, tiles = options, tiles or {}
         self.view, self.dtype, self.device, self.options = view, dtype, device, o
@@ -138,7 +138,7 @@ class Plan:
         }
 
     def _launch(
-        self, kernel: Any, tile: Tile | Held, programs: int, constants: dict[str, Any], numbers: Mapping[str, float]
+        self, kernel: Any, tile: Tile | SingleLaunchTile, programs: int, constants: dict[str, Any], numbers: Mapping[str, float]
     ) -> Launch:
         o = self.options
         numbers = {"A": self.view.A, "epsilon": o.epsilon, "slope": o.activation.slope if o.activation else 0.0, **numbers}
@@ -196,26 +196,26 @@ class Plan:
         return self._launch(kernel, tile, programs, even(self.view, tile, before), numbers)
 
     def _single_launch(self, way: str, tiles: Mapping[str, Any]) -> Reduction | None:
-        """One launch of a view that registers hold."""
+        """A launch that does all of one way, or None."""
         view, o, itemsize = self.view, self.options, self.dtype.itemsize
-        besides = (o.residual.itemsize if o.residual else 0) if way == "forward" else itemsize + self._saved()
-        tile = tiles.get(way) or held_tiles(way, view, itemsize, besides, self._machine)
+        extra_bytes = (o.residual.itemsize if o.residual else 0) if way == "forward" else itemsize + self._saved()
+        tile = tiles.get(way) or single_launch_tile(way, view, itemsize, extra_bytes, self._machine)
         if tile is None:
             return None
         blocks, J = -(-view.C // tile.block_c), view.A * view.B
         splits = -(-J // (tile.block_p * tile.tiles_per_program))
         constants = {
             "MERGE_S": min(power_of_2(splits), max(1, 256 * tile.warps // tile.block_c)),
-            "HELD": tile.held,
-            "STAGES": min(5, stages_for(tile.block_p * tile.block_c * (itemsize + besides), self._machine)),
+            "REGISTER_TILES": tile.register_tiles,
+            "STAGES": min(5, stages_for(tile.block_p * tile.block_c * (itemsize + extra_bytes), self._machine)),
             "EVEN": J % tile.block_p == 0,
-            # Two values of two bytes in a register, where a thread has two neighbours.
+            # Two 16-bit values share a register if a thread has two neighbours.
             "PACKED": itemsize == 2 and not INTERPRETED and tile.block_p * tile.block_c >= 64 * tile.warps,
             "THREADS": 32 * tile.warps,
-            "REST": tile.held < tile.tiles_per_program,
-            "MEETING": splits > 1,
+            "REREAD": tile.register_tiles < tile.tiles_per_program,
+            "BARRIER": splits > 1,
         }
-        numbers = {"splits": splits, "tiles_per_program": tile.tiles_per_program, "patience": PATIENCE}
+        numbers = {"splits": splits, "tiles_per_program": tile.tiles_per_program, "max_polls": MAX_POLLS}
         kernel, parts = single_backward.backward_kernel, 2
         if way == "forward":
             kernel, parts = single_forward.forward_kernel, int(moments.PARTS.value)
@@ -242,7 +242,7 @@ def types_of(dtype: torch.dtype, o: PlanOptions) -> dict[str, Any]:
         "arrivals_ptr": i32,
         "coefficients_ptr": f64 if o.partial_sums else f32,
         "mailboxes_ptr": i64,
-        **dict.fromkeys(("A", "splits", "tiles_per_program", "across", "length", "limit", "tag", "rank", "patience"), 1),
+        **dict.fromkeys(("A", "splits", "tiles_per_program", "across", "length", "limit", "tag", "rank", "max_polls"), 1),
         **dict.fromkeys(("epsilon", "slope", "weight", "weight_rest"), 0.5),
     }
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from syncbn.torch.triton._private import is_current_stream_capturing
 from syncbn.torch.triton.launch import INTERPRETED, address
 
-# Counters per stream: one a block of channels, two where programs meet.
+# Counters per stream: one a block of channels, two for a barrier.
 COUNTERS = 1 << 16
 # Counters for captured launches, cut off one after the other and never given back.
 SLAB = 1 << 22 if not INTERPRETED else 1 << 10

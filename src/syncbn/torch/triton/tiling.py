@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.torch.triton.device import meeting
+from syncbn.torch.triton.device import barrier
 from syncbn.torch.triton.launch import power_of_2
 
 # The values of one program: float32 counts stay exact, and it is plenty.
@@ -159,34 +159,36 @@ def stages_for(step: int, machine: Machine) -> int:
     return max(1, 1 + min(UNDER_WAY, machine.shared - BESIDE) // step)
 
 
-class Held(NamedTuple):
-    """How a single launch cuts a view: tiles of block_p positions of block_c channels. A program holds `held` of them.
+class SingleLaunchTile(NamedTuple):
+    """How a single launch divides a view into tiles of block_p positions × block_c channels.
 
-    The last program of a block of channels may have fewer tiles than `tiles_per_program`, but has at least `held`.
+    A program keeps `register_tiles` of its tiles in registers, and reads the others twice.
+
+    The last program of a block of channels may have fewer than `tiles_per_program` tiles, but has at least `register_tiles`.
     """
 
     block_p: int
     block_c: int
     warps: int
-    held: int = 1
+    register_tiles: int = 1
     tiles_per_program: int = 1
 
 
-# Found on an H200 (docs/decisions/0013): bytes that a thread holds, by way and by the bytes of x's dtype. Two values of two bytes
-# share a register, but each takes one while it is used.
-HOLDS = {"forward": {2: 416, 4: 608}, "backward": {2: 544, 4: 640}}
-# With a smaller share of the tiles in registers, two launches are faster: of them, more programs read a tile the second time.
-LEAST_HELD = {"forward": 0.6, "backward": 0.4}
-# The most positions of which one tile is all, of planes, and of rows of memory of which a program reads a sector.
+# Found on an H200 (docs/decisions/0013): the bytes of tiles that a thread keeps in registers, by way and by the itemsize of x.
+# Two 16-bit values share a register, but each takes one while it is used.
+REGISTER_BYTES = {"forward": {2: 416, 4: 608}, "backward": {2: 544, 4: 640}}
+# The smallest part of the tiles in registers. Below it two launches are faster, because they have more programs to read x again.
+MIN_IN_REGISTERS = {"forward": 0.6, "backward": 0.4}
+# The most positions of a channel that one tile covers.
 ONE_TILE = {"planes": 8192, "last": 512}
-# So few values that smaller programs fill the GPU.
-SMALL = 2_000_000
+# Below so many values, programs of half the size fill the GPU better.
+SMALL_VALUES = 2_000_000
 
 
-def held_tiles(way: str, view: ChannelView, itemsize: int, besides: int, machine: Machine) -> Held | None:
-    """How a single launch cuts a view; None for a view that registers cannot hold.
+def single_launch_tile(way: str, view: ChannelView, itemsize: int, extra_bytes: int, machine: Machine) -> SingleLaunchTile | None:
+    """The tiles of a single launch, or None where too few of them fit in registers.
 
-    way: "forward" or "backward". besides: bytes of a value of the tensors that are held with x.
+    way: "forward" or "backward". extra_bytes: the itemsizes, added up, of the tensors that are kept with x.
     """
     J, C, processors = view.A * view.B, view.C, machine.processors
     if J == 0 or J * C >= 2**31:
@@ -196,45 +198,46 @@ def held_tiles(way: str, view: ChannelView, itemsize: int, besides: int, machine
         return _one_tile(view, itemsize, machine)
     if last:
         # Rows of 64 bytes and more; with few channels, more programs matter more.
-        block_c = 32 if 25 * processors < 32 * meeting.MOST * -(-C // 32) else 16
-        block_c, warps = min(block_c, power_of_2(C)), 4 if J * C < SMALL else 8
+        block_c = 32 if 25 * processors < 32 * barrier.MAX_PROGRAMS * -(-C // 32) else 16
+        block_c, warps = min(block_c, power_of_2(C)), 4 if J * C < SMALL_VALUES else 8
     else:
         block_c, warps = 1, 4 if J <= 8192 or (way == "forward" and itemsize == 2 and processors <= C) else 8
     # Eight values a thread.
     block_p, blocks = 256 * warps // block_c, -(-C // block_c)
-    steps, room = -(-J // block_p), HOLDS[way][itemsize] // (8 * (itemsize + besides))
-    # One program a processor: those that meet should find room at once.
-    found = shared_out(steps, min(meeting.MOST, max(1, processors // blocks)), max(1, room))
-    tile = Held(block_p, block_c, warps, *found)
+    steps, capacity = -(-J // block_p), REGISTER_BYTES[way][itemsize] // (8 * (itemsize + extra_bytes))
+    # One program a processor, so that the programs of a block can run at the same time.
+    found = partition_tiles(steps, min(barrier.MAX_PROGRAMS, max(1, processors // blocks)), max(1, capacity))
+    tile = SingleLaunchTile(block_p, block_c, warps, *found)
     programs = blocks * -(-steps // tile.tiles_per_program)
-    return tile if tile.held >= LEAST_HELD[way] * tile.tiles_per_program and 4 * programs >= processors else None
+    return tile if tile.register_tiles >= MIN_IN_REGISTERS[way] * tile.tiles_per_program and 4 * programs >= processors else None
 
 
-def _one_tile(view: ChannelView, itemsize: int, machine: Machine) -> Held:
+def _one_tile(view: ChannelView, itemsize: int, machine: Machine) -> SingleLaunchTile:
     """All positions of some channels, 32 values a thread."""
     block_p, channels = power_of_2(view.A * view.B), power_of_2(view.C)
     block_c = 32 // itemsize if view.B == 1 else max(1, min(4096 // block_p, power_of_2(view.C // (4 * machine.processors))))
     block_c = min(block_c, channels)
-    return Held(block_p, block_c, max(1, block_p * block_c // 1024))
+    return SingleLaunchTile(block_p, block_c, max(1, block_p * block_c // 1024))
 
 
-def shared_out(tiles: int, most: int, room: int) -> tuple[int, int]:
-    """(held, tiles a program) of so many tiles, shared out to `most` programs or fewer, which hold `room` tiles each at most.
+def partition_tiles(tiles: int, max_programs: int, capacity: int) -> tuple[int, int]:
+    """(register_tiles, tiles_per_program) for a block of so many tiles.
 
-    The longest program gets as little work as can be; a tile that it does not hold counts twice. Of equals, those that hold most.
-    All programs hold the same number, which the last one must have.
+    capacity: the most tiles that a program can keep in registers. The partition minimises the work of the longest program,
+    where a tile that is read twice counts twice. Between equal partitions, the one with fewer such tiles is taken. All programs
+    keep the same number of tiles in registers, so the last program must have that many.
     """
 
     def cost(programs: int) -> tuple[int, int]:
         each = -(-tiles // programs)
-        twice = each - min(room, last_of(each))
+        twice = each - min(capacity, last_of(each))
         return each + twice, twice
 
     def last_of(each: int) -> int:
         return (tiles - 1) % each + 1
 
-    each = -(-tiles // min(range(min(most, tiles), 0, -1), key=cost))
-    return min(room, last_of(each)), each
+    each = -(-tiles // min(range(min(max_programs, tiles), 0, -1), key=cost))
+    return min(capacity, last_of(each)), each
 
 
 def order(view: ChannelView, tile: Tile, before: Tile) -> tuple[int, int]:

@@ -12,12 +12,10 @@ import triton.language as tl
 
 from syncbn.torch.triton.device import peer_exchange, pointwise, tiles
 
-VECTORS = ["stats_ptr", "scale_ptr", "offset_ptr", "dscale_ptr", "doffset_ptr", "coefficients_ptr"]
-
 
 @triton.jit(
     do_not_specialize=["A", "splits", "tiles_per_program", "limit", "tag", "rank"],
-    do_not_specialize_on_alignment=["mask_ptr", *VECTORS],
+    do_not_specialize_on_alignment=tiles.VECTORS,
 )
 def sums_kernel(
     x_ptr,  # [A, C, B], any float dtype

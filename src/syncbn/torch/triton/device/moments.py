@@ -62,7 +62,7 @@ def accumulate(
 
 @triton.jit
 def add(pivot, s, q, n, v, there, EVEN: tl.constexpr, MASKED: tl.constexpr):
-    """(pivot, s, q, n) with one tile v more, of which `there` counts. A pivot is the first value that counts."""
+    """(pivot, s, q, n) after one more tile v, of which the values at `there` count. A pivot is the first value that counts."""
     if MASKED:
         pivot = tl.where((n == 0)[:, None], v, pivot)
         v = tl.where(there[:, None], v - pivot, 0.0)
@@ -80,8 +80,8 @@ def about_one_pivot(pivot, s, q, n):
     """(k, s, q, n), [BLOCK_C] each but n, from each accumulator's [BLOCK_P, BLOCK_C], n [BLOCK_P]; k: the mean of the pivots."""
     there = n > 0
     # Divided first: a sum could be too large.
-    share = 1.0 / tl.maximum(tl.sum(there.to(tl.float32), 0), 1.0)
-    k = tl.sum(tl.where(there[:, None], pivot * share, 0.0), 0)
+    each_pivot = 1.0 / tl.maximum(tl.sum(there.to(tl.float32), 0), 1.0)
+    k = tl.sum(tl.where(there[:, None], pivot * each_pivot, 0.0), 0)
     d = tl.where(there[:, None], pivot - k[None, :], 0.0)
     each = n[:, None]
     s, q = tl.reduce((s + each * d, squares_about(q, s, each, d)), 0, tiles.add_pairs)
@@ -131,13 +131,13 @@ def merge_masked_parts(parts_ptr, c, splits, C: tl.constexpr, MERGE_S: tl.conste
         at, there = part_addresses(start + row, c, splits, C)
         weight += tl.load(parts_ptr + at + 3 * C, mask=there, other=0.0, cache_modifier=".cg")
     # Divided first: a sum could be too large.
-    share = 1.0 / tl.maximum(tl.sum(weight, 0), 1.0)
+    each_value = 1.0 / tl.maximum(tl.sum(weight, 0), 1.0)
     weighted = tl.zeros([MERGE_S, MERGE_C], tl.float32)
     for start in range(0, splits, MERGE_S):
         at, there = part_addresses(start + row, c, splits, C)
         n = tl.load(parts_ptr + at + 3 * C, mask=there, other=0.0, cache_modifier=".cg")
         k = tl.load(parts_ptr + at, mask=there, other=0.0, cache_modifier=".cg")
-        weighted += n * share[None, :] * k
+        weighted += n * each_value[None, :] * k
     pivot = tl.sum(weighted, 0)
     s = tl.zeros([MERGE_S, MERGE_C], tl.float32)
     q = tl.zeros([MERGE_S, MERGE_C], tl.float32)
@@ -177,7 +177,7 @@ def part_addresses(split, c, splits, C: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["A", "splits", "tiles_per_program", "limit", "tag", "rank"],
-    do_not_specialize_on_alignment=["mask_ptr", "stats_ptr"],
+    do_not_specialize_on_alignment=tiles.VECTORS,
 )
 def moments_kernel(
     x_ptr,  # [A, C, B], any float dtype

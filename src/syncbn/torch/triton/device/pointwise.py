@@ -16,19 +16,6 @@ from syncbn.torch.triton.device import tiles
 ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3}
 
 
-# May lie anywhere, as a parameter in a flat buffer does; tensors must be aligned for wide loads.
-VECTORS = [
-    "mask_ptr",
-    "stats_ptr",
-    "scale_ptr",
-    "offset_ptr",
-    "moving_mean_ptr",
-    "moving_variance_ptr",
-    "batches_ptr",
-    "coefficients_ptr",
-]
-
-
 @triton.jit
 def moments_at(stats_ptr, c, C: tl.constexpr, REDUCED_SUMS: tl.constexpr):
     """(mean, variance) of channels c in float64. stats: mean, variance, n; REDUCED_SUMS: n, Σx, Σx², as replicas add them up."""
@@ -187,11 +174,11 @@ def before_activation(
     if ACTIVATION != 0:
         if RESIDUAL:
             saved = tiles.load(saved_ptr, j, c, J, C, B, BLOCK_C, EVEN, EVICTION)
-    return gradient_before(g, v, a, b, saved, slope, ACTIVATION, RESIDUAL)
+    return gradient_before_activation(g, v, a, b, saved, slope, ACTIVATION, RESIDUAL)
 
 
 @triton.jit
-def gradient_before(g, v, a, b, saved, slope, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr):
+def gradient_before_activation(g, v, a, b, saved, slope, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr):
     """The same from what was saved, where RESIDUAL."""
     if ACTIVATION == 0:
         return g
@@ -201,7 +188,7 @@ def gradient_before(g, v, a, b, saved, slope, ACTIVATION: tl.constexpr, RESIDUAL
     return g * slope_at(z, slope, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=["A", "tiles_per_program", "across", "length"], do_not_specialize_on_alignment=VECTORS)
+@triton.jit(do_not_specialize=["A", "tiles_per_program", "across", "length"], do_not_specialize_on_alignment=tiles.VECTORS)
 def normalize_kernel(
     x_ptr,  # [A, C, B], any float dtype
     y_ptr,  # [A, C, B], the same
@@ -314,7 +301,7 @@ def store_moving(old, mean, variance, n, moving_mean_ptr, moving_variance_ptr, w
     tl.store(moving_variance_ptr + c, tiles.narrowed(variance, moving_variance_ptr), mask=there)
 
 
-@triton.jit(do_not_specialize=["A", "tiles_per_program", "across", "length"], do_not_specialize_on_alignment=VECTORS)
+@triton.jit(do_not_specialize=["A", "tiles_per_program", "across", "length"], do_not_specialize_on_alignment=tiles.VECTORS)
 def input_gradient_kernel(
     x_ptr,  # [A, C, B], any float dtype
     dy_ptr,  # [A, C, B]

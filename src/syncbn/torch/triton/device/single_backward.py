@@ -1,17 +1,16 @@
-"""The backward pass in one launch: as the forward pass (single_forward.py), with tiles of x, of dy and of what was saved."""
+"""The backward pass in one launch, as single_forward.py. A program keeps tiles of x, dy and what was saved in registers."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from syncbn.torch.triton.device import gradient_sums, meeting, pointwise, tiles
+from syncbn.torch.triton.device import barrier, gradient_sums, pointwise, tiles
 
-VECTORS = ["mask_ptr", "stats_ptr", "scale_ptr", "offset_ptr", "dscale_ptr", "doffset_ptr"]
-NUMBERS = ["A", "splits", "tiles_per_program", "patience"]
+NUMBERS = ["A", "splits", "tiles_per_program", "max_polls"]
 
 
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=tiles.VECTORS)
 def backward_kernel(
     x_ptr,  # [A, C, B], any float dtype
     dy_ptr,  # [A, C, B]
@@ -24,12 +23,12 @@ def backward_kernel(
     offset_ptr,  # [C] where SCALE
     dscale_ptr,  # [C] where SCALE, scale's dtype
     doffset_ptr,  # [C] where SCALE, scale's dtype
-    parts_ptr,  # float32 [splits, 2, C] where MEETING, scratch
-    arrivals_ptr,  # int32 [blocks of channels, 2] where MEETING: see meeting.py
+    parts_ptr,  # float32 [splits, 2, C] where BARRIER, scratch
+    arrivals_ptr,  # int32 [blocks of channels, 2] where BARRIER: see barrier.py
     A,
     splits,  # programs that share a block of channels
-    tiles_per_program,  # tiles a split; the last one may have fewer, but at least HELD
-    patience,
+    tiles_per_program,  # tiles a split; the last one may have fewer, but at least REGISTER_TILES
+    max_polls,
     epsilon,
     slope,
     C: tl.constexpr,
@@ -37,7 +36,7 @@ def backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     MERGE_S: tl.constexpr,
-    HELD: tl.constexpr,
+    REGISTER_TILES: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,
     PACKED: tl.constexpr,
@@ -47,8 +46,8 @@ def backward_kernel(
     SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    REST: tl.constexpr,
-    MEETING: tl.constexpr,
+    REREAD: tl.constexpr,
+    BARRIER: tl.constexpr,
 ):
     """dx, the residual's gradient, dscale = Σg·x_hat and doffset = Σg, g = dy·activation'(z)."""
     if PDL:
@@ -64,7 +63,7 @@ def backward_kernel(
     first = split * tiles_per_program
     end = tl.minimum(first + tiles_per_program, all_tiles)
     x, dy, saved = (), (), ()
-    for t in tl.static_range(HELD):
+    for t in tl.static_range(REGISTER_TILES):
         j = tiles.positions(first + t, BLOCK_P, False)
         x = x + (tiles.load_narrow(x_ptr, j, c, J, C, B, BLOCK_C, EVEN, ""),)
         dy = dy + (tiles.load_narrow(dy_ptr, j, c, J, C, B, BLOCK_C, EVEN, ""),)
@@ -76,16 +75,16 @@ def backward_kernel(
     norm = (hi, a, b, slope)
     sum_g = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     sum_gx = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for t in tl.static_range(HELD):
+    for t in tl.static_range(REGISTER_TILES):
         j = tiles.positions(first + t, BLOCK_P, False)
-        kept = x[t]
+        saved_tile = x[t]
         if SAVED:
-            kept = saved[t]
-        g, v = before(
+            saved_tile = saved[t]
+        g, v = centred(
             norm,
             tiles.widened(dy[t], PACKED),
             tiles.widened(x[t], PACKED),
-            kept,
+            saved_tile,
             mask_ptr,
             j,
             J,
@@ -97,27 +96,27 @@ def backward_kernel(
         # Nothing exists where g is 0, but x − hi is not 0 there and may be anything.
         sum_g += g
         sum_gx += g * v
-    if REST:
-        for tile in tl.range(first + HELD, end, num_stages=STAGES):
+    if REREAD:
+        for tile in tl.range(first + REGISTER_TILES, end, num_stages=STAGES):
             j = tiles.positions(tile, BLOCK_P, False)
-            v_here, dy_here, saved_here = load_three(x_ptr, dy_ptr, saved_ptr, j, c, J, C, B, BLOCK_C, EVEN, SAVED)
-            g_here, v_here = before(norm, dy_here, v_here, saved_here, mask_ptr, j, J, EVEN, MASKED, ACTIVATION, RESIDUAL)
+            v_here, dy_here, saved_here = load_inputs(x_ptr, dy_ptr, saved_ptr, j, c, J, C, B, BLOCK_C, EVEN, SAVED)
+            g_here, v_here = centred(norm, dy_here, v_here, saved_here, mask_ptr, j, J, EVEN, MASKED, ACTIVATION, RESIDUAL)
             sum_g += g_here
             sum_gx += g_here * v_here
-    if HELD == 1:
+    if REGISTER_TILES == 1:
         # One after the other: with fewer registers.
         all_g, all_gx = tl.sum(sum_g, 0), tl.sum(sum_gx, 0)
     else:
         all_g, all_gx = tl.reduce((sum_g, sum_gx), 0, tiles.add_pairs)
-    last, left = True, 0
-    if MEETING:
+    last, abandoned = True, 0
+    if BARRIER:
         counters_ptr = arrivals_ptr + 2 * block
         at = parts_ptr + split * (2 * C) + c
         tl.store(at, all_g, mask=inside)
         tl.store(at + C, all_gx, mask=inside)
-        together, last, left = meeting.meet(counters_ptr, split, splits, patience)
-        if together == 0:
-            meeting.part(counters_ptr, splits, THREADS)
+        complete, last, abandoned = barrier.arrive_and_wait(counters_ptr, split, splits, max_polls)
+        if complete == 0:
+            barrier.release_counters(counters_ptr, splits, THREADS)
             return
         wide_g, wide_gx = gradient_sums.add_parts(parts_ptr, c, splits, C, MERGE_S, BLOCK_C)
         all_g, all_gx = wide_g.to(tl.float32), wide_gx.to(tl.float32)
@@ -131,40 +130,50 @@ def backward_kernel(
         all_gx_hat *= gamma
     through, rest = pointwise.path_coefficients(all_g * each, all_gx_hat * each, lo, rstd)
     out = (dx_ptr, dresidual_ptr, through, rest)
-    for t in tl.static_range(HELD):
+    for t in tl.static_range(REGISTER_TILES):
         j = tiles.positions(first + t, BLOCK_P, False)
-        kept = x[t]
+        saved_tile = x[t]
         if SAVED:
-            kept = saved[t]
+            saved_tile = saved[t]
         v, g = tiles.widened(x[t], PACKED), tiles.widened(dy[t], PACKED)
-        write_gradient(out, norm, v, g, kept, mask_ptr, j, c, J, C, B, BLOCK_C, EVEN, MASKED, ACTIVATION, RESIDUAL)
-    if REST:
-        for step in tl.range(first + HELD, end, num_stages=STAGES):
+        write_gradient(out, norm, v, g, saved_tile, mask_ptr, j, c, J, C, B, BLOCK_C, EVEN, MASKED, ACTIVATION, RESIDUAL)
+    if REREAD:
+        for step in tl.range(first + REGISTER_TILES, end, num_stages=STAGES):
             # Backwards: what was read last is still in L2.
-            write_gradient_of(
-                out, norm, x_ptr, dy_ptr, saved_ptr, mask_ptr, first + HELD + end - 1 - step, c, J,
+            read_and_write_gradient(
+                out, norm, x_ptr, dy_ptr, saved_ptr, mask_ptr, first + REGISTER_TILES + end - 1 - step, c, J,
                 C, B, BLOCK_P, BLOCK_C, EVEN, MASKED, ACTIVATION, RESIDUAL,
             )  # fmt: skip
-    if MEETING:
-        for tile in range(0, tl.where(left == 0, 0, all_tiles)):
-            if (left >> (tile // tiles_per_program)) & 1:
-                write_gradient_of(
+    if BARRIER:
+        for tile in range(0, tl.where(abandoned == 0, 0, all_tiles)):
+            if (abandoned >> (tile // tiles_per_program)) & 1:
+                read_and_write_gradient(
                     out, norm, x_ptr, dy_ptr, saved_ptr, mask_ptr, tile, c, J,
                     C, B, BLOCK_P, BLOCK_C, EVEN, MASKED, ACTIVATION, RESIDUAL,
                 )  # fmt: skip
-        meeting.part(counters_ptr, splits, THREADS)
+        barrier.release_counters(counters_ptr, splits, THREADS)
 
 
 @triton.jit
-def before(
-    norm, g, v, kept, mask_ptr, j, J, EVEN: tl.constexpr, MASKED: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr
+def centred(
+    norm,
+    g,
+    v,
+    saved_tile,
+    mask_ptr,
+    j,
+    J,
+    EVEN: tl.constexpr,
+    MASKED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):
     """(the gradient before the activation, x − hi) of a tile, in float32."""
     hi, a, b, slope = norm
     if MASKED:
         v = tiles.finite_or_0(v, tiles.load_mask(mask_ptr, j, J, EVEN))
     v -= hi[None, :]
-    return pointwise.gradient_before(g, v, a, b, kept.to(tl.float32), slope, ACTIVATION, RESIDUAL), v
+    return pointwise.gradient_before_activation(g, v, a, b, saved_tile.to(tl.float32), slope, ACTIVATION, RESIDUAL), v
 
 
 @triton.jit
@@ -173,7 +182,7 @@ def write_gradient(
     norm,
     v,
     g,
-    kept,
+    saved_tile,
     mask_ptr,
     j,
     c,
@@ -192,7 +201,7 @@ def write_gradient(
     if MASKED:
         there = tiles.load_mask(mask_ptr, j, J, EVEN)
         read = tiles.is_read(v, there)
-    g, v = before(norm, g, v, kept, mask_ptr, j, J, EVEN, MASKED, ACTIVATION, RESIDUAL)
+    g, v = centred(norm, g, v, saved_tile, mask_ptr, j, J, EVEN, MASKED, ACTIVATION, RESIDUAL)
     if ACTIVATION != 0:
         if RESIDUAL:
             tiles.store(dresidual_ptr, g, j, c, J, C, B, BLOCK_C, EVEN, "")
@@ -204,7 +213,7 @@ def write_gradient(
 
 
 @triton.jit
-def write_gradient_of(
+def read_and_write_gradient(
     out,
     norm,
     x_ptr,
@@ -223,14 +232,14 @@ def write_gradient_of(
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """The same of a tile that is not held."""
+    """The same for a tile that is not in registers."""
     j = tiles.positions(tile, BLOCK_P, False)
-    v, g, kept = load_three(x_ptr, dy_ptr, saved_ptr, j, c, J, C, B, BLOCK_C, EVEN, RESIDUAL and ACTIVATION != 0)
-    write_gradient(out, norm, v, g, kept, mask_ptr, j, c, J, C, B, BLOCK_C, EVEN, MASKED, ACTIVATION, RESIDUAL)
+    v, g, saved_tile = load_inputs(x_ptr, dy_ptr, saved_ptr, j, c, J, C, B, BLOCK_C, EVEN, RESIDUAL and ACTIVATION != 0)
+    write_gradient(out, norm, v, g, saved_tile, mask_ptr, j, c, J, C, B, BLOCK_C, EVEN, MASKED, ACTIVATION, RESIDUAL)
 
 
 @triton.jit
-def load_three(
+def load_inputs(
     x_ptr,
     dy_ptr,
     saved_ptr,
@@ -243,10 +252,10 @@ def load_three(
     EVEN: tl.constexpr,
     SAVED: tl.constexpr,
 ):
-    """A tile of x, of dy and, where SAVED, of what was saved; else of x again."""
+    """Tiles of x and of dy, and of what was saved; where nothing was, of x again."""
     v = tiles.load(x_ptr, j, c, J, C, B, BLOCK_C, EVEN, "")
     g = tiles.load(dy_ptr, j, c, J, C, B, BLOCK_C, EVEN, "")
-    kept = v
+    saved_tile = v
     if SAVED:
-        kept = tiles.load(saved_ptr, j, c, J, C, B, BLOCK_C, EVEN, "")
-    return v, g, kept
+        saved_tile = tiles.load(saved_ptr, j, c, J, C, B, BLOCK_C, EVEN, "")
+    return v, g, saved_tile

@@ -1,8 +1,9 @@
-"""The forward pass in one launch, for one replica and a batch that registers hold, or hold most of.
+"""The forward pass in one launch, for one replica and a batch of which all or most fits in registers.
 
-A program keeps `HELD` tiles of its channels in registers, from the sums to the output, so it reads them once. It reads its other
-tiles twice. If a block of channels has several programs, they meet between the sums and the output (meeting.py). Replicas that
-exchange take two launches (moments.py, gradient_sums.py): here all programs would wait for the peers.
+A program loads `REGISTER_TILES` tiles of its channels into registers. It computes the moments and the output from them, so it
+reads them once. It reads its other tiles twice. If several programs share a block of channels, there is a barrier between the
+moments and the output (barrier.py). Replicas that exchange take two launches (moments.py, gradient_sums.py). In one launch, all
+programs would wait for the other replicas.
 """
 
 from __future__ import annotations
@@ -10,22 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from syncbn.torch.triton.device import meeting, moments, pointwise, tiles
+from syncbn.torch.triton.device import barrier, moments, pointwise, tiles
 
-# May lie anywhere, as a parameter in a flat buffer does; tensors must be aligned for wide loads.
-VECTORS = [
-    "mask_ptr",
-    "stats_ptr",
-    "scale_ptr",
-    "offset_ptr",
-    "moving_mean_ptr",
-    "moving_variance_ptr",
-    "batches_ptr",
-]
-NUMBERS = ["A", "splits", "tiles_per_program", "patience"]
+NUMBERS = ["A", "splits", "tiles_per_program", "max_polls"]
 
 
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=tiles.VECTORS)
 def forward_kernel(
     x_ptr,  # [A, C, B], any float dtype
     y_ptr,  # [A, C, B], the same
@@ -37,12 +28,12 @@ def forward_kernel(
     moving_mean_ptr,  # [C] where UPDATE
     moving_variance_ptr,  # [C] where UPDATE
     batches_ptr,  # int64 [1] where UPDATE: updates so far
-    parts_ptr,  # float32 [splits, 4, C] where MEETING, scratch
-    arrivals_ptr,  # int32 [blocks of channels, 2] where MEETING: see meeting.py
+    parts_ptr,  # float32 [splits, 4, C] where BARRIER, scratch
+    arrivals_ptr,  # int32 [blocks of channels, 2] where BARRIER: see barrier.py
     A,
     splits,  # programs that share a block of channels
-    tiles_per_program,  # tiles a split; the last one may have fewer, but at least HELD
-    patience,
+    tiles_per_program,  # tiles a split; the last one may have fewer, but at least REGISTER_TILES
+    max_polls,
     epsilon,
     weight,  # weight of the new value
     weight_rest,  # what float32 leaves of it
@@ -52,8 +43,8 @@ def forward_kernel(
     BLOCK_P: tl.constexpr,  # positions a tile
     BLOCK_C: tl.constexpr,
     MERGE_S: tl.constexpr,
-    HELD: tl.constexpr,  # tiles that a program holds
-    STAGES: tl.constexpr,  # the same as in moments.py, of tiles that it does not hold
+    REGISTER_TILES: tl.constexpr,  # tiles that a program keeps in registers
+    STAGES: tl.constexpr,  # the same as in moments.py, of the other tiles
     EVEN: tl.constexpr,
     PACKED: tl.constexpr,
     THREADS: tl.constexpr,
@@ -63,8 +54,8 @@ def forward_kernel(
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     UPDATE: tl.constexpr,
-    REST: tl.constexpr,  # whether a program has tiles that it does not hold
-    MEETING: tl.constexpr,  # whether programs share a block
+    REREAD: tl.constexpr,  # whether a program has other tiles, which it reads twice
+    BARRIER: tl.constexpr,  # whether several programs share a block
 ):
     """y = activation(scale·(x − mean)·rstd + offset + residual), the moments, the moving statistics."""
     if PDL:
@@ -79,7 +70,7 @@ def forward_kernel(
     first = split * tiles_per_program
     end = tl.minimum(first + tiles_per_program, all_tiles)
     x, r = (), ()
-    for t in tl.static_range(HELD):
+    for t in tl.static_range(REGISTER_TILES):
         j = tiles.positions(first + t, BLOCK_P, False)
         x = x + (tiles.load_narrow(x_ptr, j, c, J, C, B, BLOCK_C, EVEN, ""),)
         if RESIDUAL:
@@ -90,7 +81,7 @@ def forward_kernel(
     if UPDATE:
         old = (tl.load(moving_mean_ptr + c, mask=inside, other=0.0), tl.load(moving_variance_ptr + c, mask=inside, other=0.0))
         batches = tl.load(batches_ptr + c, mask=c == 0, other=0)
-    if HELD == 1 and not MEETING and not REST:
+    if REGISTER_TILES == 1 and not BARRIER and not REREAD:
         # All that there is: about its mean, with fewer registers than pivots take.
         v = tiles.widened(x[0], PACKED)
         there = tiles.counted(mask_ptr, tl.arange(0, BLOCK_P), J, EVEN, MASKED)
@@ -113,11 +104,11 @@ def forward_kernel(
         else:
             n = (tiles.positions(first, BLOCK_P, False) < J).to(tl.float32)
             pivot = tiles.widened(x[0], PACKED)
-        for t in tl.static_range(0 if MASKED else 1, HELD):
+        for t in tl.static_range(0 if MASKED else 1, REGISTER_TILES):
             there = tiles.counted(mask_ptr, tiles.positions(first + t, BLOCK_P, False), J, EVEN, MASKED)
             pivot, s, q, n = moments.add(pivot, s, q, n, tiles.widened(x[t], PACKED), there, EVEN, MASKED)
-        if REST:
-            for tile in tl.range(first + HELD, end, num_stages=STAGES):
+        if REREAD:
+            for tile in tl.range(first + REGISTER_TILES, end, num_stages=STAGES):
                 j = tiles.positions(tile, BLOCK_P, False)
                 v = tiles.load(x_ptr, j, c, J, C, B, BLOCK_C, EVEN, "")
                 pivot, s, q, n = moments.add(pivot, s, q, n, v, tiles.counted(mask_ptr, j, J, EVEN, MASKED), EVEN, MASKED)
@@ -125,8 +116,8 @@ def forward_kernel(
             if not MASKED:
                 n += end - first - 1
         k, s, q, total = moments.about_one_pivot(pivot, s, q, n)
-    last, left = True, 0
-    if MEETING:
+    last, abandoned = True, 0
+    if BARRIER:
         counters_ptr = arrivals_ptr + 2 * block
         at = parts_ptr + split * (moments.PARTS * C) + c
         tl.store(at, k, mask=inside)
@@ -134,9 +125,9 @@ def forward_kernel(
         tl.store(at + 2 * C, q, mask=inside)
         if MASKED:
             tl.store(at + 3 * C, total + tl.zeros([BLOCK_C], tl.float32), mask=inside)
-        together, last, left = meeting.meet(counters_ptr, split, splits, patience)
-        if together == 0:
-            meeting.part(counters_ptr, splits, THREADS)
+        complete, last, abandoned = barrier.arrive_and_wait(counters_ptr, split, splits, max_polls)
+        if complete == 0:
+            barrier.release_counters(counters_ptr, splits, THREADS)
             return
         if MASKED:
             all_n, mean, m2 = moments.merge_masked_parts(parts_ptr, c, splits, C, MERGE_S, BLOCK_C)
@@ -145,35 +136,35 @@ def forward_kernel(
     else:
         all_n = tl.zeros([BLOCK_C], tl.float64) + total.to(tl.float64)
         mean, m2 = moments.moments_about(k, all_n, s, q)
-        if HELD == 1 and not REST:
+        if REGISTER_TILES == 1 and not REREAD:
             # The mean of all values: an infinite one is torch's too. The variance is NaN.
             mean = tl.where(tl.abs(k) < float("inf"), mean, k.to(tl.float64))
     variance = tl.where(all_n == 0, 1.0, m2 / tl.where(all_n == 0, 1.0, all_n))
     hi, _, _, a, b = pointwise.affine_of(mean, variance, gamma, beta, epsilon)
     out = (y_ptr, hi, a, b, slope)
-    for t in tl.static_range(HELD):
+    for t in tl.static_range(REGISTER_TILES):
         j = tiles.positions(first + t, BLOCK_P, False)
-        added = x[t]
+        residual_tile = x[t]
         if RESIDUAL:
-            added = r[t]
+            residual_tile = r[t]
         write_output(
-            out, tiles.widened(x[t], PACKED), added, mask_ptr, j, c, J, C, B, BLOCK_C, EVEN, MASKED, ACTIVATION, RESIDUAL
+            out, tiles.widened(x[t], PACKED), residual_tile, mask_ptr, j, c, J, C, B, BLOCK_C, EVEN, MASKED, ACTIVATION, RESIDUAL
         )
-    if REST:
-        for step in tl.range(first + HELD, end, num_stages=STAGES):
+    if REREAD:
+        for step in tl.range(first + REGISTER_TILES, end, num_stages=STAGES):
             # Backwards: what was read last is still in L2.
-            write_output_of(
-                out, x_ptr, residual_ptr, mask_ptr, first + HELD + end - 1 - step, c, J,
+            read_and_write_output(
+                out, x_ptr, residual_ptr, mask_ptr, first + REGISTER_TILES + end - 1 - step, c, J,
                 C, B, BLOCK_P, BLOCK_C, EVEN, MASKED, ACTIVATION, RESIDUAL,
             )  # fmt: skip
-    if MEETING:
-        for tile in range(0, tl.where(left == 0, 0, all_tiles)):
-            if (left >> (tile // tiles_per_program)) & 1:
-                write_output_of(
+    if BARRIER:
+        for tile in range(0, tl.where(abandoned == 0, 0, all_tiles)):
+            if (abandoned >> (tile // tiles_per_program)) & 1:
+                read_and_write_output(
                     out, x_ptr, residual_ptr, mask_ptr, tile, c, J,
                     C, B, BLOCK_P, BLOCK_C, EVEN, MASKED, ACTIVATION, RESIDUAL,
                 )  # fmt: skip
-        meeting.part(counters_ptr, splits, THREADS)
+        barrier.release_counters(counters_ptr, splits, THREADS)
     if last:
         moments.write(stats_ptr, c, all_n, mean, m2, C, False)
         if UPDATE:
@@ -187,7 +178,7 @@ def forward_kernel(
 def write_output(
     out,
     v,
-    added,
+    residual_tile,
     mask_ptr,
     j,
     c,
@@ -200,18 +191,18 @@ def write_output(
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """Writes a tile of y, from x and, where RESIDUAL, what is added."""
+    """Writes a tile of y, from x and, where RESIDUAL, what is residual_tile."""
     y_ptr, hi, a, b, slope = out
     if MASKED:
         v = tiles.finite_or_0(v, tiles.load_mask(mask_ptr, j, J, EVEN))
     z = (v - hi[None, :]) * a[None, :] + b[None, :]
     if RESIDUAL:
-        z += added.to(tl.float32)
+        z += residual_tile.to(tl.float32)
     tiles.store(y_ptr, pointwise.activate(z, slope, ACTIVATION), j, c, J, C, B, BLOCK_C, EVEN, "")
 
 
 @triton.jit
-def write_output_of(
+def read_and_write_output(
     out,
     x_ptr,
     residual_ptr,
@@ -228,10 +219,10 @@ def write_output_of(
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """The same of a tile that is not held."""
+    """The same for a tile that is not in registers."""
     j = tiles.positions(tile, BLOCK_P, False)
     v = tiles.load(x_ptr, j, c, J, C, B, BLOCK_C, EVEN, "")
-    added = v
+    residual_tile = v
     if RESIDUAL:
-        added = tiles.load(residual_ptr, j, c, J, C, B, BLOCK_C, EVEN, "")
-    write_output(out, v, added, mask_ptr, j, c, J, C, B, BLOCK_C, EVEN, MASKED, ACTIVATION, RESIDUAL)
+        residual_tile = tiles.load(residual_ptr, j, c, J, C, B, BLOCK_C, EVEN, "")
+    write_output(out, v, residual_tile, mask_ptr, j, c, J, C, B, BLOCK_C, EVEN, MASKED, ACTIVATION, RESIDUAL)

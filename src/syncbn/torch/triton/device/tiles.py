@@ -9,6 +9,20 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+# Arguments that may lie anywhere, as a parameter in a flat buffer does. The tensors must be aligned for wide loads.
+VECTORS = [
+    "mask_ptr",
+    "stats_ptr",
+    "scale_ptr",
+    "offset_ptr",
+    "dscale_ptr",
+    "doffset_ptr",
+    "moving_mean_ptr",
+    "moving_variance_ptr",
+    "batches_ptr",
+    "coefficients_ptr",
+]
+
 
 @triton.jit
 def follow(WORLD_SIZE: tl.constexpr):
@@ -77,9 +91,9 @@ def load_narrow(
 
 @triton.jit
 def widened(value, PACKED: tl.constexpr):
-    """A tile in float32. PACKED: two values of two bytes lie in one register, and stay there until they are used.
+    """A tile in float32. PACKED: a register contains two 16-bit values, and is converted again at each use.
 
-    The assembly hides the conversion from the compiler, which would otherwise keep its result: twice the registers.
+    The conversion is in assembly, so that the compiler cannot keep its result. The result would take twice the registers.
     """
     if PACKED:
         if value.dtype == tl.bfloat16:
