@@ -34,6 +34,8 @@ SHAPES = [
     (4, 32, 32, 64),
 ]
 CASES = [(dtype, shape) for dtype in ("float32", "bfloat16") for shape in SHAPES]
+# Of a ResNet-50, a replica.
+IMAGES = [32, 8]
 LAYERS, REPEATS = 10, 10
 PARTS = ("layers", "layers-compiled", "resnet", "resnet-compiled", "shapes", "exchange")
 
@@ -53,13 +55,13 @@ def measure(given: argparse.Namespace, record: Callable[..., Any]) -> None:
     record = functools.partial(
         record, replicas=given.replicas, device=name, versions=("tensorflow", "keras", "numpy"), rounds=given.rounds
     )
-    cases = chosen(CASES, given.cases, lambda case: case_name(case[1], case[0]))
     for part in given.parts:
         compiled = part.endswith("-compiled")
         if part.startswith("layers"):
+            cases = chosen(CASES, given.cases, lambda case: case_name(case[1], case[0]))
             layers(strategy, cases, given.rounds, compiled, record)
         elif part.startswith("resnet"):
-            resnet(strategy, given.rounds, compiled, record)
+            resnet(strategy, chosen(IMAGES, given.cases, resnet_name), given.rounds, compiled, record)
         elif part == "shapes":
             shapes(strategy, record)
         elif given.replicas > 1:
@@ -87,15 +89,19 @@ def layers(strategy: Any, cases: Any, rounds: int, compiled: bool, record: Calla
             )
 
 
-def resnet(strategy: Any, rounds: int, compiled: bool, record: Callable[..., Any]) -> None:
+def resnet_name(images: int) -> str:
+    return f"ResNet-50, {images} images a replica"
+
+
+def resnet(strategy: Any, sizes: list[int], rounds: int, compiled: bool, record: Callable[..., Any]) -> None:
     """Images a second of all replicas together, SGD included, in mixed_bfloat16."""
-    for images in (32, 8):
+    for images in sizes:
         steps = {name: resnet_step(strategy, name, images, compiled) for name in keras_adapters()}
         first, found = timed(strategy, steps, rounds)
         for name, taken in found.items():
             record(
                 subject=name,
-                case=f"ResNet-50, {images} images a replica",
+                case=resnet_name(images),
                 measure="training, step compiled by XLA" if compiled else "training",
                 unit="images/s",
                 values=[images * strategy.num_replicas_in_sync / second for second in taken],
