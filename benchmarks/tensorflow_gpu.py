@@ -219,20 +219,24 @@ def copy_rate() -> float:
     return passes * 2 * 4 * (1 << 28) / taken
 
 
-def everywhere(strategy: Any, step: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+def everywhere(strategy: Any, step: Callable[..., Any]) -> Callable[..., Any]:
     """A step on every replica, as a function of per-replica values."""
-    replica = syncbn.compiled_step(step) if compiled else step
-    return tf.function(lambda *values: strategy.run(replica, args=values), autograph=False)
+    return tf.function(lambda *values: strategy.run(step, args=values), autograph=False)
+
+
+def on_own_device(strategy: Any, make: Callable[[int], Any]) -> Any:
+    """Different data on every replica, each on its own GPU, as an input pipeline leaves them."""
+
+    def one(context: Any) -> Any:
+        replica = context.replica_id_in_sync_group
+        with tf.device(strategy.extended.worker_devices[replica]):
+            return tf.identity(make(replica))
+
+    return strategy.experimental_distribute_values_from_function(one)
 
 
 def values_of(strategy: Any, shape: tuple[int, ...], dtype: str, seed: int) -> Any:
-    """Different data on every replica."""
-
-    def one(context: Any) -> Any:
-        rng = np.random.default_rng([seed, context.replica_id_in_sync_group])
-        return tf.cast(tf.constant(rng.standard_normal(shape, np.float32)), dtype)
-
-    return strategy.experimental_distribute_values_from_function(one)
+    return on_own_device(strategy, lambda replica: tf.cast(tf.random.stateless_normal(shape, (seed, replica)), dtype))
 
 
 def layer_step(strategy: Any, adapter: Adapter, shape: tuple[int, ...], dtype: str, compiled: bool) -> Callable[[], Any]:
@@ -243,7 +247,7 @@ def layer_step(strategy: Any, adapter: Adapter, shape: tuple[int, ...], dtype: s
             layer.build((None, *shape[1:]))
     weights = [w.value for layer in row for w in layer.trainable_weights]
 
-    def step(x: Any, dy: Any) -> Any:
+    def gradients(x: Any, dy: Any) -> Any:
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = x
@@ -251,7 +255,13 @@ def layer_step(strategy: Any, adapter: Adapter, shape: tuple[int, ...], dtype: s
                 y = layer(y, training=True)
         return tape.gradient(y, [x, *weights], dy)
 
-    run = everywhere(strategy, step, compiled)
+    def step(x: Any, dy: Any) -> Any:
+        found = (syncbn.compiled_step(gradients) if compiled else gradients)(x, dy)
+        # One value stands for all: TensorFlow copies what a step returns to the first GPU.
+        with tf.control_dependencies(found):
+            return tf.reshape(found[0], [-1])[:1]
+
+    run = everywhere(strategy, step)
     x, dy = values_of(strategy, shape, dtype, 0), values_of(strategy, shape, dtype, 1)
     return lambda: run(x, dy)
 
@@ -281,11 +291,9 @@ def resnet_step(strategy: Any, name: str, images: int, compiled: bool) -> Callab
         optimizer.apply(found, model.trainable_variables)
         return loss
 
-    run = everywhere(strategy, step, False)
+    run = everywhere(strategy, step)
     x = values_of(strategy, (images, 224, 224, 3), "float32", 0)
-    labels = strategy.experimental_distribute_values_from_function(
-        lambda context: tf.constant(np.random.default_rng(context.replica_id_in_sync_group).integers(0, 1000, images))
-    )
+    labels = on_own_device(strategy, lambda replica: np.random.default_rng(replica).integers(0, 1000, images))
     return lambda: run(x, labels)
 
 
