@@ -48,7 +48,7 @@ SHARED = [
     KernelCase((8, 256, 28, 28), dtype="float16", last=True, activation="relu", residual=True),
     KernelCase((2, 96, 25, 42), last=True, mean=1e4),
     KernelCase((8, 100, 31, 29), mask=True, last=True, mean=1e4),
-    KernelCase((8, 64, 112, 112), dtype="bfloat16", activation="silu", residual=True),
+    KernelCase((8, 64, 96, 96), dtype="bfloat16", activation="silu", residual=True),
     KernelCase((8, 64, 56, 56), mask=True, activation="leaky_relu"),
 ]
 
