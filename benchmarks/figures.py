@@ -16,7 +16,7 @@ from accuracy import FLAX, KERAS, TORCH
 from baselines import LOCAL, OURS, TORCH_SYNC
 from gpu_tables import one_gpu, training, two_gpus
 from rows import geometric_mean, read
-from tensorflow_tables import layers, resnet
+from tensorflow_tables import exchange, layers, resnet
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- from benchmarks/results, by benchmarks/figures.py -->\n", "<!-- end -->\n"
@@ -147,7 +147,7 @@ TABLES: dict[str, list[Callable[[], str]]] = {
     "README.md": [speed_ups],
     "docs/performance.md": [large_means, all_ratios],
     "docs/kernels.md": [two_gpus, one_gpu],
-    "docs/tensorflow.md": [layers, resnet],
+    "docs/tensorflow.md": [exchange, layers, resnet],
 }
 
 

@@ -47,6 +47,15 @@ def layers() -> str:
 def resnet() -> str:
     """Images a second of two GPUs together."""
     lines = ["| images/s of two GPUs | ours | Keras sync | Keras local |", "|---|---|---|---|"]
-    for case, of in times("training", 2).items():
-        lines.append(f"| {case} | {of[OURS]:,.0f} | {of[SYNCHRONISED]:,.0f} | {of[LOCAL]:,.0f} |")
+    for measure, note in (("training", ""), ("training, step compiled by XLA", ", compiled")):
+        for case, of in times(measure, 2).items():
+            lines.append(f"| {case}{note} | {of[OURS]:,.0f} | {of[SYNCHRONISED]:,.0f} | {of[LOCAL]:,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def exchange() -> str:
+    """µs of an exchange between two GPUs."""
+    lines = ["| one message | copies, µs | all-reduce, µs |", "|---|---|---|"]
+    for case, of in times("exchange", 2).items():
+        lines.append(f"| {case} | {of['copies']:,.0f} | {of['all_reduce']:,.0f} |")
     return "\n".join(lines) + "\n"
