@@ -224,6 +224,22 @@ def test_a_compiled_step_in_an_eager_loop_compiles_once():
     assert len(traces) == 1
 
 
+def test_a_compiled_step_takes_no_argument_for_a_collective(world, monkeypatch):
+    """TensorFlow would make a number for each at every call, and copy it to the GPU. Traced only: CPUs cannot run it."""
+    monkeypatch.setattr(compiled_step, "_check_devices", lambda: None)
+    monkeypatch.setattr(type(world.strategy.extended), "_use_merge_call", lambda self: False)
+
+    def step():
+        return tf.distribute.get_replica_context().all_reduce("sum", tf.ones(3))
+
+    def arguments(replica):
+        run = tf.function(lambda: world.strategy.run(replica), autograph=False)
+        return len(run.get_concrete_function().captured_inputs)
+
+    plain = arguments(lambda: tf.function(step, jit_compile=True, autograph=False)())
+    assert arguments(syncbn.compiled_step(step)) == plain - world.replicas
+
+
 def test_a_compiled_step_on_cpu_replicas_says_what_to_do(world):
     with pytest.raises(RuntimeError, match="Run the step without `compiled_step`"):
         world.run(syncbn.compiled_step(lambda x: 2 * x), [np.ones(2)] * world.replicas)

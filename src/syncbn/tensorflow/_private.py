@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import tensorflow as tf
 
@@ -27,6 +28,29 @@ try:
     _pack_tangents = forwardprop_util.pack_tangents
 except (ImportError, AttributeError):
     _pack_tangents = None
+
+
+try:
+    # Says whether TensorFlow numbers a collective at each call of a function. Without it, a compiled step copies such a number to
+    # the GPU for each collective, although XLA does not use it.
+    from tensorflow.python.distribute.cross_device_utils import CollectiveReplicaLauncher
+
+    _launcher = CollectiveReplicaLauncher if hasattr(CollectiveReplicaLauncher, "_prefer_unique_instance_key") else None
+except ImportError:
+    _launcher = None
+
+
+@contextmanager
+def collectives_numbered_once() -> Iterator[None]:
+    """Collectives that are traced inside get their number now, as a constant. For functions that XLA compiles."""
+    if _launcher is None:
+        yield
+        return
+    kept, _launcher._prefer_unique_instance_key = _launcher._prefer_unique_instance_key, False
+    try:
+        yield
+    finally:
+        _launcher._prefer_unique_instance_key = kept
 
 
 def barrier(*values: tf.Tensor) -> list[tf.Tensor]:

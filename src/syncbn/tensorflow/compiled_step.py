@@ -7,6 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from syncbn.tensorflow._private import collectives_numbered_once
+
 
 def compiled_step(step: Callable[..., Any]) -> Callable[..., Any]:
     """A step that XLA compiles as a whole on each replica. Call it inside `strategy.run`.
@@ -36,10 +38,14 @@ def compiled_step(step: Callable[..., Any]) -> Callable[..., Any]:
     # XLA binds the variables of the replica that traces a function: each replica has its own.
     functions: dict[int, Any] = {}
 
+    def traced(*arguments: Any, **named: Any) -> Any:
+        with collectives_numbered_once():
+            return step(*arguments, **named)
+
     @tf.autograph.experimental.do_not_convert
     def run(*arguments: Any, **named: Any) -> Any:
         _check_devices()
-        compiled = tf.function(step, jit_compile=True, autograph=False)
+        compiled = tf.function(traced, jit_compile=True, autograph=False)
         if tf.executing_eagerly():
             context = tf.distribute.get_replica_context()
             number = 0 if context is None else int(context.replica_id_in_sync_group)
