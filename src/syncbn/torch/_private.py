@@ -102,7 +102,7 @@ def is_recomputing() -> bool:
 # longer tells, a layer in such a checkpoint may have wrong gradients. Other modes make fake tensors, or trace.
 count_dispatch_modes = _find("torch:_C._len_torch_dispatch_stack", lambda: 0)
 _dispatch_modes = _find("torch.utils._python_dispatch:_get_current_dispatch_mode_stack", list)
-_without_dispatch_modes = _find("torch.utils._python_dispatch:_disable_current_modes", contextlib.nullcontext)
+_without_dispatch_modes = _find("torch.utils._python_dispatch:_disable_current_modes", lambda: contextlib.nullcontext(()))
 _SELECTIVE = (
     _find("torch.utils.checkpoint:_CachingTorchDispatchMode", NotImplementedError),
     _find("torch.utils.checkpoint:_CachedTorchDispatchMode", NotImplementedError),
