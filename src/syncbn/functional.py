@@ -89,6 +89,9 @@ def sync_batch_norm(
     engine, dialect = _engine(framework), _dialect(framework, x)
     if framework == "jax":
         x = dialect.operators.asarray(x)
+    elif framework == "tensorflow":
+        # Custom gradients take no variables.
+        x = dialect.operators.convert_to_tensor(x)
     kind = str(x.dtype)
     validation.check_float_dtype(kind, "float" in kind)
     shape = tuple(x.shape)

@@ -180,7 +180,6 @@ def check_no_axis_name(group: Any, framework: str, replicas: int) -> int | None:
 
 # What to do with a model of another framework, by the package of its class.
 FOREIGN = {
-    "torch": "A torch module loads its own files by load_state_dict.",
     "tf_keras": (
         "Save it as `.h5`: syncbn.load_legacy(path, convert=True) makes a Keras 3 model of the file. Or unset "
         "TF_USE_LEGACY_KERAS, and build the model with `import keras`."
@@ -193,4 +192,6 @@ def foreign_model(function: str, takes: str, model: Any) -> TypeError:
     """The error of a model that a function does not take, with what to do about one of its kind."""
     packages = [base.__module__.partition(".")[0] for base in type(model).__mro__]
     mend = next((FOREIGN[name] for name in packages if name in FOREIGN), "Give the model itself.")
+    if "torch" in packages and function == "syncbn.load_weights":
+        mend = "A torch module loads its own files by load_state_dict."
     return TypeError(f"{function} takes {takes}. Received: {type(model).__module__}.{type(model).__qualname__}. {mend}")

@@ -24,6 +24,14 @@ AXIS, EACH, SAME = JaxWorld.axis, PartitionSpec(JaxWorld.axis), PartitionSpec()
 HOWS = ["checked", "unchecked", "pmap", "vmap"]
 
 
+def test_no_channels():
+    """Alone, and inside a shard_map, where each device is known to hold all of its values."""
+    x = np.zeros((4, 0), "float32")
+    assert sync_batch_norm(jnp.asarray(x))[0].shape == (4, 0)
+    loss = lambda x: sync_batch_norm(x, axis_name=AXIS)[0].sum()  # noqa: E731
+    assert [g.shape for g in JaxWorld(4).run(jax.grad(loss), [x] * 4)] == [(4, 0)] * 4
+
+
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("groups", [None, [[3, 0], [1, 2]], [[1], [0, 2, 3]]], ids=str)
 def test_equals_the_concatenated_batch(how, groups):

@@ -105,6 +105,35 @@ def test_fold_leaves_what_others_use():
         close(numpy(a), numpy(b))
 
 
+def test_fold_keeps_what_a_normalization_layer_learned():
+    """It computes with a copy of its weights."""
+    seen = layers.Normalization()
+    seen.adapt(data(50, 4))
+    model = randomised(keras.Sequential([keras.Input((4,)), seen, layers.Dense(4), layers.BatchNormalization()]))
+    folded = syncbn.fold(model)
+    assert not norms(folded)
+    close(numpy(folded(data(3, 4))), numpy(model(data(3, 4))))
+
+
+@pytest.mark.parametrize("twice", ["the batch norm", "the layer before it"])
+def test_fold_leaves_what_a_sequential_has_twice(twice):
+    norm, dense = layers.BatchNormalization(), layers.Dense(4)
+    parts = [dense, norm, layers.ReLU(), norm] if twice == "the batch norm" else [dense, norm, dense, layers.BatchNormalization()]
+    model = randomised(keras.Sequential([keras.Input((4,)), *parts]))
+    folded = syncbn.fold(model)
+    assert len(set(norms(folded))) == len(set(norms(model)))
+    close(numpy(folded(data(3, 4))), numpy(model(data(3, 4))))
+
+
+@pytest.mark.skipif(not hasattr(layers.Dense, "enable_lora"), reason="this version of Keras has no LoRA")
+def test_fold_leaves_layers_with_more_weights():
+    model = randomised(keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.BatchNormalization()]))
+    model.layers[0].enable_lora(2)
+    folded = syncbn.fold(model)
+    assert len(norms(folded)) == 1
+    close(numpy(folded(data(3, 4))), numpy(model(data(3, 4))))
+
+
 def test_fold_keeps_subclasses_and_subclassed_models():
     class Doubled(layers.BatchNormalization):
         def call(self, inputs, training=None, mask=None):

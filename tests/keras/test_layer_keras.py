@@ -331,6 +331,32 @@ def test_keras_masks_reach_the_layer():
     np.testing.assert_allclose(model.layers[1].moving_mean, unmasked.mean(0), atol=1e-6)
 
 
+@pytest.mark.parametrize("steps", [5, 3], ids=["5 steps", "as many steps as channels"])
+def test_a_propagated_mask_that_covers_channels(steps):
+    """Keras's masks have the first axes of the input. Inference does not need them; in training all channels have one count."""
+    masking = keras.Input((steps, 3)), keras.layers.Masking()
+    x, plain = data(4, steps, 3), keras.Sequential([*masking, keras.layers.BatchNormalization(axis=1)])
+    x[0, 1:] = 0
+    expected = plain.predict(x, verbose=0)
+    layer = SyncBatchNormalization(axis=1)
+    model = keras.Sequential([*masking, layer])
+    np.testing.assert_allclose(model.predict(x, verbose=0), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="A mask that Keras propagates must not cover a channel axis"):
+        model(x, training=True)
+    y = layer(masking[1](x), training=True, mask=np.ones((4, 1, 3), bool))
+    assert np.isfinite(y).all()
+
+
+def test_a_propagated_mask_of_fewer_axes():
+    """It leaves out the trailing axes, which no mask then covers."""
+    tokens, layer = np.array([[1, 2, 0], [3, 0, 0]]), SyncBatchNormalization(momentum=0)
+    embedded = keras.layers.Embedding(9, 4, mask_zero=True)(tokens)
+    wide = keras.ops.reshape(embedded, (2, 3, 2, 2))
+    wide._keras_mask = embedded._keras_mask
+    layer(wide, training=True)
+    np.testing.assert_allclose(layer.moving_mean, np.asarray(wide)[tokens > 0].mean((0, 1)), atol=1e-6)
+
+
 def test_masked_everywhere_moves_nothing():
     layer = randomised(SyncBatchNormalization(renorm=True), (None, 4, 3))
     before = layer.get_weights()
@@ -578,6 +604,29 @@ def test_unregistered_callables_are_not_dropped_from_a_file(arguments):
         layer.get_config()
     with pytest.raises(ValueError, match="can only be saved or cloned where it is registered with Keras"):
         keras.models.clone_model(keras.Sequential([keras.Input((3,)), layer]))
+
+
+@keras.saving.register_keras_serializable("tests")
+class NeverMadeAgain:
+    def __call__(self, shape):
+        return 1.0, 0.0
+
+    def get_config(self):
+        return {}
+
+
+def test_an_object_that_keras_cannot_make_again_is_not_saved():
+    with pytest.raises(ValueError, match="whose class has no `from_config`"):
+        SyncBatchNormalization(adjustment=NeverMadeAgain()).get_config()
+
+
+def test_a_variable_as_the_input():
+    x, dy, found = tf.Variable(data(4, 3)), data(4, 3), []
+    for layer in (SyncBatchNormalization(), keras.layers.BatchNormalization()):
+        with tf.GradientTape() as tape:
+            y = layer(x, training=True)
+        found.append(tape.gradient(y, x, dy))
+    np.testing.assert_allclose(*found, atol=1e-5)
 
 
 @needs_remat_scope

@@ -79,6 +79,13 @@ def test_old_model_computes_what_it_did(folder, name, kind, convert):
                     np.testing.assert_array_equal(w, expected)
 
 
+def test_a_sequential_model_that_keras_3_wrote(tmp_path):
+    model = keras.Sequential([keras.Input((4, 3)), layers.Dense(3), SyncBatchNormalization()])
+    model.save(tmp_path / "keras 3.h5")
+    x = np.random.default_rng(0).normal(size=(2, 4, 3)).astype("float32")
+    np.testing.assert_array_equal(syncbn.load_legacy(tmp_path / "keras 3.h5")(x), model(x))
+
+
 @pytest.mark.parametrize("kind", ["h5", "SavedModel"])
 def test_renorm_where_keras_has_none(folder, kind, monkeypatch):
     monkeypatch.setattr(legacy_config, "has_renorm", lambda: False)

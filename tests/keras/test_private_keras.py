@@ -10,7 +10,7 @@ from versions import KERAS, KERAS_HAS_RENORM
 import syncbn
 from syncbn.keras import _private
 
-NAMES = ["SafeModeScope", "global_state", "in_symbolic_scope", "saving_options", "saving_utils"]
+NAMES = ["SafeModeScope", "get_keras_mask", "global_state", "in_symbolic_scope", "saving_options", "saving_utils"]
 
 
 @pytest.mark.parametrize("name", NAMES)

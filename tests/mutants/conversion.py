@@ -135,4 +135,10 @@ MUTANTS = [
     Mutant("fold forgets hooks", TORCH_FOLD, "return not any(hooks) and", "return", TORCH_EXPORT, "others_use"),
     Mutant("fold forgets epsilon", KERAS_FOLD, "wide(norm.moving_variance) + norm.epsilon", "wide(norm.moving_variance)", KERAS_EXPORT, "computes_the_same and Dense"),
     Mutant("fold forgets other consumers", KERAS_FOLD, "if consumers[id(x)] == 1 and id(x) not in outputs:", "if True:", KERAS_EXPORT, "others_use"),
+    Mutant("a Normalization layer forgets what it learned", KERAS_FOLD, "    refresh_normalizations(new)\n", "", KERAS_EXPORT, "normalization_layer"),
+    Mutant("layers of a Sequential taken for different ones", KERAS_FOLD, "once = Counter(map(id, model.layers))", "once = {id(layer): 1 for layer in model.layers}",
+           KERAS_EXPORT, "sequential_has_twice"),
+    Mutant("weights of LoRA taken for a kernel", KERAS_FOLD, "    if len(layer.weights) != (", "    if False and len(layer.weights) != (", KERAS_EXPORT, "more_weights"),
+    Mutant("a trace looks into the check of a folded layer", TORCH_FOLD, "@fx.wrap\n", "", TORCH_EXPORT, "traced_and_scripted"),
+    Mutant("a second input for a model of Keras 3", CONFIG, '"batch_input_shape", "batch_shape",', '"batch_input_shape",', LEGACY_TESTS, "keras_3_wrote"),
 ]  # fmt: skip

@@ -74,4 +74,5 @@ MUTANTS = [
            LAYER_TESTS, "says_nothing and nan"),
     Mutant("padding that is not finite spreads", FUNCTIONAL, "x = dialect.operators.where(mask | dialect.isfinite(x), x, dialect.operators.zeros_like(x))", "pass",
            FUNCTIONAL_TESTS, "padding"),
+    Mutant("rows of no channels are counted", MAPPED, "if local and last and about.size:", "if local and last:", FUNCTIONAL_TESTS, "no_channels"),
 ]  # fmt: skip

@@ -107,4 +107,9 @@ MUTANTS = [
     Mutant("a layer from outside of the scope trains", ENGINE, "if not all(isinstance(v, tf.distribute.DistributedValues) for v in variables):", "if False:", GPU_TESTS, "outside_of_the_scope"),
     Mutant("forward mode says nothing", ENGINE, "    if has_tangents(given):\n", "    if False:\n", GPU_TESTS, "forward_mode"),
     Mutant("a compiled step is compiled at each call", "tensorflow/compiled_step.py", "compiled = functions.setdefault(number, compiled)", "pass", GPU_TESTS, "compiles_once"),
+    Mutant("a propagated mask taken for one that was given", "keras/arguments.py", "if kept is None or tuple(", "if True or tuple(", ALONE_TESTS, "propagated"),
+    Mutant("inference needs a mask", "keras/arguments.py", "    if training:\n        raise ValueError(\n            \"A mask that", "    if True:\n        raise ValueError(\n            \"A mask that", ALONE_TESTS, "propagated"),
+    Mutant("an object that cannot be made again is saved", "keras/arguments.py", "if isinstance(registered, type) and not", "if False and not", ALONE_TESTS, "cannot_make_again"),
+    Mutant("a variable stays one in the layer", ENGINE, "    x = tf.convert_to_tensor(x)\n", "", ALONE_TESTS, "variable_as"),
+    Mutant("a variable stays one in the function", "functional.py", "x = dialect.operators.convert_to_tensor(x)", "pass", "tensorflow/test_functional_tensorflow.py", "variables_have"),
 ]  # fmt: skip

@@ -32,7 +32,7 @@ MUTANTS = [
     Mutant("mean of means", REFERENCE, MESSAGE, MESSAGE.replace("return", "m =") + "\n    return m / m[0].clamp_min(1)", ENGINE_TESTS, RAGGED),
     Mutant("E[x²] − E[x]² in float32", REFERENCE, MESSAGE, MESSAGE + ".float().double()", ENGINE_TESTS, "one_process and large"),
     Mutant("lo dropped from normalize", CPU, "norm.offset - lo * (norm.scale * rstd)", "norm.offset", ENGINE_TESTS, "one_process and large"),
-    Mutant("x − hi not formed first", CPU, "if norm.epsilon and x.numel() > SMALL and (hi * rstd).abs().max().item() < NEAR:", "if norm.epsilon:", ENGINE_TESTS,
+    Mutant("x − hi not formed first", CPU, "if readable and norm.epsilon and x.numel() > SMALL and (hi * rstd).abs().max().item() < NEAR:", "if norm.epsilon:", ENGINE_TESTS,
            "one_process and large"),
     Mutant("dropped term in the input gradient", CPU, "a / rstd, b)", "0 * a, b)", ENGINE_TESTS, "one_process and ragged"),
     Mutant("local count in the backward pass", AUTOGRAD, "input_gradient(dz, x, mask, norm, count, reduced_sums) if needs_x",
@@ -151,6 +151,10 @@ MUTANTS = [
     Mutant("a DTensor's statistics are one rank's", "torch/dtensor.py", "x.device_mesh.get_group(sharded[0]) if sharded else None\n    attributes[\"group_size\"] = None if sharded else 1",
            "None\n    attributes[\"group_size\"] = 1", DROP_IN_RANKS, "whole_batch and sharded"),
     Mutant("a replicated DTensor counts twice", "torch/dtensor.py", "None if sharded else 1", "None", DROP_IN_RANKS, "whole_batch and replicated"),
+    Mutant("a selective checkpoint sees the operators of a layer", CHECKPOINT, "or not is_in_selective_checkpoint()", "or True", ONE_PROCESS, "selective"),
+    Mutant("a value is read where there is none", CPU, "if readable and norm.epsilon and x.numel()", "if norm.epsilon and x.numel()", ONE_PROCESS, "large_inputs"),
+    Mutant("a class taken for a function", "torch/arguments.py", "if isinstance(value, type):", "if False:", ONE_PROCESS, "ReLU"),
+    Mutant("a batch of gradients taken for a rank that is late", TRANSPORT, 'if "Batching rule" in str(error):', "if False:", RANKS, "batched"),
 ]  # fmt: skip
 
 # Two processes tell as much as four.

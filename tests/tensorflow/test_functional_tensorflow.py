@@ -37,6 +37,17 @@ def test_equals_the_concatenated_batch(world, graph):
         close([out["gradients"][i] for out in got], expected, case, "gradient")
 
 
+def test_variables_have_gradients():
+    x, dy = np.random.default_rng(0).normal(size=(2, 5, 3)).astype("float32")
+    found = []
+    for v in (tf.constant(x), tf.Variable(x)):
+        with tf.GradientTape() as tape:
+            tape.watch(v)
+            y = sync_batch_norm(v, tf.ones(3), tf.zeros(3))[0]
+        found.append(tape.gradient(y, v, dy))
+    np.testing.assert_array_equal(*found)
+
+
 def test_scale_and_offset_may_be_none():
     x = np.random.default_rng(0).normal(size=(6, 4, 3)).astype("float32")
     y, mean, *_ = sync_batch_norm(tf.constant(x))

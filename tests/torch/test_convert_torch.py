@@ -486,6 +486,8 @@ def test_not_a_model():
         syncbn.convert({})
     with pytest.raises(TypeError, match=r"syncbn.revert takes .* Received: builtins.int"):
         syncbn.revert(3)
+    with pytest.raises(TypeError, match=r"Received: torch\.optim\.sgd\.SGD\. Give the model itself\."):
+        syncbn.convert(torch.optim.SGD([torch.zeros(1)], 0.1))
 
 
 def compiled_in_place():

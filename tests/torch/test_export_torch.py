@@ -147,9 +147,17 @@ def test_fold_reads_the_parts_of_what_cannot_be_traced():
 def test_fold_is_right_or_loud_where_channels_are_not_on_dim_1():
     model = trained(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
     with pytest.raises(
-        ValueError, match=r"takes that layer's output with the channels on dim 1, so of rank 2\. Received: shape \(2, 4, 4\)"
+        ValueError, match=r"takes that layer's output with the channels on dim 1, so of rank 2\. Received: shape \[2, 4, 4\]"
     ):
         syncbn.fold(model)(torch.randn(2, 4, 4))
+
+
+def test_folded_models_can_be_traced_and_scripted():
+    folded, x = syncbn.fold(trained(nn.Sequential(nn.Linear(4, 6), SyncBatchNorm(6, activation="relu")))), torch.randn(5, 4)
+    for made in (torch.fx.symbolic_trace(folded), torch.jit.script(folded)):
+        close(made(x).detach(), folded(x).detach())
+        with pytest.raises(Exception, match="channels on dim 1, so of rank 2"):
+            made(x[None])
 
 
 def test_fold_wants_eval_mode():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
+import operator
 import os
 import pickle
 import subprocess
@@ -17,9 +19,12 @@ import torch
 import torch.nn as nn
 from test_engine_torch import numbers
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import syncbn
 from syncbn import SyncBatchNorm
+from syncbn.functional import sync_batch_norm
 from syncbn.torch import engine
 from syncbn.torch.arguments import ACTIVATIONS as NAMED
 
@@ -45,13 +50,14 @@ def randomised(layer):
     return layer
 
 
-def step(layer, x, dy, **arguments):
-    """Output, gradients for x and the parameters, and all buffers after one step."""
+def step(layer, x, dy, of=None, **arguments):
+    """Output, gradients for x and the parameters, and all buffers after one step. of: the module, if `layer` is a call of it."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     y = layer(x, **arguments)
     y.backward(dy)
-    gradients = [p.grad for p in layer.parameters()]
-    return [y.detach(), x.grad, *gradients, *(b.clone() for b in layer.buffers())]
+    module = of or layer
+    gradients = [p.grad for p in module.parameters()]
+    return [y.detach(), x.grad, *gradients, *(b.clone() for b in module.buffers())]
 
 
 def assert_close(got, expected, rounding=2e-6):
@@ -567,6 +573,28 @@ def test_large_mean_where_more_than_one_would_meet(monkeypatch):
     np.testing.assert_allclose(numbers(layer.running_var), truth.moments[0][2] * 4000 / 3999, rtol=1e-5)
 
 
+@pytest.mark.parametrize("op", ["addmm.default", "mul.Tensor", "add.Tensor", "clone.default"])
+@pytest.mark.parametrize("arguments", [{}, {"activation": "silu"}, {"momentum": None}], ids=str)
+def test_selective_checkpoints(arguments, op):
+    """Whatever operator such a checkpoint keeps: gradients and statistics as without it."""
+    model = nn.Sequential(nn.Linear(4, 8), randomised(SyncBatchNorm(8, **arguments)), nn.Linear(8, 4))
+    plain, x, dy = copy.deepcopy(model), data(6, 4), data(6, 4)
+    kept = [operator.attrgetter(op)(torch.ops.aten)]
+    contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+    got = step(lambda v: checkpoint(model, v, use_reentrant=False, context_fn=contexts), x, dy, of=model)
+    assert_close(got, step(plain, x, dy))
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake"])
+def test_large_inputs_are_traced(tracing_mode):
+    """Above 65,536 elements the CPU's passes read a value, which a trace does not have."""
+    given = data(40_000, 3), torch.rand(3), torch.rand(3)
+    graph = make_fx(lambda *given: sync_batch_norm(*given)[0], tracing_mode=tracing_mode)(*given)
+    torch.testing.assert_close(graph(*given), sync_batch_norm(*given)[0])
+    with FakeTensorMode():
+        assert SyncBatchNorm(3, activation="relu")(torch.randn(40_000, 3)).shape == (40_000, 3)
+
+
 # ------------------------------------------------------------------------------------------------- second order
 
 
@@ -668,6 +696,7 @@ def test_no_argument_without_an_effect(name):
 @pytest.mark.parametrize(("arguments", "text"), [
     ({"group_size": 0}, "`group_size` must be None or a positive integer, a number of replicas. Received: group_size=0."),
     ({"group_size": 2, "process_group": object()}, "Only one of `process_group` and `group_size` may be given"),
+    ({"activation": nn.ReLU}, "`activation` must be an instance of a module, not its class. Received: activation=ReLU. Give ReLU()."),
     ({"activation": "tanh"}, "`activation` must be None, a callable or one of ['leaky_relu', 'relu', 'silu']. Received: activation='tanh'."),
     ({"renorm": True, "track_running_stats": False}, "renorm=True corrects towards the moving statistics, so they must be kept."),
     ({"renorm_clipping": {"max": 1}}, "`renorm_clipping` must be a dict with the keys"),

@@ -274,6 +274,17 @@ def test_gradient_penalty_equals_one_process(torch_world):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
 
 
+def batched(x):
+    x = tensor(x).requires_grad_()
+    y = SyncBatchNorm(4).double().to(x.device)(x)
+    with pytest.raises(RuntimeError, match=r"takes one gradient at a time\. Received: a batch of them"):
+        torch.autograd.grad(y, x, y.new_ones(2, *y.shape), is_grads_batched=True)
+
+
+def test_batched_gradients_say_what_to_do(torch_world):
+    torch_world.run(batched, Case("batched", (3, 2, 4, 5), (4,), dtype="float64").inputs(torch_world.replicas))
+
+
 # ------------------------------------------------------------------------------------------------- what must not communicate
 
 

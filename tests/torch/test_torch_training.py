@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 
@@ -16,7 +17,7 @@ from test_engine_torch import counting, numbers, tensor
 from test_layer_torch_ranks import Branches, drawn_on_the_cpu, equal_everywhere, randomised, state, train
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from versions import TORCH
 
 import syncbn
@@ -212,7 +213,14 @@ class Block(nn.Module):
         return self.other(self.norm(self.linear(self.norm(self.linear(x)))))
 
 
+# What a selective checkpoint keeps: operators that the layers use too.
+KEPT = [
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.cat.default,
+    *(getattr(torch.ops.aten, op).Tensor for op in ("add", "mul", "sub")),
+]
 WAYS = {
+    "selective": {"use_reentrant": False, "context_fn": functools.partial(create_selective_checkpoint_contexts, KEPT)},
     "reentrant": {"use_reentrant": True},
     "not reentrant": {"use_reentrant": False},
     "early stop off": {"use_reentrant": False, "early_stop": False},

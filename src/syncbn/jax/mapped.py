@@ -47,7 +47,7 @@ class Layout(NamedTuple):
     def sums(self, terms: Terms, *arrays: jax.Array, about: jax.Array, local: bool) -> Any:
         """The sums of each of `terms`: [C] each. local: one device holds all of the arrays."""
         last = self.axes == tuple(range(self.axes[0], len(self.shape)))
-        if local and last:
+        if local and last and about.size:
             names = frozenset[str]().union(*map(varying_axes, arrays))
             return column_sums(*[v.reshape(-1, about.size) for v in arrays], vary(about, names), terms=terms)
         return summed(*[self.sum(v) for v in terms(*arrays, self.spread(about))])

@@ -56,6 +56,8 @@ saving_utils = _find("keras.src.legacy.saving", "saving_utils")
 global_state = _find("keras.src.backend.common", "global_state")
 # Refuses code from a file. The public switch is global to the process.
 SafeModeScope = _find("keras.src.saving.serialization_lib", "SafeModeScope")
+# The mask that Keras keeps beside a tensor.
+get_keras_mask = _find("keras.src.backend", "get_keras_mask")
 
 
 def functional_class() -> type:

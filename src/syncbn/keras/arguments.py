@@ -9,8 +9,10 @@ from numbers import Real
 from typing import Any
 
 import keras
+from keras import ops
 
 from syncbn import settings, validation
+from syncbn.keras import _private
 
 # What a Keras layer takes besides our own arguments.
 KERAS_KEYWORDS = frozenset({"activity_regularizer", "autocast", "dtype", "input_dim", "input_shape"})
@@ -59,9 +61,10 @@ def check_keywords(owner: str, received: dict[str, Any]) -> dict[str, Any]:
         value = received.pop(name, None)
         if value not in (None, False):
             raise ValueError(f"`{name}` is not applicable to {owner}: {why}. Received: {name}={value!r}. Drop it.")
-    if not received.pop("synchronized", True):
+    synchronized = received.pop("synchronized", True)
+    if not synchronized:
         raise ValueError(
-            f"{owner} always synchronises. Received: synchronized=False. For local statistics use "
+            f"{owner} always synchronises. Received: synchronized={synchronized!r}. For local statistics use "
             "keras.layers.BatchNormalization."
         )
     unknown = sorted(set(received) - KERAS_KEYWORDS)
@@ -119,6 +122,29 @@ def check_training(value: Any) -> bool:
         ) from error
 
 
+def given_or_propagated(mask: Any, inputs: Any, axes: tuple[int, ...], training: bool) -> Any:
+    """A mask as it was given, as a tensor, or in the inputs' rank if Keras propagates it. None where it is not needed.
+
+    A mask that Keras propagates has the first axes of the inputs, whatever the channel axes are.
+    """
+    if mask is None or _private.in_symbolic_scope():
+        # While Keras infers shapes, tensors do not carry their masks.
+        return None
+    mask, kept = ops.convert_to_tensor(mask), _private.get_keras_mask(inputs)
+    if kept is None or tuple(kept.shape) != tuple(mask.shape):
+        return mask
+    full = ops.expand_dims(mask, tuple(range(len(mask.shape), len(inputs.shape))))
+    if all(full.shape[a] == 1 for a in axes):
+        return full
+    if training:
+        raise ValueError(
+            "A mask that Keras propagates must not cover a channel axis, because all channels have one count. Received: a mask "
+            f"of shape {tuple(mask.shape)} with an input of shape {tuple(inputs.shape)} and the channels on {list(axes)}. Give "
+            "the layer another `axis`, or call it with a `mask` of your own."
+        )
+    return None
+
+
 def check_input_shape(shape: Sequence[int | None], built: Sequence[int | None], axes: tuple[int, ...]) -> None:
     """Raises where an input does not have the rank and the channels that the layer was built for."""
     if len(shape) != len(built) or any(shape[a] not in (None, built[a]) for a in axes):
@@ -140,9 +166,14 @@ def check_adjustment_shape(name: str, shape: Sequence[int | None], input_shape: 
 
 
 def check_registered(name: str, value: Any, registered: Any) -> None:
-    """Raises where a file could not bring a callable back."""
+    """Raises where a file could not bring a callable back. registered: the function, or the class of the object."""
+    if isinstance(registered, type) and not hasattr(registered, "from_config"):
+        raise ValueError(
+            f"`{name}` can only be saved or cloned where Keras can make it again. Received: {value!r}, whose class has no "
+            "`from_config`. Give the class the methods `get_config` and, as a classmethod, `from_config`."
+        )
     if keras.saving.get_registered_object(keras.saving.get_registered_name(registered)) is not registered:
         raise ValueError(
             f"`{name}` can only be saved or cloned where it is registered with Keras. Received: {value!r}. Decorate the "
-            "function, or its class with `get_config`, with @keras.saving.register_keras_serializable()."
+            "function, or its class, with @keras.saving.register_keras_serializable()."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import keras
@@ -11,6 +12,7 @@ from keras import activations, layers, ops
 from syncbn.class_swap import known_ancestor
 from syncbn.keras import _private
 from syncbn.keras.converted import is_exactly_ours
+from syncbn.keras.matching import refresh_normalizations
 
 # Layers by the axis on which their kernels have the output channels.
 LAST = (layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D)
@@ -52,6 +54,7 @@ def fold(model: Any) -> Any:
     graph = {} if isinstance(model, keras.Sequential) else {"call_function": call}
     new = keras.models.clone_model(model, clone_function=copy, **graph)
     _set_weights(model, new, folded, gone)
+    refresh_normalizations(new)
     return new
 
 
@@ -72,14 +75,14 @@ def _pairs(model: Any) -> list[tuple[Any, Any]]:
     """Each layer and the batch norm that is the only reader of its output, both called once."""
     if isinstance(model, keras.Sequential):
         found = list(zip(model.layers, model.layers[1:], strict=False))
-        once = {id(layer): 1 for layer in model.layers}
+        once = Counter(map(id, model.layers))
     else:
-        found, once = [], {}
+        found, once = [], Counter()
         outputs = {id(t) for t in keras.tree.flatten(model.outputs)}
         consumers: dict[int, int] = {}
         nodes = _private.nodes(model)
         for node in nodes:
-            once[id(node.operation)] = once.get(id(node.operation), 0) + 1
+            once[id(node.operation)] += 1
             for t in node.input_tensors:
                 consumers[id(t)] = consumers.get(id(t), 0) + 1
         for node in nodes:
@@ -97,6 +100,9 @@ def _fits(layer: Any, norm: Any) -> bool:
     if not is_exactly_ours(norm) and known_ancestor(type(norm), (layers.BatchNormalization,)) is None:
         return False
     if isinstance(norm.axis, tuple) or "call" in vars(norm) or "call" in vars(layer) or not (layer.built and norm.built):
+        return False
+    # LoRA and quantization give a layer more weights.
+    if len(layer.weights) != (2 if isinstance(layer, SEPARABLE) else 1) + (layer.bias is not None):
         return False
     rank = len(layer.output.shape)
     first = getattr(layer, "data_format", "channels_last") == "channels_first"

@@ -201,6 +201,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         """Normalises; see the class."""
         training = arguments.check_training(training) and self.trainable
+        mask = arguments.given_or_propagated(mask, inputs, self._channel_axes, training)
         inputs = self._engine.ensure_channels(inputs, self._built_for, self._channel_axes)
         arguments.check_input_shape(inputs.shape, self._built_for, self._channel_axes)
         inputs = ops.cast(inputs, dtypes.of_inputs(inputs.dtype, self.compute_dtype))
@@ -309,7 +310,6 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         """The mask as bools of the input's rank."""
         if mask is None:
             return None
-        mask = ops.convert_to_tensor(mask)
         if validation.mask_omits_channels(mask.shape, shape, self._channel_axes):
             mask = ops.expand_dims(mask, self._channel_axes)
         return ops.cast(mask, "bool")

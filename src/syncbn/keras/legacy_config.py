@@ -215,7 +215,9 @@ def _has_input(layers: list[dict[str, Any]]) -> bool:
     if not layers:
         return False
     config = layers[0]["config"]
-    return "batch_input_shape" in config or "input_layers" in config or _has_input(config.get("layers", ()))
+    # `batch_shape` is Keras 3's name.
+    named = any(key in config for key in ("batch_input_shape", "batch_shape", "input_layers"))
+    return named or _has_input(config.get("layers", ()))
 
 
 def _input_dtype(policy: Any) -> str:

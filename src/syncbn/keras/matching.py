@@ -109,10 +109,14 @@ def assign(model: Any, match: Match) -> None:
     values = [(variable, numbers(stored, variable.shape)) for variable, stored in match.pairs]
     for variable, value in values:
         variable.assign(value)
-    # Not public: what Keras itself walks models with.
+    refresh_normalizations(model)
+
+
+def refresh_normalizations(model: Any) -> None:
+    """To be called after the weights of a model were set: a `Normalization` layer computes with a copy of its own."""
     for layer in _private.flatten_layers(model):
         if isinstance(layer, layers.Normalization):
-            layer.finalize_state()  # it computes with a copy of its weights
+            layer.finalize_state()
 
 
 def numbers(stored: Stored, shape: Sequence[int]) -> np.ndarray:

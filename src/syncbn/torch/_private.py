@@ -7,7 +7,7 @@ import datetime
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -96,6 +96,32 @@ def is_recomputing() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+# Selective checkpoints see the operators of a block by a dispatch mode, in its first pass and in its recomputation. If torch no
+# longer tells, a layer in such a checkpoint may have wrong gradients. Other modes make fake tensors, or trace.
+count_dispatch_modes = _find("torch:_C._len_torch_dispatch_stack", lambda: 0)
+_dispatch_modes = _find("torch.utils._python_dispatch:_get_current_dispatch_mode_stack", list)
+_without_dispatch_modes = _find("torch.utils._python_dispatch:_disable_current_modes", lambda: contextlib.nullcontext(()))
+_SELECTIVE = (
+    _find("torch.utils.checkpoint:_CachingTorchDispatchMode", NotImplementedError),
+    _find("torch.utils.checkpoint:_CachedTorchDispatchMode", NotImplementedError),
+)
+
+
+def is_in_selective_checkpoint() -> bool:
+    """Whether a selective checkpoint sees the operators that run now."""
+    return count_dispatch_modes() > 0 and any(isinstance(mode, _SELECTIVE) for mode in _dispatch_modes())
+
+
+@contextlib.contextmanager
+def outside_selective_checkpoints() -> Iterator[None]:
+    """No selective checkpoint sees the operators that run inside. Other modes do."""
+    with _without_dispatch_modes() as modes, contextlib.ExitStack() as others:
+        for mode in reversed(modes):
+            if not isinstance(mode, _SELECTIVE):
+                others.enter_context(mode)
+        yield
 
 
 # None outside of torch.jit.trace; the public question costs three calls.

@@ -68,6 +68,11 @@ def check_mask(mask: Tensor, shape: torch.Size) -> Tensor:
 
 def check_activation(value: Any) -> Activation | None:
     """What the engine applies itself; None for a callable, which runs after it. Raises for another name."""
+    if isinstance(value, type):
+        raise ValueError(
+            f"`activation` must be an instance of a module, not its class. Received: activation={value.__name__}. Give "
+            f"{value.__name__}()."
+        )
     if value is None or callable(value):
         return None
     if not isinstance(value, str) or value not in ACTIVATIONS:

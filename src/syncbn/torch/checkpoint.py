@@ -5,16 +5,19 @@ Here too: when moving statistics are updated, which depends on it.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from syncbn.torch._private import is_recomputing
+from syncbn.torch._private import is_in_selective_checkpoint, is_recomputing, outside_selective_checkpoints
 from syncbn.torch.local import is_local, is_local_in_graph
 from syncbn.validation import check_renorm_not_recomputed
+
+T = TypeVar("T")
 
 # The two causes, which look alike from inside.
 RECOMPUTATION = "a checkpoint that keeps no record, or in the backward pass of an autograd function of your own"
@@ -90,6 +93,23 @@ def record_or_replay(find: Callable[[], Any]) -> Any:
         if isinstance(context, _Recording):
             context.found.append(found)
     return found
+
+
+def hidden_from_selective_checkpoints(verb: Callable[..., T]) -> Callable[..., T]:
+    """The same function, whose operators a selective checkpoint does not see.
+
+    Such a checkpoint counts operators, and hands what it kept of the first pass to those of the recomputation in their order.
+    But a recomputation of ours runs fewer, because it updates no statistics. And an all-reduce changes its message in place.
+    """
+
+    @functools.wraps(verb)
+    def hidden(*arguments: Any, **named: Any) -> T:
+        if torch.compiler.is_compiling() or not is_in_selective_checkpoint():
+            return verb(*arguments, **named)
+        with outside_selective_checkpoints():
+            return verb(*arguments, **named)
+
+    return hidden
 
 
 def is_recording_or_replaying() -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from syncbn import maths
 from syncbn.torch import reference
+from syncbn.torch._private import count_dispatch_modes
 from syncbn.torch.reference import Normalization, arithmetic_dtype, maximum, moments_of_sums, split
 
 __all__ = ["gradient_sums", "input_gradient", "local_sums", "moments_of_sums", "normalize", "serves"]
@@ -102,8 +103,9 @@ def _pre_activation(x: Tensor, norm: Normalization) -> Tensor:
 
 def _affine(x: Tensor, norm: Normalization, hi: Tensor, rstd: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """scale·(x − hi)·rstd + offset."""
-    # Torch 2.10 to 2.12 refuse an epsilon of 0.
-    if norm.epsilon and x.numel() > SMALL and (hi * rstd).abs().max().item() < NEAR:
+    # A fake tensor has no value to compare. Torch 2.10 to 2.12 refuse an epsilon of 0.
+    readable = type(x) is Tensor and not count_dispatch_modes()
+    if readable and norm.epsilon and x.numel() > SMALL and (hi * rstd).abs().max().item() < NEAR:
         variance, scale, offset = (v.to(hi.dtype) for v in (norm.variance, scale, offset))
         return functional.batch_norm(x, hi, variance, scale, offset, False, 0.0, norm.epsilon)
     rest = _centred(x.to(hi.dtype), hi)

@@ -14,7 +14,12 @@ from syncbn.groups import Activation
 from syncbn.torch import compiled, desync, dispatch, fused, reference
 from syncbn.torch.autograd import Normalized, NormConfig, check_no_transform
 from syncbn.torch.channel_view import ChannelView
-from syncbn.torch.checkpoint import record_or_replay, should_update_now, should_update_statistics
+from syncbn.torch.checkpoint import (
+    hidden_from_selective_checkpoints,
+    record_or_replay,
+    should_update_now,
+    should_update_statistics,
+)
 from syncbn.torch.groups import Communicator, GroupMoments, communicator_of, is_single_process
 from syncbn.torch.local import is_local
 from syncbn.torch.reference import arithmetic_dtype
@@ -63,6 +68,7 @@ def scale_and_offset(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> t
     return scale, torch.zeros(x.shape[1], **new) if bias is None else bias.to(new["dtype"])
 
 
+@hidden_from_selective_checkpoints
 @torch.no_grad()
 def moments(
     x: Tensor, *, axes: tuple[int, ...] = CHANNELS, mask: Tensor | None = None, group: Any = None, layer: str | None = None
@@ -91,6 +97,7 @@ def _measure(x: Tensor, mask: Tensor | None, communicator: Communicator | None, 
     return GroupMoments(*global_moments(x, mask, communicator), size, communicator=communicator)
 
 
+@hidden_from_selective_checkpoints
 def normalize(
     x: Tensor,
     moments: Any,
@@ -129,6 +136,7 @@ def normalize(
 _by_the_other_verbs = contract.default_train_step(moments, normalize, should_update_statistics, OPERATORS)
 
 
+@hidden_from_selective_checkpoints
 def train_step(
     x: Tensor,
     weight: Tensor | None,

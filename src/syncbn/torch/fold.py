@@ -28,6 +28,18 @@ BEFORE: dict[type, tuple[int, int]] = {
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
 
 
+@fx.wrap
+def check_rank(input: Tensor, rank: int) -> Tensor:
+    """The input, if it has this rank. A function that torch.fx does not look into and TorchScript can compile."""
+    if input.dim() != rank:
+        raise ValueError(
+            "A batch norm that was folded into the layer before it takes that layer's output with the channels on dim 1, so "
+            f"of rank {rank}. Received: shape {list(input.shape)}. Reshape the input of that layer, or run the model "
+            "from before folding."
+        )
+    return input
+
+
 class Folded(nn.Module):
     """Takes the place of a batch norm, and checks that its channels were on dim 1, as in the layer before it."""
 
@@ -37,13 +49,7 @@ class Folded(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The input."""
-        if input.ndim != self.rank:
-            raise ValueError(
-                "A batch norm that was folded into the layer before it takes that layer's output with the channels on dim 1, so "
-                f"of rank {self.rank}. Received: shape {tuple(input.shape)}. Reshape the input of that layer, or run the model "
-                "from before folding."
-            )
-        return input
+        return check_rank(input, self.rank)
 
 
 def fold(model: nn.Module) -> nn.Module:

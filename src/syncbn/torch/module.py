@@ -38,7 +38,8 @@ class SyncBatchNorm(_BatchNorm):
     scaling). Without torch.distributed, or with one replica, this is plain batch norm and never communicates.
 
     Call arguments:
-        input: [N, C, …], any float dtype. A DTensor that is replicated, or sharded along the batch, gives a DTensor.
+        input: [N, C, …], of float16, bfloat16, float32 or float64. A DTensor that is replicated, or sharded along the batch,
+            gives a DTensor.
         mask: bool or integer, of the input's shape without the channels (or 1 there), each other axis full or 1. True, or not
             0, marks what counts. A masked element enters no statistic but is normalised like any other. It is read as 0 where
             it is not finite.

@@ -51,6 +51,11 @@ def sum_in_place(v: Tensor, communicator: Communicator | None) -> Tensor:
         try:
             dist.all_reduce(v, group=group)
         except RuntimeError as error:
+            if "Batching rule" in str(error):
+                raise RuntimeError(
+                    "The backward pass of a synchronised batch norm takes one gradient at a time. Received: a batch of them, by "
+                    "`is_grads_batched` or a vectorised Jacobian. Call torch.autograd.grad once for each."
+                ) from error
             raise message_failed(communicator, error) from error
     return v
 
