@@ -155,6 +155,9 @@ MUTANTS = [
     Mutant("a value is read where there is none", CPU, "if readable and norm.epsilon and x.numel()", "if norm.epsilon and x.numel()", ONE_PROCESS, "large_inputs"),
     Mutant("a class taken for a function", "torch/arguments.py", "if isinstance(value, type):", "if False:", ONE_PROCESS, "ReLU"),
     Mutant("a batch of gradients taken for a rank that is late", TRANSPORT, 'if "Batching rule" in str(error):', "if False:", RANKS, "batched"),
+    Mutant("a size that may change compared as a list", "functional.py", "if tuple(value.shape) != (channels,) and tuple(value.shape) != tuple(parameters):",
+           "if list(value.shape) not in ([channels], parameters):", "torch/test_functional_torch.py", "graph_break"),
+    Mutant("any bound of renorm is taken", "validation.py", "if isinstance(bound, str | list | tuple | dict):", "if False:", ONE_PROCESS, "bad or rmax or Each"),
 ]  # fmt: skip
 
 # Two processes tell as much as four.
