@@ -188,7 +188,7 @@ def _vector(
     if value is None:
         return dialect.fill(channels, default, dtype)
     value = dialect.cast(value, dtype)
-    if list(value.shape) not in ([channels], parameters):
+    if tuple(value.shape) != (channels,) and tuple(value.shape) != tuple(parameters):
         raise ValueError(
             f"`{name}` must have one value a channel: shape {' or '.join(dict.fromkeys([str([channels]), str(parameters)]))}. "
             f"Received: shape {tuple(value.shape)} for x of shape {shape}. {_mend(value.shape, shape)}"

@@ -112,6 +112,12 @@ def check_renorm_clipping(value: Any) -> dict[str, Any] | None:
             f"`renorm_clipping` must be a dict with the keys {list(CLIPPING_KEYS)}, each optional. Received: {value!r}. "
             "Drop or rename the other keys."
         )
+    for key, bound in value.items():
+        if isinstance(bound, str | list | tuple | dict):
+            raise ValueError(
+                "Each bound of `renorm_clipping` must be a number, a scalar tensor or variable, or a function that returns one. "
+                f"Received: {key}={bound!r}. Give for example 3.0."
+            )
     rmin, rmax, dmax = (value.get(key) for key in CLIPPING_KEYS)
     if isinstance(rmin, Real) and isinstance(rmax, Real) and not float(rmin) <= float(rmax):
         raise ValueError(f"`renorm_clipping` must have rmin <= rmax. Received: rmin={rmin}, rmax={rmax}. Swap them, or drop one.")

@@ -517,6 +517,8 @@ BAD_ARGUMENTS = [
     ({"renorm": True, "renorm_clipping": {"max": 1}}, ValueError, "`renorm_clipping` must be a dict with the keys"),
     ({"renorm": True, "renorm_clipping": {"rmin": 2, "rmax": 1}}, ValueError, "must have rmin <= rmax. Received: rmin=2, rmax=1."),
     ({"renorm": True, "renorm_clipping": {"dmax": -1}}, ValueError, "must have dmax >= 0: d is clipped to [-dmax, dmax]"),
+    ({"renorm_clipping": {"rmax": "a"}}, ValueError, "Each bound of `renorm_clipping` must be a number, a scalar tensor or variable"),
+    ({"adjustment": 3}, TypeError, "`adjustment` must be a callable that takes the input's shape. Received: adjustment=3."),
     ({"group_size": 0}, ValueError, "`group_size` must be None or a positive integer"),
     ({"group_size": 2.0}, ValueError, "`group_size` must be None or a positive integer"),
     ({"fused": True}, ValueError, "`fused` is not applicable to SyncBatchNormalization"),

@@ -112,4 +112,5 @@ MUTANTS = [
     Mutant("an object that cannot be made again is saved", "keras/arguments.py", "if isinstance(registered, type) and not", "if False and not", ALONE_TESTS, "cannot_make_again"),
     Mutant("a variable stays one in the layer", ENGINE, "    x = tf.convert_to_tensor(x)\n", "", ALONE_TESTS, "variable_as"),
     Mutant("a variable stays one in the function", "functional.py", "x = dialect.operators.convert_to_tensor(x)", "pass", "tensorflow/test_functional_tensorflow.py", "variables_have"),
+    Mutant("any adjustment is taken", "keras/arguments.py", "if value is not None and not callable(value):", "if False:", ALONE_TESTS, "bad_arguments or adjustment"),
 ]  # fmt: skip

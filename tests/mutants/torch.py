@@ -151,10 +151,14 @@ MUTANTS = [
     Mutant("a DTensor's statistics are one rank's", "torch/dtensor.py", "x.device_mesh.get_group(sharded[0]) if sharded else None\n    attributes[\"group_size\"] = None if sharded else 1",
            "None\n    attributes[\"group_size\"] = 1", DROP_IN_RANKS, "whole_batch and sharded"),
     Mutant("a replicated DTensor counts twice", "torch/dtensor.py", "None if sharded else 1", "None", DROP_IN_RANKS, "whole_batch and replicated"),
-    Mutant("a selective checkpoint sees the operators of a layer", CHECKPOINT, "or not is_in_selective_checkpoint()", "or True", ONE_PROCESS, "selective"),
+    Mutant("a selective checkpoint sees the operators of a layer", ENGINE, "and count_dispatch_modes() and is_in_selective_checkpoint()", "and False", ONE_PROCESS, "selective"),
+    Mutant("a selective checkpoint sees those of the function", CHECKPOINT, "or not is_in_selective_checkpoint()", "or True", TRAINING, "function_in_a_selective"),
     Mutant("a value is read where there is none", CPU, "if readable and norm.epsilon and x.numel()", "if norm.epsilon and x.numel()", ONE_PROCESS, "large_inputs"),
     Mutant("a class taken for a function", "torch/arguments.py", "if isinstance(value, type):", "if False:", ONE_PROCESS, "ReLU"),
     Mutant("a batch of gradients taken for a rank that is late", TRANSPORT, 'if "Batching rule" in str(error):', "if False:", RANKS, "batched"),
+    Mutant("a size that may change compared as a list", "functional.py", "if tuple(value.shape) != (channels,) and tuple(value.shape) != tuple(parameters):",
+           "if list(value.shape) not in ([channels], parameters):", "torch/test_functional_torch.py", "graph_break"),
+    Mutant("any bound of renorm is taken", "validation.py", "if isinstance(bound, str | list | tuple | dict):", "if False:", ONE_PROCESS, "bad or rmax or Each"),
 ]  # fmt: skip
 
 # Two processes tell as much as four.

@@ -75,11 +75,13 @@ def test_an_axis_name_on_ranks(torch_world):
 
 
 @pytest.mark.skipif(TORCH < (2, 11), reason="torch 2.6 does not trace what tells the framework of an array")
-def test_compiles_without_a_graph_break():
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_without_a_graph_break(dynamic):
     x, dy = torch.randn(6, 4, 3, dtype=torch.float64, requires_grad=True), torch.randn(6, 4, 3, dtype=torch.float64)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: sync_batch_norm(x)[:3], backend="aot_eager", fullgraph=True)
-    for got, right in zip(compiled(x), sync_batch_norm(x)[:3], strict=True):
+    plain = lambda x: sync_batch_norm(x, torch.ones(3, dtype=torch.float64))[:3]  # noqa: E731
+    compiled = torch.compile(plain, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for got, right in zip(compiled(x), plain(x), strict=True):
         torch.testing.assert_close(got, right)
-    (got,), (right,) = (torch.autograd.grad(f(x)[0], x, dy) for f in (compiled, sync_batch_norm))
+    (got,), (right,) = (torch.autograd.grad(f(x)[0], x, dy) for f in (compiled, plain))
     torch.testing.assert_close(got, right)

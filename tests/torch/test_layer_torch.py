@@ -700,6 +700,7 @@ def test_no_argument_without_an_effect(name):
     ({"activation": "tanh"}, "`activation` must be None, a callable or one of ['leaky_relu', 'relu', 'silu']. Received: activation='tanh'."),
     ({"renorm": True, "track_running_stats": False}, "renorm=True corrects towards the moving statistics, so they must be kept."),
     ({"renorm_clipping": {"max": 1}}, "`renorm_clipping` must be a dict with the keys"),
+    ({"renorm_clipping": {"rmax": [1.0, 2.0]}}, "Each bound of `renorm_clipping` must be a number, a scalar tensor or variable"),
     ({"momentum": 1.5}, "`momentum` must lie in [0, 1]: it is the weight of the new value. Received: momentum=1.5."),
     ({"momentum": -0.1}, "`momentum` must lie in [0, 1]: it is the weight of the new value. Received: momentum=-0.1."),
     ({"eps": -1e-5}, "`eps` must be a finite number, 0 or more: it is added to the variance. Received: eps=-1e-05."),

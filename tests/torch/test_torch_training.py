@@ -22,6 +22,7 @@ from versions import TORCH
 
 import syncbn
 from syncbn import SyncBatchNorm
+from syncbn.functional import sync_batch_norm
 from syncbn.torch import compiled
 
 # ------------------------------------------------------------------------------------------------- compiled
@@ -285,6 +286,23 @@ def test_checkpointing(torch_world, way, shape):
             assert g["messages"] == p["messages"]
         elif shape != "compiled":
             assert g["messages"][1] > p["messages"][1]
+
+
+def function_in_a_checkpoint(selective, x, dy):
+    x = tensor(x).requires_grad_()
+    call = lambda v: sync_batch_norm(v * 2)[0]  # noqa: E731
+    y = checkpoint(call, x, **WAYS["selective"]) if selective else call(x)
+    y.backward(tensor(dy))
+    return numbers(x.grad)
+
+
+def test_the_function_in_a_selective_checkpoint(torch_world):
+    """Its message, which the all-reduce changes in place, is what the checkpoint keeps."""
+    case = Case("function", (3, 1, 4, 2), (4,), dtype="float64")
+    xs, dys = case.inputs(torch_world.replicas), case.cotangents(torch_world.replicas)
+    plain, got = (torch_world.run(function_in_a_checkpoint, xs, dys, common=(selective,)) for selective in (False, True))
+    for p, g in zip(plain, got, strict=True):
+        np.testing.assert_allclose(g, p, atol=1e-10)
 
 
 @pytest.mark.parametrize("shape", ["one", "nested", "two forwards"])

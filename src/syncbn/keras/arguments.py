@@ -154,6 +154,16 @@ def check_input_shape(shape: Sequence[int | None], built: Sequence[int | None], 
         )
 
 
+def check_adjustment(value: Any) -> Any:
+    """A callable, or None."""
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"`adjustment` must be a callable that takes the input's shape. Received: adjustment={value!r}. Give for example "
+            "lambda shape: (1.0, 0.0)."
+        )
+    return value
+
+
 def check_adjustment_shape(name: str, shape: Sequence[int | None], input_shape: Sequence[int | None], per_channel: bool) -> None:
     """Raises where a result of `adjustment` does not broadcast to the input. per_channel: it is [C], on any channel axis."""
     from_last = zip(reversed(tuple(shape)), reversed(tuple(input_shape)), strict=False)

@@ -142,7 +142,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         self.renorm = bool(renorm)
         self.renorm_momentum = arguments.check_momentum("renorm_momentum", renorm_momentum)
         self._clipping = variables.Untracked(validation.check_renorm_clipping(renorm_clipping))
-        self.adjustment = adjustment
+        self.adjustment = arguments.check_adjustment(adjustment)
         self.group_size = validation.check_group_size(group_size)
         self.axis_name = validation.check_axis_name(axis_name)
         self.activation = activations.get(activation)
