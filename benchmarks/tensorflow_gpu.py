@@ -236,6 +236,7 @@ def on_own_device(strategy: Any, make: Callable[[int], Any]) -> Any:
 
 
 def values_of(strategy: Any, shape: tuple[int, ...], dtype: str, seed: int) -> Any:
+    """A tensor of normal values for every replica."""
     return on_own_device(strategy, lambda replica: tf.cast(tf.random.stateless_normal(shape, (seed, replica)), dtype))
 
 

@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import Any
 
-from syncbn.validation import foreign_model
+from syncbn.validation import FOREIGN_TO_LOADING, foreign_model
 
 
 def load_weights(model: Any, path: Any) -> Any:
@@ -46,5 +46,5 @@ def load_weights(model: Any, path: Any) -> Any:
         True
     """
     if sys.modules.get("keras") is None:
-        raise foreign_model("syncbn.load_weights", "a Keras 3 layer or model", model)
+        raise foreign_model("syncbn.load_weights", "a Keras 3 layer or model", model, FOREIGN_TO_LOADING)
     return importlib.import_module("syncbn.keras.weights").load_weights(model, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -194,10 +194,12 @@ FOREIGN = {
 }
 
 
-def foreign_model(function: str, takes: str, model: Any) -> TypeError:
+# The same for `load_weights`, which takes no torch module either.
+FOREIGN_TO_LOADING = {"torch": "A torch module loads its own files by load_state_dict.", **FOREIGN}
+
+
+def foreign_model(function: str, takes: str, model: Any, mends: Mapping[str, str] = FOREIGN) -> TypeError:
     """The error of a model that a function does not take, with what to do about one of its kind."""
     packages = [base.__module__.partition(".")[0] for base in type(model).__mro__]
-    mend = next((FOREIGN[name] for name in packages if name in FOREIGN), "Give the model itself.")
-    if "torch" in packages and function == "syncbn.load_weights":
-        mend = "A torch module loads its own files by load_state_dict."
+    mend = next((mends[name] for name in packages if name in mends), "Give the model itself.")
     return TypeError(f"{function} takes {takes}. Received: {type(model).__module__}.{type(model).__qualname__}. {mend}")

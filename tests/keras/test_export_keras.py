@@ -125,10 +125,15 @@ def test_fold_leaves_what_a_sequential_has_twice(twice):
     close(numpy(folded(data(3, 4))), numpy(model(data(3, 4))))
 
 
-@pytest.mark.skipif(not hasattr(layers.Dense, "enable_lora"), reason="this version of Keras has no LoRA")
-def test_fold_leaves_layers_with_more_weights():
+@pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
+@pytest.mark.parametrize("kind", ["LoRA", "int8"])
+def test_fold_leaves_layers_with_more_weights(kind):
     model = randomised(keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.BatchNormalization()]))
-    model.layers[0].enable_lora(2)
+    if kind == "LoRA":
+        model.layers[0].enable_lora(2)
+        model.layers[0].lora_kernel_b.assign(data(2, 4))
+    else:
+        model.quantize("int8")
     folded = syncbn.fold(model)
     assert len(norms(folded)) == 1
     close(numpy(folded(data(3, 4))), numpy(model(data(3, 4))))

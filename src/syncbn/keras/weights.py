@@ -23,7 +23,8 @@ def load_weights(model: Any, path: Any) -> Any:
         return not_weights(path, received)
 
     if not isinstance(model, layers.Layer):
-        raise validation.foreign_model("syncbn.load_weights", "a Keras 3 layer or model", model)
+        takes = "a Keras 3 layer or model"
+        raise validation.foreign_model("syncbn.load_weights", takes, model, validation.FOREIGN_TO_LOADING)
     kind, place = files.identify(Path(path), refuse)
     if kind in (files.CHECKPOINT, files.SAVED_MODEL):
         checkpoints.require_tensorflow(path, kind)

@@ -103,9 +103,10 @@ def is_recomputing() -> bool:
 count_dispatch_modes = _find("torch:_C._len_torch_dispatch_stack", lambda: 0)
 _dispatch_modes = _find("torch.utils._python_dispatch:_get_current_dispatch_mode_stack", list)
 _without_dispatch_modes = _find("torch.utils._python_dispatch:_disable_current_modes", lambda: contextlib.nullcontext(()))
+# No mode is an instance of an empty tuple.
 _SELECTIVE = (
-    _find("torch.utils.checkpoint:_CachingTorchDispatchMode", NotImplementedError),
-    _find("torch.utils.checkpoint:_CachedTorchDispatchMode", NotImplementedError),
+    _find("torch.utils.checkpoint:_CachingTorchDispatchMode", ()),
+    _find("torch.utils.checkpoint:_CachedTorchDispatchMode", ()),
 )
 
 
