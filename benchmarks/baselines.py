@@ -16,6 +16,7 @@ LOCAL = "BatchNorm2d"
 TORCH_SYNC = "torch SyncBatchNorm"
 COMPILED, OURS_COMPILED = f"{LOCAL}, compiled", f"{OURS}, compiled"
 ADD_RELU = "then add and ReLU"
+KERAS_SYNC, KERAS_LOCAL, IN_COMPILED_STEP = "keras synchronized", "keras unsynchronised", "in compiled_step"
 
 MOMENTUM, EPSILON = 0.9, 1e-5
 
@@ -56,8 +57,8 @@ def keras_adapters(**arguments: Any) -> dict[str, Adapter]:
 
     return {
         OURS: Adapter(lambda shape: syncbn.SyncBatchNormalization(**arguments)),
-        "keras synchronized": Adapter(lambda shape: keras.layers.BatchNormalization(synchronized=True, **arguments)),
-        "keras unsynchronised": Adapter(lambda shape: keras.layers.BatchNormalization(**arguments)),
+        KERAS_SYNC: Adapter(lambda shape: keras.layers.BatchNormalization(synchronized=True, **arguments)),
+        KERAS_LOCAL: Adapter(lambda shape: keras.layers.BatchNormalization(**arguments)),
     }
 
 

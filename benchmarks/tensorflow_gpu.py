@@ -1,7 +1,7 @@
 """TensorFlow on the GPUs of one process: layers in a row, forward + backward, and a ResNet-50.
 
 Parts: layers and resnet (a step is a tf.function), layers-compiled and resnet-compiled (XLA compiles each replica's step as a
-whole), shapes (what inputs whose shape changes cost), exchange (what a message costs).
+whole: by `syncbn.compiled_step`, and with Keras's synchronised layer by TensorFlow alone too), shapes (what inputs whose shape changes cost), exchange (what a message costs).
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from baselines import OURS, Adapter, keras_adapters
+from baselines import IN_COMPILED_STEP, KERAS_SYNC, OURS, Adapter, keras_adapters
 from timing import case_name, case_option, chosen, in_turns, rounds_option, seconds
 
 import syncbn
 from syncbn.tensorflow import passes_gpu
+from syncbn.tensorflow._private import barrier
 from syncbn.tensorflow.replicas import Replicas
 
 SHAPES = [
@@ -73,7 +74,10 @@ def layers(strategy: Any, cases: Any, rounds: int, compiled: bool, record: Calla
     copied = copy_rate()
     for dtype, shape in cases:
         adapters = keras_adapters(dtype=dtype if dtype == "float32" else f"mixed_{dtype}")
-        steps = {name: layer_step(strategy, adapter, shape, dtype, compiled) for name, adapter in adapters.items()}
+        steps = {
+            subject: layer_step(strategy, adapters[name], shape, dtype, compile_)
+            for subject, (name, compile_) in subjects(compiled).items()
+        }
         first, found = timed(strategy, steps, rounds)
         # x for the moments; x and y; x and dy for the sums; x, dy and dx.
         floor = 8 * np.prod(shape) * (4 if dtype == "float32" else 2) / copied * 1e6
@@ -89,6 +93,16 @@ def layers(strategy: Any, cases: Any, rounds: int, compiled: bool, record: Calla
             )
 
 
+def subjects(compiled: bool) -> dict[str, tuple[str, Callable[..., Any] | None]]:
+    """By a row's subject: a layer's name, and what compiles each replica's part of a step, or None."""
+    if not compiled:
+        return {name: (name, None) for name in keras_adapters()}
+    found: dict[str, tuple[str, Callable[..., Any] | None]] = {name: (name, syncbn.compiled_step) for name in keras_adapters()}
+    found[KERAS_SYNC] = KERAS_SYNC, lambda step: tf.function(step, jit_compile=True, autograph=False)
+    found[f"{KERAS_SYNC}, {IN_COMPILED_STEP}"] = KERAS_SYNC, syncbn.compiled_step
+    return found
+
+
 def resnet_name(images: int) -> str:
     return f"ResNet-50, {images} images a replica"
 
@@ -96,7 +110,7 @@ def resnet_name(images: int) -> str:
 def resnet(strategy: Any, sizes: list[int], rounds: int, compiled: bool, record: Callable[..., Any]) -> None:
     """Images a second of all replicas together, SGD included, in mixed_bfloat16."""
     for images in sizes:
-        steps = {name: resnet_step(strategy, name, images, compiled) for name in keras_adapters()}
+        steps = {subject: resnet_step(strategy, name, images, how) for subject, (name, how) in subjects(compiled).items()}
         first, found = timed(strategy, steps, rounds)
         for name, taken in found.items():
             record(
@@ -240,7 +254,13 @@ def values_of(strategy: Any, shape: tuple[int, ...], dtype: str, seed: int) -> A
     return on_own_device(strategy, lambda replica: tf.cast(tf.random.stateless_normal(shape, (seed, replica)), dtype))
 
 
-def layer_step(strategy: Any, adapter: Adapter, shape: tuple[int, ...], dtype: str, compiled: bool) -> Callable[[], Any]:
+@tf.custom_gradient
+def in_memory(y: Any) -> Any:
+    """y, which XLA writes to memory, and so its gradient: it would compute bare layers in a row as one, which no model has."""
+    return barrier(y)[0], lambda dy: barrier(dy)[0]
+
+
+def layer_step(strategy: Any, adapter: Adapter, shape: tuple[int, ...], dtype: str, compile_: Any) -> Callable[[], Any]:
     """Forward and backward through `LAYERS` layers in a row."""
     with strategy.scope():
         row = [adapter.make(shape) for _ in range(LAYERS)]
@@ -253,11 +273,11 @@ def layer_step(strategy: Any, adapter: Adapter, shape: tuple[int, ...], dtype: s
             tape.watch(x)
             y = x
             for layer in row:
-                y = layer(y, training=True)
+                y = layer(in_memory(y) if compile_ else y, training=True)
         return tape.gradient(y, [x, *weights], dy)
 
     def step(x: Any, dy: Any) -> Any:
-        found = (syncbn.compiled_step(gradients) if compiled else gradients)(x, dy)
+        found = (compile_(gradients) if compile_ else gradients)(x, dy)
         # One value stands for all: TensorFlow copies what a step returns to the first GPU.
         with tf.control_dependencies(found):
             return tf.reshape(found[0], [-1])[:1]
@@ -267,7 +287,7 @@ def layer_step(strategy: Any, adapter: Adapter, shape: tuple[int, ...], dtype: s
     return lambda: run(x, dy)
 
 
-def resnet_step(strategy: Any, name: str, images: int, compiled: bool) -> Callable[[], Any]:
+def resnet_step(strategy: Any, name: str, images: int, compile_: Any) -> Callable[[], Any]:
     """A training step of a ResNet-50."""
     keras.mixed_precision.set_dtype_policy("mixed_bfloat16")
     with strategy.scope():
@@ -275,7 +295,7 @@ def resnet_step(strategy: Any, name: str, images: int, compiled: bool) -> Callab
         if name == OURS:
             syncbn.convert(model)
         for layer in model.layers:
-            if name == "keras synchronized" and isinstance(layer, keras.layers.BatchNormalization):
+            if name == KERAS_SYNC and isinstance(layer, keras.layers.BatchNormalization):
                 layer.synchronized = True
         optimizer = keras.optimizers.SGD(0.01)
         optimizer.build(model.trainable_variables)
@@ -288,7 +308,7 @@ def resnet_step(strategy: Any, name: str, images: int, compiled: bool) -> Callab
         return loss, tape.gradient(loss, [v.value for v in model.trainable_variables])
 
     def step(x: Any, labels: Any) -> Any:
-        loss, found = (syncbn.compiled_step(gradients) if compiled else gradients)(x, labels)
+        loss, found = (compile_(gradients) if compile_ else gradients)(x, labels)
         optimizer.apply(found, model.trainable_variables)
         return loss
 
