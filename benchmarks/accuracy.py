@@ -20,7 +20,7 @@ from baselines import MOMENTUM, OURS, keras_adapters
 MEANS = (1, 10, 100, 1_000, 10_000, 100_000)
 SEEDS = range(5)
 REPLICAS, SHAPE = 4, (512, 8)
-KERAS, TORCH, FLAX = "keras synchronized", "torch BatchNorm, one process", "flax axis_name"
+TORCH, FLAX = "torch BatchNorm, one process", "flax axis_name"
 PACKAGES = {"tensorflow": ("tensorflow-cpu", "keras"), "torch": ("torch",), "jax": ("jax", "flax")}
 
 

@@ -12,11 +12,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from accuracy import FLAX, KERAS, TORCH
-from baselines import LOCAL, OURS, TORCH_SYNC
+from accuracy import FLAX, TORCH
+from baselines import KERAS_LOCAL, KERAS_SYNC, LOCAL, OURS, TORCH_SYNC
 from gpu_tables import one_gpu, training, two_gpus
 from rows import geometric_mean, read
-from tensorflow_tables import exchange, layers, resnet
+from tensorflow_tables import COMPILED, KERAS_SYNC_IN_STEP, TRAINING_COMPILED, exchange, layers, resnet
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- from benchmarks/results, by benchmarks/figures.py -->\n", "<!-- end -->\n"
@@ -45,11 +45,11 @@ def cpu_lines() -> list[str]:
     large = lambda row: prod(row["details"]["shape"]) > 100_000  # noqa: E731
     bare = ratios("torch-cpu", "torch local + 2 bare all_reduces", replicas=2, **step)
     return [
-        line("TensorFlow, CPU, 4 replicas", "Keras `synchronized=True`", ratios("tensorflow-cpu", "keras synchronized", **step)),
+        line("TensorFlow, CPU, 4 replicas", "Keras `synchronized=True`", ratios("tensorflow-cpu", KERAS_SYNC, **step)),
         line(
             "— inputs over 100,000 elements",
             "Keras, unsynchronised",
-            ratios("tensorflow-cpu", "keras unsynchronised", large, **step),
+            ratios("tensorflow-cpu", KERAS_LOCAL, large, **step),
         ),
         line("PyTorch, CPU, one process", "`nn.BatchNorm`", ratios("torch-cpu", "torch local", replicas=1, **step)),
         line("PyTorch, CPU, 2 processes, gloo", "`nn.BatchNorm` and two bare all-reduces", bare),
@@ -58,15 +58,32 @@ def cpu_lines() -> list[str]:
 
 def tensorflow_gpu_lines() -> list[str]:
     sync, local = "Keras `synchronized=True`", "Keras, unsynchronised"
-    layer, training_ = {"measure": "layer"}, {"measure": "training", "replicas": 2}
+    layer, whole = {"measure": "layer"}, TRAINING_COMPILED
     one, two = gpus("tensorflow-gpu", 1), gpus("tensorflow-gpu", 2)
-    images = lambda baseline: [1 / rate for rate in ratios("tensorflow-gpu", baseline, **training_)]  # noqa: E731
+
+    def images(baseline: str, measure: str = "training") -> list[float]:
+        return [1 / rate for rate in ratios("tensorflow-gpu", baseline, replicas=2, measure=measure)]
+
     return [
-        line(f"TensorFlow, {two}", sync, ratios("tensorflow-gpu", "keras synchronized", replicas=2, **layer)),
-        line(f"TensorFlow, {one}", local, ratios("tensorflow-gpu", "keras unsynchronised", replicas=1, **layer)),
-        line(f"ResNet-50 on TensorFlow, {two}, 32 and 8 images each", sync, images("keras synchronized")),
-        line("— the same", local, images("keras unsynchronised")),
+        line(f"TensorFlow, {two}", sync, ratios("tensorflow-gpu", KERAS_SYNC, replicas=2, **layer)),
+        line(f"TensorFlow, {one}", local, ratios("tensorflow-gpu", KERAS_LOCAL, replicas=1, **layer)),
+        line(f"ResNet-50 on TensorFlow, {two}, 32 and 8 images each", sync, images(KERAS_SYNC)),
+        line("— the same", local, images(KERAS_LOCAL)),
+        line(f"TensorFlow, {two}, `syncbn.compiled_step`", f"{sync}, compiled by TensorFlow", compiled_layers(KERAS_SYNC)),
+        line("— the same", f"{sync}, `compiled_step` too", compiled_layers(KERAS_SYNC_IN_STEP)),
+        line(
+            f"ResNet-50 on TensorFlow, {two}, `compiled_step`, 32 images each",
+            f"{sync}, compiled by TensorFlow",
+            images(KERAS_SYNC, whole),
+        ),
+        line("— the same", f"{sync}, `compiled_step` too", images(KERAS_SYNC_IN_STEP, whole)),
+        line("— the same", local, images(KERAS_LOCAL, whole)),
     ]
+
+
+def compiled_layers(baseline: str) -> list[float]:
+    """Time of layers in a step that XLA compiles, on two GPUs, over a baseline's."""
+    return ratios("tensorflow-gpu", baseline, replicas=2, measure=COMPILED)
 
 
 def gpu_lines() -> list[str]:
@@ -114,13 +131,13 @@ def large_means() -> str:
     lines = [f"| {' | '.join(heads)} | `torch.nn.BatchNorm1d`, one process |", "|---|---|---|---|---|"]
     for mean in dict.fromkeys(mean for _, _, mean in rows):
         ours = max(value for (_, subject, at), value in rows.items() if (subject, at) == (OURS, mean))
-        theirs = (rows["tensorflow", KERAS, mean], rows["jax", FLAX, mean], rows["torch", TORCH, mean])
+        theirs = (rows["tensorflow", KERAS_SYNC, mean], rows["jax", FLAX, mean], rows["torch", TORCH, mean])
         lines.append(f"| {mean:,.0f} | {ours:.0e} | {' | '.join(f'{value:.0e}' for value in theirs)} |")
     return "\n".join(lines) + "\n"
 
 
 def speed_ups() -> str:
-    """README's six lines: their time over ours."""
+    """README's lines: their time over ours."""
     graph, layer = {"measure": "step in a CUDA graph"}, {"measure": "layer"}
     by_memory = lambda row: row["details"]["transport"] == "peer memory"  # noqa: E731
     two, two_tf, two_jax = gpus("gpu", 2), gpus("tensorflow-gpu", 2), gpus("jax-gpu", 2)
@@ -128,10 +145,11 @@ def speed_ups() -> str:
         (f"PyTorch layer, {two}", "`torch.nn.SyncBatchNorm`", ratios("gpu", TORCH_SYNC, by_memory, replicas=2, **graph)),
         (f"PyTorch layer, {two}", "`BatchNorm2d`, not synchronised", ratios("gpu", LOCAL, by_memory, replicas=2, **graph)),
         (f"Keras layer on TensorFlow, {two_tf}", "Keras `synchronized=True`",
-         ratios("tensorflow-gpu", "keras synchronized", replicas=2, **layer)),
+         ratios("tensorflow-gpu", KERAS_SYNC, replicas=2, **layer)),
+        ("— in a step compiled by `syncbn.compiled_step`", "the same, compiled by TensorFlow", compiled_layers(KERAS_SYNC)),
         (f"`sync_batch_norm` on JAX, {two_jax}", "Flax `axis_name`", ratios("jax-gpu", "flax axis_name", replicas=2)),
         ("Keras layer on TensorFlow, CPU, 4 replicas", "Keras `synchronized=True`",
-         ratios("tensorflow-cpu", "keras synchronized", measure="step")),
+         ratios("tensorflow-cpu", KERAS_SYNC, measure="step")),
         ("PyTorch layer, CPU, one process", "`torch.nn.BatchNorm`",
          ratios("torch-cpu", "torch local", replicas=1, measure="step")),
     ]  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import accuracy as suite
-from baselines import COMPILED, LOCAL, OURS, TORCH_SYNC
+from baselines import COMPILED, KERAS_SYNC, LOCAL, OURS, TORCH_SYNC
 from gpu_tables import SMALL_MEGABYTES, Figures, short
 from rows import read
 
@@ -17,7 +17,7 @@ COLOURS = {TORCH_SYNC: "#d9b36c", LOCAL: "#b8b8b8", COMPILED: "#6f8fb3", OURS: "
 # What a line of the figure of accuracy says, by framework and subject, and its colour and marker.
 LINES = {
     ("jax", suite.FLAX): ("Flax, axis_name", "#6f8fb3", "s-"),
-    ("tensorflow", suite.KERAS): ("Keras, synchronized=True", "#d9b36c", "o-"),
+    ("tensorflow", KERAS_SYNC): ("Keras, synchronized=True", "#d9b36c", "o-"),
     ("torch", suite.TORCH): ("torch.nn.BatchNorm1d, one process", "#808080", "^-"),
     ("tensorflow", OURS): ("syncbn: TensorFlow", "#c8553d", "o--"),
     ("torch", OURS): ("syncbn: PyTorch", "#c8553d", "^-"),

@@ -1,7 +1,8 @@
 """TensorFlow on the GPUs of one process: layers in a row, forward + backward, and a ResNet-50.
 
 Parts: layers and resnet (a step is a tf.function), layers-compiled and resnet-compiled (XLA compiles each replica's step as a
-whole: by `syncbn.compiled_step`, and with Keras's synchronised layer by TensorFlow alone too), shapes (what inputs whose shape changes cost), exchange (what a message costs).
+whole: `syncbn.compiled_step`, and for Keras's synchronised layer also TensorFlow alone), shapes (what inputs whose shape changes
+cost), exchange (what a message costs).
 """
 
 from __future__ import annotations

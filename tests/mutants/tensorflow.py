@@ -106,6 +106,8 @@ MUTANTS = [
     Mutant("clusters in inference", ENGINE, "    if passes is passes_cpu:\n", "    if True:\n", GPU_TESTS, "inference_and_exports"),
     Mutant("a layer from outside of the scope trains", ENGINE, "if not all(isinstance(v, tf.distribute.DistributedValues) for v in variables):", "if False:", GPU_TESTS, "outside_of_the_scope"),
     Mutant("forward mode says nothing", ENGINE, "    if has_tangents(given):\n", "    if False:\n", GPU_TESTS, "forward_mode"),
+    Mutant("a compiled step's collectives are numbered at each call", "tensorflow/_private.py", "_launcher._prefer_unique_instance_key, False", "_launcher._prefer_unique_instance_key, True", GPU_TESTS, "argument_for_a_collective"),
+    Mutant("other functions' collectives are numbered once too", "tensorflow/_private.py", "_launcher._prefer_unique_instance_key = kept", "pass", GPU_TESTS, "argument_for_a_collective"),
     Mutant("a compiled step is compiled at each call", "tensorflow/compiled_step.py", "compiled = functions.setdefault(number, compiled)", "pass", GPU_TESTS, "compiles_once"),
     Mutant("a propagated mask taken for one that was given", "keras/arguments.py", "if kept is None or tuple(", "if True or tuple(", ALONE_TESTS, "propagated"),
     Mutant("inference needs a mask", "keras/arguments.py", "    if training:\n        raise ValueError(\n            \"A mask that", "    if True:\n        raise ValueError(\n            \"A mask that", ALONE_TESTS, "propagated"),

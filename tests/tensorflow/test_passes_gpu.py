@@ -236,8 +236,13 @@ def test_a_compiled_step_takes_no_argument_for_a_collective(world, monkeypatch):
         run = tf.function(lambda: world.strategy.run(replica), autograph=False)
         return len(run.get_concrete_function().captured_inputs)
 
-    plain = arguments(lambda: tf.function(step, jit_compile=True, autograph=False)())
+    def by_tensorflow():
+        return tf.function(step, jit_compile=True, autograph=False)()
+
+    plain = arguments(by_tensorflow)
     assert arguments(syncbn.compiled_step(step)) == plain - world.replicas
+    # Only in a compiled step.
+    assert arguments(by_tensorflow) == plain
 
 
 def test_a_compiled_step_on_cpu_replicas_says_what_to_do(world):
