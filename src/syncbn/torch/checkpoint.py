@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from syncbn.torch._private import is_in_selective_checkpoint, is_recomputing, outside_selective_checkpoints
+from syncbn.torch._private import current_graph_task_id, is_in_selective_checkpoint, is_recomputing, outside_selective_checkpoints
 from syncbn.torch.local import is_local, is_local_in_graph
 from syncbn.validation import check_renorm_not_recomputed
 
@@ -159,8 +159,11 @@ def should_update_statistics(like: Tensor, renorm: bool) -> Any:
 
 def should_update_now(renorm: bool) -> bool:
     """The same, of code that is not compiled."""
-    if is_local() or is_replaying():
+    if is_local() or (_contexts.stack and is_replaying()):
         return False
+    if current_graph_task_id() == -1:
+        # The usual case, told by one call: no backward pass runs.
+        return True
     recomputed = is_recomputing()
     check_renorm_not_recomputed(renorm and recomputed, f"a layer in {RECOMPUTATION}")
     return not recomputed

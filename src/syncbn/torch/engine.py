@@ -233,7 +233,8 @@ def _with_constants(
     """Operators that tracing, export, vmap and jacrev know; their own gradients are right."""
     dtype = arithmetic_dtype(x)
     mean, variance, scale, offset = (v.to(dtype) for v in (moments.mean, moments.variance, scale, offset))
-    y = torch.nn.functional.batch_norm(x, mean, variance, scale, offset, False, 0.0, epsilon)
+    # The operator: the function around it refuses an epsilon of 0 in torch 2.11.
+    y = torch.batch_norm(x, scale, offset, mean, variance, False, 0.0, epsilon, torch.backends.cudnn.enabled)
     if residual is not None:
         y = y + residual.to(y.dtype)
     return reference.activated(y, activation)

@@ -66,23 +66,24 @@ def kernels_for(
     if communicator is None and x.numel() <= x.shape[1]:
         # No value, or one value a channel.
         return None
-    # The kernels take addresses.
-    if not _alike(x, weight, bias):
-        return None
-    if statistics is None:
-        return kernels
     # The kernels count batches, and their variance is Bessel's.
-    if statistics.batches is None or not statistics.unbiased or not _alike(x, statistics.mean, statistics.variance):
+    if statistics is not None and (statistics.batches is None or not statistics.unbiased):
         return None
-    return kernels
+    return kernels if _have_addresses(x, weight, bias, statistics) else None
 
 
-def _alike(x: Tensor, a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two vectors, or neither, lie close packed, in one dtype, on the device of x."""
-    if a is None or b is None:
-        return a is b
-    # get_device(): a number, where two devices take longer to compare.
-    return a.is_contiguous() and b.is_contiguous() and a.dtype is b.dtype and a.get_device() == b.get_device() == x.get_device()
+def _have_addresses(x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics | None) -> bool:
+    """Whether the kernels can take the vectors by their addresses: each pair close packed, in one dtype, on the device of x."""
+    pairs = [(weight, bias)] if statistics is None else [(weight, bias), statistics[:2]]
+    # A number, where two devices take longer to compare.
+    device = x.get_device()
+    for a, b in pairs:
+        if a is None or b is None:
+            if a is not b:
+                return False
+        elif not (a.is_contiguous() and b.is_contiguous() and a.dtype is b.dtype and a.get_device() == b.get_device() == device):
+            return False
+    return True
 
 
 def train_step(
@@ -98,9 +99,11 @@ def train_step(
     layer: str | None,
 ) -> tuple[Tensor, Statistics | None]:
     """(y, what there is to assign: nothing), by the kernels of `kernels_for`. parameters: weight and bias."""
-    # Before mailboxes are set up, where all ranks wait for each other: a rank that is absent is named.
-    desync.announce(communicator, "forward", layer, x.shape)
-    mailbox = None if communicator is None else mailbox_for(communicator, x.device, x.shape[1])
+    mailbox = None
+    if communicator is not None:
+        # Before mailboxes are set up, where all ranks wait for each other: a rank that is absent is named.
+        desync.announce(communicator, "forward", layer, x.shape)
+        mailbox = mailbox_for(communicator, x.device, x.shape[1])
     # 1/batches cannot be read by some programs while another counts. Also not in a recomputation, which must save what was saved.
     single_launch = communicator is None and (statistics is None or statistics.weight is not None)
     updated = statistics if statistics is not None and should_update_now(False) else None
@@ -125,8 +128,7 @@ class FusedBatchNorm(Function):
     ) -> Tensor:
         """y."""
         kernels, activation = call.kernels, call.activation
-        dense = kernels.dense_or_copy(x)
-        plan = kernels.plan_of_step(dense, weight, residual, mask is not None, call)
+        plan, dense = kernels.plan_of_step(x, weight, residual, mask is not None, call)
         y, stats = kernels.ops.forward(
             plan,
             dense,
@@ -151,7 +153,8 @@ class FusedBatchNorm(Function):
         x, weight, bias, stats, mask, saved = ctx.saved_tensors
         call: FusedCall = ctx.call
         kernels = call.kernels
-        desync.announce(call.communicator, desync.backward(), call.layer, x.shape)
+        if call.communicator is not None:
+            desync.announce(call.communicator, desync.backward(), call.layer, x.shape)
         # Batched gradients have no memory of their own either.
         if torch.is_grad_enabled() or is_legacy_batchedtensor(dy):
             with torch.enable_grad():

@@ -254,7 +254,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _name(self) -> str | None:
         """Its name for messages. In the debug mode it gets one at its first call."""
-        if self._name_in_model is None and not torch.compiler.is_compiling() and desync.enabled():
+        if desync.enabled() and self._name_in_model is None and not torch.compiler.is_compiling():
             self._name_in_model = name_on_the_stack() or f"{type(self).__name__}({self.num_features})"
         return self._name_in_model
 

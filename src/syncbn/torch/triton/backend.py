@@ -74,8 +74,8 @@ def plan_for(x: Tensor, options: PlanOptions) -> Plan:
     return found
 
 
-def plan_of_step(x: Tensor, weight: Tensor | None, residual: Tensor | None, masked: bool, call: Any) -> Plan:
-    """The plan of a whole training step, x dense. call: a `fused.FusedCall`."""
+def plan_of_step(x: Tensor, weight: Tensor | None, residual: Tensor | None, masked: bool, call: Any) -> tuple[Plan, Tensor]:
+    """The plan of a whole training step, and x or its `dense_or_copy`. call: a `fused.FusedCall`."""
     statistics, mailbox, communicator, dtype = call.statistics, call.mailbox, call.communicator, None
     if statistics is not None:
         dtype = statistics.mean.dtype
@@ -97,6 +97,12 @@ def plan_of_step(x: Tensor, weight: Tensor | None, residual: Tensor | None, mask
         call.single_launch,
     )
     found = _step_plans.get(key)
+    # Only strides of dense tensors have a plan.
+    if found is not None and x.data_ptr() % 16 == 0:
+        return found, x
+    dense = dense_or_copy(x)
+    if dense is not x:
+        return plan_of_step(dense, weight, residual, masked, call)
     if found is None:
         all_reduced = communicator is not None and mailbox is None
         options = PlanOptions(
@@ -113,7 +119,7 @@ def plan_of_step(x: Tensor, weight: Tensor | None, residual: Tensor | None, mask
             single_launch=call.single_launch,
         )
         found = _step_plans[key] = plan_for(x, options)
-    return found
+    return found, x
 
 
 def mask_of(mask: Tensor | None, x: Tensor) -> Tensor | None:

@@ -47,9 +47,8 @@ class Gradients(NamedTuple):
     dresidual: Tensor | None
 
 
-def stream_of(device: torch.device) -> int:
-    """The current stream's handle."""
-    return 0 if INTERPRETED else current_raw_stream(device.index)
+# By a device's index, the handle of its current stream.
+stream_of = (lambda device_index: 0) if INTERPRETED else current_raw_stream
 
 
 def measure(plan: Plan, x: Tensor, mask: Tensor | None, exchange: Exchange | None = None) -> Tensor:
@@ -58,7 +57,7 @@ def measure(plan: Plan, x: Tensor, mask: Tensor | None, exchange: Exchange | Non
     From a plan of partial sums, [2C + 1]: the message n, Σx, Σx².
     """
     device = x.device
-    stream = stream_of(device)
+    stream = stream_of(x.get_device())
     launch, parts, counters = plan.moments
     stats = torch.empty(plan.stats_size, dtype=torch.float64, device=device)
     parts_ptr, arrivals_ptr = scratch_for(device, stream, parts, counters)
@@ -93,7 +92,7 @@ def normalize(
     y = torch.empty_like(x)
     mean, variance, batches, weight, rest = _updated(statistics)
     plan.normalize.start(
-        stream_of(x.device),
+        stream_of(x.get_device()),
         x_ptr=x,
         y_ptr=y,
         residual_ptr=residual,
@@ -160,7 +159,7 @@ def _forward_in_a_single_launch(
     assert plan.forward is not None
     launch, parts, counters = plan.forward
     device = x.device
-    stream = stream_of(device)
+    stream = stream_of(x.get_device())
     y, stats = torch.empty_like(x), torch.empty(plan.stats_size, dtype=torch.float64, device=device)
     mean, variance, batches, weight, rest = _updated(statistics)
     parts_ptr, arrivals_ptr = scratch_for(device, stream, parts, counters)
@@ -208,7 +207,7 @@ def gradient_sums(
     behind `stats`: an allocation less costs the host as much less as a launch.
     """
     device, C = x.device, plan.view.C
-    stream, dtype = stream_of(device), plan.options.gradients
+    stream, dtype = stream_of(x.get_device()), plan.options.gradients
     launch, parts, counters = plan.sums
     dscale = doffset = message = None
     if dtype is not None:
@@ -269,7 +268,7 @@ def input_gradient(
     """(dx, dresidual); the second where there are a residual and an activation. message: of all replicas."""
     dx, dresidual = torch.empty_like(x), _dresidual(plan, x, saved)
     plan.input_gradient.start(
-        stream_of(x.device),
+        stream_of(x.get_device()),
         x_ptr=x,
         dy_ptr=dy,
         dx_ptr=dx,
@@ -336,7 +335,7 @@ def _backward_in_a_single_launch(
 ) -> Gradients:
     assert plan.backward is not None
     launch, parts, counters = plan.backward
-    stream = stream_of(x.device)
+    stream = stream_of(x.get_device())
     dx, dresidual = torch.empty_like(x), _dresidual(plan, x, saved)
     dscale = doffset = None
     if scale is not None:
@@ -379,7 +378,7 @@ def exchange_values(kind: str, values: Tensor, exchange: Exchange, replicas: int
     out = torch.empty_like(values)
     mailboxes, rank, limit, tag = exchange
     launch.start(
-        stream_of(values.device), values_ptr=values, out_ptr=out, mailboxes_ptr=mailboxes, limit=limit, tag=tag, rank=rank
+        stream_of(values.get_device()), values_ptr=values, out_ptr=out, mailboxes_ptr=mailboxes, limit=limit, tag=tag, rank=rank
     )
     return out
 
