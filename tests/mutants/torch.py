@@ -95,7 +95,7 @@ MUTANTS = [
     Mutant("the name on the stack not asked for", "torch/failures.py", 'if direction == "forward" else None', "if False else None", FAILURES, "left_alone and forward and not (compiled or renorm or without)"),
     Mutant("messages counted from 0", "torch/failures.py", "_numbers.get(group, 0) + 1", "_numbers.get(group, -1) + 1", FAILURES, "left_alone and forward and not (compiled or renorm or without)"),
     Mutant("names that debug found are compared", "torch/desync.py", 'if _named or key != "layer"', "if True", RANKS, "names_that_debug_found"),
-    Mutant("debug finds no name", LAYER, " and desync.enabled()", " and False", RANKS, "another_path and unnamed"),
+    Mutant("debug finds no name", LAYER, "if desync.enabled() and", "if False and", RANKS, "another_path and unnamed"),
     Mutant("debug has no name for a module that is called by itself", LAYER, 'name_on_the_stack() or f"{type(self).__name__}({self.num_features})"',
            "name_on_the_stack()", FAILURES, "without_its_store"),
     Mutant("a group that cannot be made unexplained", GROUPS, 'raise set_up_failed("make its process group", error) from error', "raise", FAILURES, "first_call"),

@@ -365,6 +365,15 @@ def test_an_empty_replica_has_a_program_that_updates_its_statistics():
         assert plan.pointwise_programs(view, tile, before) >= 1
 
 
+@pytest.mark.parametrize("kernel", ["moments", "sums"])
+def test_programs_of_channels_last_have_equal_parts(kernel):
+    """Then what the next launch reads first is what all of them read last."""
+    view, h200 = ChannelView(32 * 112 * 112, 64, 1), tiling.Machine(132, 227 << 10, True)
+    tile = tiling.tile_for(kernel, view, 2, h200)
+    assert view.A % (tile.block_p * tile.tiles_per_program) == 0
+    assert tiling.order(view, tiling.tile_for("normalize", view, 2, h200), tile)[0] > 1
+
+
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_plans_cover_every_value(layout):
     for shape in [(32, 64, 112, 112), (2, 8192, 1, 1), (1, 1, 333, 333), (7, 3, 7, 7), (1, 1, 1, 1), (300, 5, 1, 1)]:

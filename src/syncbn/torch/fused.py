@@ -66,24 +66,23 @@ def kernels_for(
     if communicator is None and x.numel() <= x.shape[1]:
         # No value, or one value a channel.
         return None
-    # The kernels count batches, and their variance is Bessel's.
-    if statistics is not None and (statistics.batches is None or not statistics.unbiased):
+    # The kernels take addresses.
+    if not _alike(x, weight, bias):
         return None
-    return kernels if _have_addresses(x, weight, bias, statistics) else None
+    if statistics is None:
+        return kernels
+    # The kernels count batches, and their variance is Bessel's.
+    if statistics.batches is None or not statistics.unbiased or not _alike(x, statistics.mean, statistics.variance):
+        return None
+    return kernels
 
 
-def _have_addresses(x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics | None) -> bool:
-    """Whether the kernels can take the vectors by their addresses: each pair close packed, in one dtype, on the device of x."""
-    pairs = [(weight, bias)] if statistics is None else [(weight, bias), statistics[:2]]
-    # A number, where two devices take longer to compare.
-    device = x.get_device()
-    for a, b in pairs:
-        if a is None or b is None:
-            if a is not b:
-                return False
-        elif not (a.is_contiguous() and b.is_contiguous() and a.dtype is b.dtype and a.get_device() == b.get_device() == device):
-            return False
-    return True
+def _alike(x: Tensor, a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two vectors, or neither, lie close packed, in one dtype, on the device of x."""
+    if a is None or b is None:
+        return a is b
+    # get_device(): a number, where two devices take longer to compare.
+    return a.is_contiguous() and b.is_contiguous() and a.dtype is b.dtype and a.get_device() == b.get_device() == x.get_device()
 
 
 def train_step(

@@ -89,21 +89,21 @@ FEW = 8192
 SHORT = 4096
 CHOICES = {
     "moments": {
-        "last": (Choice(64, 64, 4, 3, 1, 5), Choice(64, 64, 4, 3, 1, 5)),
+        "last": (Choice(64, 64, 4, 1, 1, 5), Choice(64, 64, 4, 1, 1, 5)),
         "last, short": (Choice(16, 32, 4, 8, 4), Choice(128, 16, 4, 4, 2)),
         "planes": (Choice(2048, 1, 4, 4, 1, 4), Choice(512, 2, 4, 8, 2)),
         "small planes": (Choice(128, 8, 4, 8), Choice(128, 8, 4, 6, 2)),
-        "last, narrow": (Choice(64, 64, 4, 3, 1, 5), Choice(64, 32, 4, 4)),
+        "last, narrow": (Choice(64, 32, 4, 2, 1, 5), Choice(64, 32, 4, 2, 1, 5)),
         "last, few": (Choice(128, 16, 4, 4, 2), Choice(128, 16, 4, 4, 2)),
         "planes, few": (Choice(4096, 1, 8), Choice(4096, 1, 8)),
         "small planes, few": (Choice(256, 4, 4), Choice(256, 4, 4)),
     },
     "sums": {
-        "last": (Choice(64, 64, 4, 3, 1, 5), Choice(64, 64, 4, 3, 1, 5)),
+        "last": (Choice(64, 64, 4, 1, 1, 5), Choice(64, 32, 4, 1, 1, 5)),
         "last, short": (Choice(64, 32, 4, 5), Choice(64, 32, 4, 6)),
         "planes": (Choice(1024, 1, 4, 12, 2), Choice(2048, 1, 8, 4, 2)),
         "small planes": (Choice(512, 1, 2, 16, 2), Choice(512, 1, 2, 16, 2)),
-        "last, narrow": (Choice(128, 32, 8, 3), Choice(128, 32, 8, 3)),
+        "last, narrow": (Choice(64, 64, 4, 1, 1, 5), Choice(64, 32, 4, 1, 1, 5)),
         "last, few": (Choice(128, 16, 8, 4, 2), Choice(128, 16, 8, 4, 2)),
         "planes, few": (Choice(4096, 1, 8), Choice(4096, 1, 8)),
         "small planes, few": (Choice(1024, 1, 4, 0, 2), Choice(1024, 1, 4, 0, 2)),
@@ -151,7 +151,11 @@ def tile_for(kernel: str, view: ChannelView, itemsize: int, machine: Machine, re
     stages = min(stages, stages_for(block_p * block_c * (read or itemsize), machine))
     splits = 1 if not waves else max(1, min(steps, round(machine.processors * waves / -(-view.C // block_c))))
     splits = max(splits, min(steps, -(-J // MOST_VALUES)))
-    return Tile(block_p, block_c, warps, -(-steps // splits), unroll, stages)
+    tiles = -(-steps // splits)
+    if view.B == 1:
+        # Up to 5 % more, where all programs then have as many: `order` can follow them.
+        tiles = next((t for t in range(tiles, tiles + tiles // 20 + 1) if steps % t == 0), tiles)
+    return Tile(block_p, block_c, warps, tiles, unroll, stages)
 
 
 def stages_for(step: int, machine: Machine) -> int:
