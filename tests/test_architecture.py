@@ -46,7 +46,10 @@ RULES = {
     "syncbn.conversion": (("syncbn.validation",), ()),
     "syncbn.loading": (("syncbn.validation",), ()),
     "syncbn.torch.triton.device*": (("syncbn.torch.triton.device",), ("triton",)),
-    "syncbn.torch.triton*": ((*SHARED, "syncbn.torch.triton", "syncbn.torch.reference"), ("torch", "triton")),
+    "syncbn.torch.triton*": (
+        (*SHARED, "syncbn.torch.triton", "syncbn.torch.reference", "syncbn.torch._private"),
+        ("torch", "triton"),
+    ),
     "syncbn.torch.dispatch": (("syncbn.torch", "syncbn.settings"), ("torch", "triton")),
     "syncbn.torch*": ((*SHARED, "syncbn.class_swap", "syncbn.torch"), ("torch",)),
     "syncbn.tensorflow*": ((*SHARED, "syncbn.tensorflow"), ("tensorflow",)),

@@ -151,6 +151,12 @@ preserve_version_counter = _find_or_raise(
 # Not private, but what the messages' order rests on; 2.11 is the first version after it that was run.
 CHANGES_INPUTS_IN_BOTH_PASSES = torch.__version__ >= "2.11"
 
+# A build without CUDA does not have the next two.
+# The handle of the current stream without a stream object, which costs the host as much as a launch.
+current_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream)
+# The same question as the public one, without a Python function around it.
+is_current_stream_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
+
 # Memory that the GPUs of one host map from each other: empty(…) and rendezvous(…). Without it, messages go by the all-reduce.
 symmetric_empty = _find_or_raise("torch.distributed._symmetric_memory:empty", "allocates memory that other GPUs can map")
 symmetric_rendezvous = _find_or_raise("torch.distributed._symmetric_memory:rendezvous", "maps the memory of other GPUs")

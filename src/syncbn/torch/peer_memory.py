@@ -19,7 +19,14 @@ from torch import Tensor
 
 from syncbn import settings
 from syncbn.torch import dispatch
-from syncbn.torch._private import backend_name, symmetric_empty, symmetric_rendezvous, timeout_of
+from syncbn.torch._private import (
+    backend_name,
+    current_raw_stream,
+    is_current_stream_capturing,
+    symmetric_empty,
+    symmetric_rendezvous,
+    timeout_of,
+)
 from syncbn.torch.failures import REMEDIES, RULE, USE_DEBUG, next_message, set_up_failed
 from syncbn.torch.groups import Communicator
 from syncbn.torch.triton.exchange import Exchange
@@ -95,7 +102,7 @@ def mailbox_of(communicator: Communicator | None, device: torch.device) -> Mailb
         return None
     reference, found = _mailboxes.get(communicator.name, (None, None))
     if reference is not communicator.reference:
-        if torch.cuda.is_current_stream_capturing():
+        if is_current_stream_capturing():
             raise RuntimeError(
                 "The first synchronised call of a group must not be captured: it sets up the memory for the exchange. "
                 "Received: a call while a CUDA graph is captured. Run one step before the capture, on every rank."
@@ -112,11 +119,9 @@ def mailbox_for(communicator: Communicator | None, device: torch.device, channel
 
 
 def _user(device: torch.device) -> Any:
-    from syncbn.torch.triton._private import current_raw_stream
-
     stream = current_raw_stream(device.index)
     # The streams of one capture become branches that run at once.
-    return ("graph", _capture_id(stream), stream) if torch.cuda.is_current_stream_capturing() else stream
+    return ("graph", _capture_id(stream), stream) if is_current_stream_capturing() else stream
 
 
 def _capture_id(stream: int) -> int:

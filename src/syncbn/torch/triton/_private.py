@@ -1,4 +1,4 @@
-"""Names of Triton, and of torch's CUDA part, that are not public: why each is needed, and what stands for one that has vanished.
+"""Names of Triton that are not public: why each is needed, and what stands for one that has vanished.
 
 A name that nothing replaces raises ImportError here, at import: `dispatch.cuda_kernels` then takes torch's operators.
 """
@@ -7,14 +7,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from triton.compiler import CompiledKernel
-
-# The handle of the current stream without a stream object, which costs the host as much as a launch.
-current_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream)
-# The same question as the public one, without a Python function around it.
-is_current_stream_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
 
 # Versions whose launchers' order of arguments is known.
 KNOWN_VERSIONS = ("3.6.", "3.7.")

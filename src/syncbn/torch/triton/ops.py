@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from syncbn.contract import Statistics
-from syncbn.torch.triton._private import current_raw_stream
+from syncbn.torch._private import current_raw_stream
 from syncbn.torch.triton.device import peer_exchange
 from syncbn.torch.triton.exchange import Exchange
 from syncbn.torch.triton.launch import INTERPRETED, Launch, address

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.torch.triton._private import is_current_stream_capturing
+from syncbn.torch._private import is_current_stream_capturing
 from syncbn.torch.triton.launch import INTERPRETED, address
 
 # Counters per stream: one a block of channels, two for a barrier.
