@@ -86,6 +86,7 @@ MUTANTS = [
     Mutant("groups kept past their end", "torch/groups.py", "group.size(), process_group.group_name, weakref.ref(process_group))",
            "group.size(), process_group.group_name, lambda: process_group)", RANKS, "go_and_come"),
     Mutant("the backward pass of local statistics is not", ENGINE, "config = NormConfig(epsilon, activation, moments.communicator,", "config = NormConfig(epsilon, activation, communicator_of(group),", RANKS, "local_in_both"),
+    Mutant("each pass taken for the first", CHECKPOINT, "if current_graph_task_id() == -1:", "if True:", TRAINING, "one_process_moves"),
     Mutant("statistics move in the recomputation", CHECKPOINT, "    return not recomputed", "    return True", TRAINING, "one_process_moves"),
     Mutant("a sum's failure unexplained", TRANSPORT, "            dist.all_reduce(v, group=group)\n        except RuntimeError as error:", "            dist.all_reduce(v, group=group)\n        except KeyError as error:", FAILURES, "left_alone and forward and not (compiled or renorm or without)"),
     Mutant("a gathering's failure unexplained", TRANSPORT, "        dist.all_gather(rows, v, group=group)\n    except RuntimeError as error:", "        dist.all_gather(rows, v, group=group)\n    except KeyError as error:", FAILURES, "left_alone and without"),
