@@ -156,6 +156,68 @@ def test_fold_keeps_subclasses_and_subclassed_models():
         syncbn.fold(Model(name="mine"))
 
 
+def test_fold_leaves_a_sequential_with_a_call_of_its_own():
+    class Residual(keras.Sequential):
+        def call(self, inputs, training=None, mask=None):
+            return inputs + super().call(inputs, training=training)
+
+    inputs = keras.Input((6,))
+    residual = Residual([keras.Input((6,)), layers.Dense(6), layers.BatchNormalization()])
+    model = randomised(keras.Model(inputs, residual(inputs)))
+    x = data(3, 6)
+    close(numpy(syncbn.fold(model)(x)), numpy(model(x)))
+    with pytest.raises(ValueError, match=r"Received: mine, a Residual\."):
+        syncbn.fold(Residual([keras.Input((6,))], name="mine"))
+
+
+class Shift(layers.Layer):
+    """Its config, which Keras makes, leaves out the name."""
+
+    def __init__(self, by=1.0, **rest):
+        super().__init__(**rest)
+        self.by = by
+
+    def build(self, shape):
+        self.shift = self.add_weight(shape=(shape[-1],))
+
+    def call(self, inputs):
+        return keras.ops.tanh(inputs + self.shift) * self.by
+
+
+def test_fold_gives_each_copy_the_weights_of_its_layer():
+    second, first = Shift(2.0), Shift(2.0)  # made in another order than they are called
+    model = randomised(keras.Sequential([keras.Input((6,)), first, second, layers.Dense(3), layers.BatchNormalization()]))
+    x = data(4, 6)
+    model(x)
+    keras.backend.clear_session()  # new layers are named from the beginning
+    folded = syncbn.fold(model)
+    assert not norms(folded)
+    close(numpy(folded(x)), numpy(model(x)))
+
+
+def test_fold_copies_functions():
+    parts = [layers.Lambda(lambda v: v * 2), layers.Dense(3), layers.BatchNormalization()]
+    model = randomised(keras.Sequential([keras.Input((6,)), *parts]))
+    x = data(4, 6)
+    close(numpy(syncbn.fold(model)(x)), numpy(model(x)))
+
+
+@pytest.mark.parametrize("kind", [layers.StringLookup, layers.TextVectorization, layers.IntegerLookup])
+def test_fold_keeps_a_vocabulary(kind):
+    integers = kind is layers.IntegerLookup
+    if not integers and keras.backend.backend() != "tensorflow":
+        pytest.skip("strings are TensorFlow's alone")
+    look_up, words = kind(), [7, 9] if integers else ["a", "b"]
+    look_up.adapt(words)
+    shape, dtype = ((2,), "int64") if integers else ((2,), "string") if kind is layers.StringLookup else ((1,), "string")
+    model = keras.Sequential(
+        [keras.Input(shape, dtype=dtype), look_up, layers.Embedding(5, 3), layers.Conv1D(4, 1), syncbn.SyncBatchNormalization()]
+    )
+    x = keras.ops.convert_to_tensor([words] if shape == (2,) else [["a b"]])
+    randomised(model)
+    close(numpy(syncbn.fold(model)(x)), numpy(model(x)))
+
+
 def test_fold_of_a_real_architecture():
     model = randomised(keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3), classes=5, alpha=0.35))
     x = data(2, 32, 32, 3)

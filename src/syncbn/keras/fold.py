@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import tempfile
+from collections import Counter, defaultdict
 from typing import Any
 
 import keras
@@ -25,7 +26,7 @@ _FUNCTIONAL = _private.functional_class()
 
 def fold(model: Any) -> Any:
     """See `syncbn.fold`."""
-    if not isinstance(model, keras.Sequential) and not _is_functional(model):
+    if not _has_graph(model):
         raise ValueError(
             "syncbn.fold takes a Sequential or functional Keras model, whose graph it reads. Received: "
             f"{model.name}, a {type(model).__name__}. Fold the Sequential or functional models in it."
@@ -35,15 +36,22 @@ def fold(model: Any) -> Any:
     for layer, norm in _pairs(model):
         folded[id(layer)], gone[id(norm)] = norm, layer
 
+    # By layer. A copy may have another name.
+    copies: defaultdict[int, list[Any]] = defaultdict(list)
+
     def copy(layer: Any) -> Any:
-        if isinstance(layer, keras.Sequential) or _is_functional(layer):
+        if _has_graph(layer):
             return fold(layer)
-        config = layer.get_config()
         if id(layer) in gone:
             # A layer with the batch norm's name and activation takes its place.
             activation = getattr(layer, "activation", activations.linear)
             return layers.Activation(activation, name=layer.name, dtype=layer.dtype_policy)
-        return type(layer).from_config({**config, "use_bias": True} if id(layer) in folded else config)
+        config = layer.get_config()
+        # Keras's safe mode is against functions of foreign files.
+        with _private.SafeModeScope(False):
+            new = type(layer).from_config({**config, "use_bias": True} if id(layer) in folded else config)
+        copies[id(layer)].append(new)
+        return new
 
     names = {norm.name for norm in folded.values()}
 
@@ -51,29 +59,36 @@ def fold(model: Any) -> Any:
         # A batch norm takes a mask. The layer in its place does not.
         return layer(args[0]) if layer.name in names else layer(*args, **named)
 
-    graph = {} if isinstance(model, keras.Sequential) else {"call_function": call}
+    graph = {} if type(model) is keras.Sequential else {"call_function": call}
     new = keras.models.clone_model(model, clone_function=copy, **graph)
-    _set_weights(model, new, folded, gone)
+    for layer in model.layers:
+        for its_copy in copies[id(layer)]:
+            _set_state(its_copy, layer, folded.get(id(layer)))
     refresh_normalizations(new)
     return new
 
 
-def _is_functional(model: Any) -> bool:
-    """Whether it is of that class itself: a subclass may call its layers in another order than its graph."""
-    return type(model) is _FUNCTIONAL
+def _has_graph(model: Any) -> bool:
+    """Whether it is of Keras's own class of Sequential or functional models: a subclass may call its layers in another way."""
+    return type(model) in (keras.Sequential, _FUNCTIONAL)
 
 
-def _set_weights(model: Any, new: Any, folded: dict[int, Any], gone: dict[int, Any]) -> None:
-    for layer in model.layers:
-        if id(layer) in folded:
-            new.get_layer(layer.name).set_weights(_folded_weights(layer, folded[id(layer)]))
-        elif layer.weights and id(layer) not in gone and not isinstance(layer, keras.Sequential) and not _is_functional(layer):
-            new.get_layer(layer.name).set_weights(layer.get_weights())
+def _set_state(new: Any, layer: Any, norm: Any) -> None:
+    """Gives a copy the layer's weights, with the batch norm folded into them unless it is None, and the layer's vocabulary."""
+    if norm is not None:
+        new.set_weights(_folded_weights(layer, norm))
+    elif layer.weights:
+        new.set_weights(layer.get_weights())
+    # What Keras's files hold besides weights: the tables of lookup layers.
+    if hasattr(layer, "save_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            layer.save_assets(folder)
+            new.load_assets(folder)
 
 
 def _pairs(model: Any) -> list[tuple[Any, Any]]:
     """Each layer and the batch norm that is the only reader of its output, both called once."""
-    if isinstance(model, keras.Sequential):
+    if type(model) is keras.Sequential:
         found = list(zip(model.layers, model.layers[1:], strict=False))
         once = Counter(map(id, model.layers))
     else:
