@@ -32,6 +32,14 @@ def test_no_channels():
     assert [dx.shape for dx in JaxWorld(4).run(backward, [x] * 4, [x] * 4)] == [(4, 0)] * 4
 
 
+def test_a_cotangent_of_numpy():
+    """NumPy would add it up in one float32 sum, off by 1 % here."""
+    n, c = 2**20, 8
+    x, dy = jnp.asarray(np.random.default_rng(0).normal(size=(n, c)), jnp.float32), np.full((n, c), 0.1, "float32")
+    _, vjp = jax.vjp(lambda offset: sync_batch_norm(x, jnp.ones(c), offset)[0], jnp.zeros(c))
+    np.testing.assert_allclose(vjp(dy)[0], n * np.float64(dy[0, 0]), rtol=1e-5)
+
+
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("groups", [None, [[3, 0], [1, 2]], [[1], [0, 2, 3]]], ids=str)
 def test_equals_the_concatenated_batch(how, groups):

@@ -10,6 +10,7 @@ LAYER, DISTRIBUTION, FUNCTIONAL = "keras/layer.py", "keras/distribution.py", "fu
 ENGINE_TESTS, LAYER_TESTS, FUNCTIONAL_TESTS = "jax/test_engine_jax.py", "jax/test_layer_jax.py", "jax/test_functional_jax.py"
 SUMS_TESTS = "jax/test_sums_jax.py"
 MUTANTS = [
+    Mutant("NumPy adds up its own cotangents", MAPPED, "materialised(jnp.asarray(dy))", "materialised(dy)", FUNCTIONAL_TESTS, "cotangent_of_numpy"),
     Mutant("types are not read", "jax/_private.py", "return kind.manual_axis_type.varying", "return frozenset()", "jax/test_private_jax.py", "still_says"),
     Mutant("a former gather is not found", "jax/_private.py", 'if "to" in inspect.signature(lax.all_gather).parameters:', "if True:",
            "jax/test_private_jax.py", "typed_as_the_same and True"),

@@ -224,6 +224,21 @@ def test_a_compiled_step_in_an_eager_loop_compiles_once():
     assert len(traces) == 1
 
 
+def test_a_compiled_step_may_branch_on_tensors():
+    """As under `tf.function(jit_compile=True)`: AutoGraph converts it."""
+
+    def step(v):
+        if tf.reduce_sum(v) > 1:
+            v = v / 2
+        for _ in tf.range(3):
+            v += 1
+        return v
+
+    compiled = syncbn.compiled_step(step)
+    np.testing.assert_array_equal(compiled(tf.constant([1.0, 2.0])), [3.5, 4.0])
+    np.testing.assert_array_equal(tf.function(compiled)(tf.constant([0.0, 0.5])), [3.0, 3.5])
+
+
 def test_a_compiled_step_takes_no_argument_for_a_collective(world, monkeypatch):
     """TensorFlow would make a number for each at every call, and copy it to the GPU. Traced only: CPUs cannot run it."""
     monkeypatch.setattr(compiled_step, "_check_devices", lambda: None)

@@ -233,7 +233,8 @@ def _forward(
 def _backward(plan: Plan, saved: Any, dy: jax.Array) -> tuple[Any, ...]:
     """The gradients, made of differentiable operators. The moments, which came in as constants, are attached to x again."""
     x, mask, measured, scale = saved
-    dy = materialised(dy)  # in its own dtype: wider, there would be twice as much to read
+    # A vjp may be given an array of NumPy, which adds up in float32. Its dtype stays: a wider one takes longer to read.
+    dy = materialised(jnp.asarray(dy))
     layout, replicas = plan.layout, plan.replicas
     n, hi, lo, variance = _attach(plan, x, mask, measured)
     rstd = lax.rsqrt(variance + plan.epsilon)

@@ -15,12 +15,12 @@ from syncbn.groups import LOCAL, Activation, Group, group_of_arguments
 from syncbn.keras import _private, arguments, backend, distribution, dtypes, variables
 from syncbn.keras.adjustment import Adjustment
 
-# Those that engines apply themselves, with Keras's slope; any other runs after them.
+# By identity, those that engines apply themselves, with Keras's slope. Any other, hashable or not, runs after them.
 FUSED_ACTIVATIONS = {
-    activations.linear: None,
-    activations.relu: Activation("relu"),
-    activations.silu: Activation("silu"),
-    activations.leaky_relu: Activation("leaky_relu", 0.2),
+    id(activations.linear): None,
+    id(activations.relu): Activation("relu"),
+    id(activations.silu): Activation("silu"),
+    id(activations.leaky_relu): Activation("leaky_relu", 0.2),
 }
 OPERATORS = Operators(ops.where, ops.maximum, ops.isfinite, ops.all, ops.cast)
 
@@ -211,7 +211,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             inputs = ops.where(ops.logical_or(mask, ops.isfinite(inputs)), inputs, ops.zeros([], inputs.dtype))
         gamma, beta = self._gamma_and_beta(dtypes.float32_or_wider(inputs.dtype))
         where = {"axes": self._channel_axes, "mask": mask, "group": self._group(), "layer": self.name}
-        fused = {"epsilon": self.epsilon, "activation": FUSED_ACTIVATIONS.get(self.activation)}
+        fused = {"epsilon": self.epsilon, "activation": FUSED_ACTIVATIONS.get(id(self.activation))}
         if training:
             self._engine.check_variables(self.name, self.moving_mean.value, self.moving_variance.value)
         if not training:
@@ -222,7 +222,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         else:
             y, statistics = self._engine.train_step(inputs, gamma, beta, self._statistics(), **fused, **where)
             self._assign_statistics(statistics)
-        if self.activation not in FUSED_ACTIVATIONS:
+        if id(self.activation) not in FUSED_ACTIVATIONS:
             y = self.activation(y)
         return ops.cast(y, self.compute_dtype)
 
@@ -254,7 +254,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         if plain is None:
             return y
         y = plain.applied(y, gamma, beta, self._channel_axes)
-        return self.activation(y) if self.activation in FUSED_ACTIVATIONS else y
+        return self.activation(y) if id(self.activation) in FUSED_ACTIVATIONS else y
 
     def _renormed(self, moments: Moments, scale: Any, offset: Any) -> tuple[Any, Any]:
         """Scale and offset with renorm's r and d."""

@@ -45,7 +45,7 @@ def compiled_step(step: Callable[..., Any]) -> Callable[..., Any]:
     @tf.autograph.experimental.do_not_convert
     def run(*arguments: Any, **named: Any) -> Any:
         _check_devices()
-        compiled = tf.function(traced, jit_compile=True, autograph=False)
+        compiled = tf.function(traced, jit_compile=True)
         if tf.executing_eagerly():
             context = tf.distribute.get_replica_context()
             number = 0 if context is None else int(context.replica_id_in_sync_group)

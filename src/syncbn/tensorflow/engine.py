@@ -84,6 +84,11 @@ def check_variables(name: str, *variables: Any) -> None:
 
 def ensure_channels(x: tf.Tensor, shape: Sequence[int | None], axes: tuple[int, ...]) -> tf.Tensor:
     """x with the rank and the channels of this shape known: where a graph does not know them, they are compared when it runs."""
+    if isinstance(x, tf.RaggedTensor):
+        raise TypeError(
+            f"A synchronised layer takes dense tensors. Received: a RaggedTensor of shape {x.shape}. Make the layer for the rank "
+            "of `x.flat_values`, and call x.with_flat_values(layer(x.flat_values))."
+        )
     # A variable becomes a tensor: custom gradients take no variables.
     x = tf.convert_to_tensor(x)
     if x.shape.rank is None or (x.shape.rank == len(shape) and any(x.shape[a] is None for a in axes)):
