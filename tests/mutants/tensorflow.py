@@ -50,6 +50,8 @@ MUTANTS = [
            ENGINE_TESTS, "concatenated and masked and graph"),
     Mutant("mask forgotten in the backward pass", KERNELS, "        through = tf.where(view.of_mask(mask, x), through, tf.zeros([], through.dtype))\n", "        pass\n",
            ENGINE_TESTS, "concatenated and masked and graph"),
+    Mutant("the fused operator adds up all rows at once", KERNELS, "FREE_CHANNELS = 1024", "FREE_CHANNELS = 0", "tensorflow/test_functional_tensorflow.py", "constant_gradient"),
+    Mutant("the same for a batch of unknown size", KERNELS, "(LARGE_BATCH if None in sizes else 1)", "(0 if None in sizes else 1)", "tensorflow/test_functional_tensorflow.py", "constant_gradient"),
     Mutant("naive float32 sums", KERNELS, "BLOCK_ROWS = 1024", "BLOCK_ROWS = 10**9", ENGINE_TESTS, "million"),
     Mutant("groups selected by multiplication", REPLICAS, "v = tf.where(mine, v[None], tf.zeros([], v.dtype))",
            "v = tf.cast(mine, v.dtype) * v[None]", ENGINE_TESTS, "nan_stays"),

@@ -16,6 +16,10 @@ from syncbn import maths
 
 # TensorFlow sums float32 on the CPU one row after the other: 5e-4 off at 4 million rows. Blocks keep that under 1e-6.
 BLOCK_ROWS = 1024
+# The fused operators sum so too. They are given the rows of a channel as several channels: for free, up to so many of them.
+FREE_CHANNELS = 1024
+# Rather too many parts than too few, for a batch of unknown size.
+LARGE_BATCH = 128
 
 
 class ChannelView(NamedTuple):
@@ -50,6 +54,14 @@ class ChannelView(NamedTuple):
             return tf.reshape(flat, shape)
         back = [self._order.index(i) for i in range(self.rank)]
         return tf.transpose(tf.reshape(flat, [shape[i] for i in self._order]), back)
+
+    def parts(self, x: tf.Tensor) -> int:
+        """Into how many parts the rows of a channel are divided before they are summed: their number is a multiple of it."""
+        sizes = [n for i, n in enumerate(x.shape) if i not in self.axes]
+        known = math.prod(n for n in sizes if n is not None)
+        rows = known * (LARGE_BATCH if None in sizes else 1)
+        most = min(rows // BLOCK_ROWS, FREE_CHANNELS // max(1, math.prod(x.shape[i] for i in self.axes)))
+        return next((parts for parts in range(most, 0, -1) if known % parts == 0), 1)
 
     def of_mask(self, mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
         """A mask for x, bool of its rank, as [A, 1] or [A, 1, B]."""
@@ -143,7 +155,8 @@ def backward(
     flat, flat_dy = _flat(x, view), _flat(dy, view)
     hi, lo = split(mean, flat.dtype)
     rstd, scale = tf.math.rsqrt(variance + epsilon), tf.cast(scale, variance.dtype)
-    scaled, sum_dy, sum_dy_x = affine_gradient(flat_dy, flat, hi, tf.cast(scale * rstd, flat.dtype), variance.dtype)
+    slope, parts = tf.cast(scale * rstd, flat.dtype), view.parts(x)
+    scaled, sum_dy, sum_dy_x = affine_gradient(flat_dy, flat, hi, slope, variance.dtype, parts)
     dscale = maths.scale_gradient(lo, rstd, sum_dy, sum_dy_x)
     message = tf.concat([scale * sum_dy, scale * dscale], 0)
     messages = [message] if exchange is None else exchange(message)
@@ -220,15 +233,23 @@ def affine(x: tf.Tensor, hi: tf.Tensor, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor
 
 
 def affine_gradient(
-    dy: tf.Tensor, x: tf.Tensor, hi: tf.Tensor, a: tf.Tensor, wide: tf.DType
+    dy: tf.Tensor, x: tf.Tensor, hi: tf.Tensor, a: tf.Tensor, wide: tf.DType, parts: int
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """(a·dy, Σdy, Σdy·(x − hi)) for flat x and dy; the sums in the wide dtype."""
+    """(a·dy, Σdy, Σdy·(x − hi)) for flat x and dy; the sums in the wide dtype, of so many parts."""
     if not _fused(x):
         hi, a = (along_channels(v, x) for v in (hi, a))
         return dy * a, total(dy, wide), total(dy * (x - hi), wide)
-    half = tf.constant(0.5, shape=[x.shape[1]])
+    channels = x.shape[1]
+    if parts > 1:
+        # Neighbouring rows side by side, which moves nothing in memory.
+        dy, x = (tf.reshape(v, [size(x, 0) // parts, parts * channels]) for v in (dy, x))
+        hi, a = tf.tile(hi, [parts]), tf.tile(a, [parts])
+    half = tf.constant(0.5, shape=[parts * channels])
     moments = {"reserve_space_1": hi, "reserve_space_2": half, "reserve_space_3": half}
     scaled, sum_dy_x, sum_dy, _, _ = tf.raw_ops.FusedBatchNormGradV3(
         y_backprop=_as_image(dy), x=_as_image(x), scale=a, **moments, **_UNIT
     )
-    return _as_rows(scaled), tf.cast(sum_dy, wide), tf.cast(sum_dy_x, wide)
+    sums = [tf.cast(v, wide) for v in (sum_dy, sum_dy_x)]
+    if parts > 1:
+        sums = [tf.reduce_sum(tf.reshape(v, [parts, channels]), 0) for v in sums]
+    return tf.reshape(scaled, [size(scaled, 0) * parts, channels]), *sums
