@@ -259,21 +259,7 @@ def test_epsilon_0_of_a_converted_layer_is_saved(tmp_path):
     assert keras.saving.load_model(tmp_path / "model.keras").layers[0].epsilon == 0
 
 
-# ------------------------------------------------------------------------------------------------- masks, activations, ragged
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_a_mask_in_the_shape_of_a_propagated_one_is_taken_as_given(training):
-    """Here the channels are on axis 1: the mask is one of [batch, width], where the propagated one is of [batch, time]."""
-    x, mask = data(3, 4, 4, dtype="float32"), np.arange(12).reshape(3, 4) % 3 > 0
-    x[0, :, 1] = np.nan  # masked
-    mask[0, 1] = False
-    carries = keras.layers.Masking()(x)
-    assert carries._keras_mask.shape == mask.shape
-    layers = [SyncBatchNormalization(axis=1) for _ in range(2)]
-    got, expected = (numbers(layer(v, training=training, mask=mask)) for layer, v in zip(layers, (carries, x), strict=True))
-    np.testing.assert_array_equal(got, expected)
-    assert np.isfinite(got[mask[:, None].repeat(4, 1)]).all()
+# ------------------------------------------------------------------------------------------------- activations, ragged
 
 
 def test_an_activation_that_is_not_hashable():

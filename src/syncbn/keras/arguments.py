@@ -130,8 +130,8 @@ def given_or_propagated(mask: Any, inputs: Any, axes: tuple[int, ...], training:
     if mask is None or _private.in_symbolic_scope():
         # While Keras infers shapes, tensors do not carry their masks.
         return None
-    is_propagated, mask = mask is _private.get_keras_mask(inputs), ops.convert_to_tensor(mask)
-    if not is_propagated:
+    mask, kept = ops.convert_to_tensor(mask), _private.get_keras_mask(inputs)
+    if kept is None or tuple(kept.shape) != tuple(mask.shape):
         return mask
     full = ops.expand_dims(mask, tuple(range(len(mask.shape), len(inputs.shape))))
     if all(full.shape[a] == 1 for a in axes):
