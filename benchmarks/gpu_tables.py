@@ -153,8 +153,9 @@ def latest_run_on_one_gpu() -> str:
         ("host µs a layer over BatchNorm2d's, 20 in a row, two rounds", "≤ 1.25", host(1)),
         ("ResNet-50 over BatchNorm2d, images/s, 8, 32, 128 images", "≥ 0.97; ≥ 0.97; ≥ 1.0", rates(1, LOCAL)),
     ]
-    commit = read("gpu-host")[-1]["commit"]
-    lines = [f"{f.where()}; the host and ResNet-50: {commit}", *GOALS, *(f"| {' | '.join(line)} |" for line in goals), ""]
+    others = [row for suite in ("gpu-host", "gpu-resnet") for row in read(suite) if row["replicas"] == 1]
+    commits = " and ".join(dict.fromkeys(row["commit"] for row in others))
+    lines = [f"{f.where()}; the host and ResNet-50: {commits}", *GOALS, *(f"| {' | '.join(line)} |" for line in goals), ""]
     lines += ["Where the host's time goes, µs a layer, forward + backward, two rounds:", "", host_steps(1), ""]
     lines += [
         "µs in a graph; of each launch of ours alone, with its time over its own floor in brackets (under 1: out of L2). A way that is",

@@ -257,7 +257,7 @@ def values_of(strategy: Any, shape: tuple[int, ...], dtype: str, seed: int) -> A
 
 @tf.custom_gradient
 def in_memory(y: Any) -> Any:
-    """y, which XLA writes to memory, and so its gradient: it would compute bare layers in a row as one, which no model has."""
+    """y. XLA writes it, and its gradient, to memory: otherwise it computes bare layers in a row as one, which no model has."""
     return barrier(y)[0], lambda dy: barrier(dy)[0]
 
 
