@@ -55,7 +55,8 @@ def sync_batch_norm(
         scale, offset: one value per channel: [C], or, for several channel axes, x's shape with 1 in all other axes. They may
             differ between replicas. None for 1 and 0.
         axis: the channel axis, or several. A list of one axis is that axis.
-        epsilon: added to the variance; 0 or more.
+        epsilon: added to the variance; 0 or more. With 0 a constant channel gives NaN on JAX and TensorFlow, 0 on PyTorch, as in
+            their own batch norms.
         mask: bool, of x's shape without the channel axes (or 1 there), each other axis full or 1. True marks what counts. A
             masked element is normalised too. One that is not finite is read as 0.
         axis_name: JAX: the mapped axis, or axes, along which the replicas lie. None for one device, or for global arrays. Inside

@@ -31,7 +31,7 @@ def test_demo_shows_life_before_it_trains_and_a_sentence_after(demo):
     assert lines[2] == "2 replicas × 8 images, 1 epoch of 89 steps."
     for norm in NORMS:
         assert any(line.startswith(f"{norm}, epoch 1 of 1: ") for line in lines)
-    assert re.fullmatch(r"Synchronising: \d+\.\d % instead of \d+\.\d % of the test images right\.", lines[-1])
+    assert re.fullmatch(r"syncbn( \+ renorm)?: \d+\.\d % of the test images right; local: \d+\.\d %\.", lines[-1])
 
 
 def test_the_same_seed_gives_the_same_table_but_for_times(demo):
@@ -137,4 +137,5 @@ def test_best_row_is_bold(capsys, monkeypatch):
     bold = [line for line in capsys.readouterr().out.splitlines() if "\x1b[1m" in line and "%" in line]
     assert len(bold) == 1
     assert "90.0 %" in bold[0]
-    assert report.verdict(runs) == "Synchronising: 90.0 % instead of 50.0 % of the test images right."
+    assert report.verdict(runs) == "syncbn: 90.0 % of the test images right; local: 50.0 %."
+    assert report.verdict([runs[0], runs[2]]) == "syncbn + renorm: 80.0 % of the test images right; local: 50.0 %."

@@ -374,6 +374,59 @@ def test_two_axes_are_one_batch():
     np.testing.assert_allclose(y, truth.forward(np.ones(4), np.zeros(4))[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("gathered", [True, False], ids=["gathered", "two sums"])
+@pytest.mark.parametrize("groups", [[[0, 2], [1], [3]], [[0, 1], [2, 3]]], ids=str)
+def test_gradients_taken_outside_of_a_vmap_with_groups(monkeypatch, groups, gathered, masked):
+    """There JAX runs the backward pass where vmap's axis has no name any more. A second derivative too."""
+    if not gathered:
+        monkeypatch.setattr(jax_axes, "GATHERED_REPLICAS", 0)
+    rng = np.random.default_rng(0)
+    x, dy, direction = rng.normal(size=(3, 4, 5, 3))
+    mask = rng.random((4, 5)) > (0.3 if masked else -1)
+    scale = rng.normal(size=3)
+
+    def norm(x, mask):
+        return sync_batch_norm(x, scale, mask=mask if masked else None, axis_name="v", axis_index_groups=groups)[0]
+
+    def gradient(x):
+        return jax.grad(lambda x: jnp.vdot(jax.vmap(norm, axis_name="v")(x, mask), dy))(x)
+
+    dx, of_direction = jax.jit(lambda x: (gradient(x), jax.grad(lambda x: jnp.vdot(gradient(x), direction))(x)))(jnp.asarray(x))
+    truths = []
+    for shift in (0, 1e-4, -1e-4):
+        truths.append(np.zeros_like(x))
+        for members in groups:
+            truth = oracle.BatchNorm(list((x + shift * direction)[members]), masks=list(mask[members][..., None]))
+            truths[-1][members] = truth.backward(list(dy[members]), scale)[0]
+    np.testing.assert_allclose(dx, truths[0], atol=1e-5)
+    # The matrix of second derivatives is symmetric.
+    np.testing.assert_allclose(of_direction, (truths[1] - truths[2]) / 2e-4, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [[[0, 2], [1], [3]], [[0, 1], [2, 3]]], ids=str)
+def test_two_vmapped_axes_with_groups(groups):
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, 2, 2, 5, 3))
+    inner = jax.vmap(lambda x: sync_batch_norm(x, axis_name=("a", "b"), axis_index_groups=groups)[0], axis_name="b")
+    dx = jax.grad(lambda x: jnp.vdot(jax.vmap(inner, axis_name="a")(x), dy))(jnp.asarray(x)).reshape(4, 5, 3)
+    for members in groups:
+        truth = oracle.BatchNorm(list(x.reshape(4, 5, 3)[members]))
+        np.testing.assert_allclose(
+            dx[jnp.asarray(members)], truth.backward(list(dy.reshape(4, 5, 3)[members]), np.ones(3))[0], atol=1e-5
+        )
+
+
+def test_a_constant_channel_with_an_epsilon_of_0():
+    """NaN, as in Keras's and Flax's layers. The other channels are as ever."""
+    x = np.random.default_rng(0).normal(size=(6, 3))
+    x[:, 1] = 2.0
+    y = sync_batch_norm(jnp.asarray(x), epsilon=0.0)[0]
+    assert np.isnan(y[:, 1]).all()
+    expected = oracle.BatchNorm([x[:, [0, 2]]], epsilon=0.0).forward(np.ones(2), np.zeros(2))[0]
+    np.testing.assert_allclose(y[:, jnp.asarray([0, 2])], expected, atol=1e-5)
+
+
 def test_a_loss_of_its_own_on_every_replica():
     """Without check_vma the cotangents of all replicas reach dx, as a sum of all their losses."""
     x = np.random.default_rng(0).normal(size=(4, 5, 3)).astype("float32")

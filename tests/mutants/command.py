@@ -54,6 +54,14 @@ MUTANTS = [
         "best_row",
     ),
     Mutant(
+        "the last sentence does not name the better run",
+        "demo/report.py",
+        "{ours.task.norm}:",
+        "Synchronising:",
+        "demo/test_demo.py",
+        "best_row",
+    ),
+    Mutant(
         "labels of lines overlap",
         "demo/plots.py",
         "limit = heights[i] - gap",

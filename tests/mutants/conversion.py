@@ -132,6 +132,8 @@ MUTANTS = [
            "        raise TypeError(f\"The input must be of a float dtype. Received: {dtype}.\")", "test_errors.py", "the_mend"),
     Mutant("fold forgets the bias", TORCH_FOLD, "layer.bias.double() - mean", "-mean", TORCH_EXPORT, "computes_the_same and Linear"),
     Mutant("fold forgets other uses", TORCH_FOLD, "or len(before.users) != 1", "", TORCH_EXPORT, "others_use"),
+    Mutant("fold takes every argument for given", TORCH_FOLD, "if all(pair in pairs for pairs in of_others)", "if True", TORCH_EXPORT, "only_some_calls and masks"),
+    Mutant("a lazy layer forgets an argument", "torch/lazy.py", "group_size=group_size,", "", "torch/test_convert_torch.py", "lazy_takes"),
     Mutant("fold forgets hooks", TORCH_FOLD, "return not any(hooks) and", "return", TORCH_EXPORT, "others_use"),
     Mutant("fold forgets epsilon", KERAS_FOLD, "wide(norm.moving_variance) + norm.epsilon", "wide(norm.moving_variance)", KERAS_EXPORT, "computes_the_same and Dense"),
     Mutant("fold takes subclasses of Sequential", KERAS_FOLD, "return type(model) in (keras.Sequential, _FUNCTIONAL)", "return isinstance(model, keras.Sequential) or type(model) is _FUNCTIONAL", KERAS_EXPORT, "call_of_its_own"),

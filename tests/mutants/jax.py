@@ -10,6 +10,8 @@ LAYER, DISTRIBUTION, FUNCTIONAL = "keras/layer.py", "keras/distribution.py", "fu
 ENGINE_TESTS, LAYER_TESTS, FUNCTIONAL_TESTS = "jax/test_engine_jax.py", "jax/test_layer_jax.py", "jax/test_functional_jax.py"
 SUMS_TESTS = "jax/test_sums_jax.py"
 MUTANTS = [
+    Mutant("vmap's axes are asked for in a backward pass", AXES, "return self.own_group() if self.vmapped and", "return self.own_group() if False and",
+           FUNCTIONAL_TESTS, "outside_of_a_vmap"),
     Mutant("NumPy adds up its own cotangents", MAPPED, "materialised(jnp.asarray(dy))", "materialised(dy)", FUNCTIONAL_TESTS, "cotangent_of_numpy"),
     Mutant("types are not read", "jax/_private.py", "return kind.manual_axis_type.varying", "return frozenset()", "jax/test_private_jax.py", "still_says"),
     Mutant("a former gather is not found", "jax/_private.py", 'if "to" in inspect.signature(lax.all_gather).parameters:', "if True:",
@@ -35,14 +37,14 @@ MUTANTS = [
            ENGINE_TESTS, "batch and differ-checked"),
     Mutant("local sums for a replicated parameter", MAPPED, "all_dscale if plan.scale_is_total else dscale", "dscale",
            ENGINE_TESTS, "total_gradients"),
-    Mutant("moments are constants of the second derivative", MAPPED, "    n, hi, lo, variance = _attach(plan, x, mask, measured)", "    n, hi, lo, variance = measured",
+    Mutant("moments are constants of the second derivative", MAPPED, "    n, hi, lo, variance = _attach(plan, x, mask, place, measured)", "    n, hi, lo, variance = measured",
            ENGINE_TESTS, "second_order and None-checked-None"),
     Mutant("mask forgotten in the backward pass", MAPPED, "through = _where(mask, ", "through = _where(None, ", ENGINE_TESTS, "batch and masked-checked"),
     Mutant("mask forgotten in the second derivative", MAPPED, "dx = _where(mask, tangents[0]", "dx = _where(None, tangents[0]", ENGINE_TESTS, "second_order and rows-checked-None"),
     Mutant("members of other groups are summed", AXES, "jnp.where(mine, groups[own], jnp.zeros([], v.dtype)).sum(0)", "groups[own].sum(0)", ENGINE_TESTS, "uneven and equal and unchecked and gathered"),
     Mutant("groups averaged without their counts", MAPPED, "weights = counts.astype(hi.dtype) / jnp.maximum(total, 1).astype(hi.dtype)", "weights = jnp.ones_like(hi) / len(hi)",
            ENGINE_TESTS, "uneven and equal and unchecked and gathered"),
-    Mutant("two sums about a rounded mean", MAPPED, "rest = (k - m[replicas.own_group()]) + r", "rest = rounded(k + r) - m[replicas.own_group()]", ENGINE_TESTS, "two_sums_on and large and -checked"),
+    Mutant("two sums about a rounded mean", MAPPED, "rest = (k - m[own]) + r", "rest = rounded(k + r) - m[own]", ENGINE_TESTS, "two_sums_on and large and -checked"),
     Mutant("a message a moment", MAPPED, "rows, members = replicas.by_group(replicas.gather(jnp.concatenate([n.astype(bits)[None], floats])))",
            "rows, members = replicas.by_group(jnp.concatenate([replicas.gather(n.astype(bits)[None]), *(replicas.gather(v) for v in jnp.split(floats, 3))], 1))",
            ENGINE_TESTS, "one_collective and None and unchecked"),

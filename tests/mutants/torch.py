@@ -28,6 +28,8 @@ MESSAGE = "return torch.cat([n[None], *maths.raw_sums(n, k.to(wide), s.to(wide),
 SUM = "global_sums(partial_sums, config.communicator)"
 RAGGED = "concatenated and ragged-step]"
 MUTANTS = [
+    Mutant("messages of a former world are counted", "torch/failures.py", "    _numbers.clear()", "    pass", RANKS, "go_and_come"),
+    Mutant("one value a channel is looked for in eval", LAYER, "(uses_batch and x.numel() <= channels)", "x.numel() <= channels", "torch/test_export_torch.py", "depends_on_data"),
     Mutant("no collective", TRANSPORT, "    if communicator is not None:\n        group = communicator", "    if False:\n        group = communicator", ENGINE_TESTS, RAGGED),
     Mutant("mean of means", REFERENCE, MESSAGE, MESSAGE.replace("return", "m =") + "\n    return m / m[0].clamp_min(1)", ENGINE_TESTS, RAGGED),
     Mutant("E[x²] − E[x]² in float32", REFERENCE, MESSAGE, MESSAGE + ".float().double()", ENGINE_TESTS, "one_process and large"),

@@ -327,6 +327,30 @@ def test_lazy_becomes_ours_at_the_first_batch(cls, renorm):
     torch.testing.assert_close(layer.eval()(x), copy.deepcopy(syncbn.convert(layer))(x))
 
 
+@pytest.mark.parametrize("given", [
+    {}, {"bias": False}, {"affine": False, "eps": 0.5}, {"track_running_stats": False}, {"dtype": torch.float64},
+    {"renorm": True, "renorm_momentum": 0.2, "renorm_clipping": {"rmax": 2.0}}, {"activation": "relu", "group_size": 1},
+    {"activation": nn.Tanh(), "process_group": 3},
+], ids=str)  # fmt: skip
+def test_lazy_takes_what_the_layer_takes(given):
+    lazy, layer = LazySyncBatchNorm(**given), SyncBatchNorm(3, **given)
+    assert lazy.process_group == layer.process_group
+    x = torch.randn(5, 3, 4).to(given.get("dtype", torch.float32))
+    if "process_group" in given:
+        lazy.eval(), layer.eval()
+    torch.testing.assert_close(lazy(x), layer(x))
+    assert type(lazy) is SyncBatchNorm
+    assert repr(lazy) == repr(layer)
+    same(lazy.state_dict(), layer.state_dict())
+
+
+def test_lazy_refuses_what_the_layer_refuses():
+    with pytest.raises(ValueError, match="Received: track_running_stats=False"):
+        LazySyncBatchNorm(renorm=True, track_running_stats=False)
+    with pytest.raises(TypeError, match="Rename it"):
+        LazySyncBatchNorm(epsilon=0.1)
+
+
 @pytest.mark.parametrize("first", ["converted", "loaded and run"])
 def test_lazy_loads_a_checkpoint(first):
     """Torch's own then has num_features 0."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -127,10 +128,38 @@ def test_fold_leaves_what_others_use(how):
     close(folded(x), model(x))
 
 
-class Untraceable(nn.Module):
-    def __init__(self):
+class Optional(nn.Module):
+    """The batch norm in the middle runs only where this argument is given; "no labels": only where the labels are not."""
+
+    def __init__(self, where):
         super().__init__()
-        self.block = nn.Sequential(nn.Conv2d(3, 4, 1), SyncBatchNorm(4))
+        self.where = where
+        self.first, self.bn, self.last, self.last_bn = nn.Conv2d(3, 4, 1), SyncBatchNorm(4), nn.Conv2d(4, 4, 1), SyncBatchNorm(4)
+
+    def forward(self, x, required, labels=None, *, masks=None):
+        given = {"required": required is not None, "labels": labels is not None, "masks": masks is not None}
+        given["no labels"] = labels is None
+        y = self.first(x)
+        if given[self.where]:
+            y = self.bn(y)
+        return self.last_bn(self.last(y))
+
+
+@pytest.mark.parametrize("where", ["required", "labels", "no labels", "masks"])
+def test_fold_leaves_what_only_some_calls_run(where):
+    """A trace's argument is never None. The caller of a part that is traced alone may give None for what the part requires."""
+    model, x, given = trained(Untraceable(Optional(where))), torch.randn(2, 3, 4, 4), torch.zeros(2)
+    folded = syncbn.fold(model)
+    assert isinstance(folded.block.bn, SyncBatchNorm)
+    assert not isinstance(folded.block.last_bn, SyncBatchNorm)
+    for required, labels, masks in itertools.product((None, given), repeat=3):
+        close(folded.block(x, required, labels, masks=masks), model.block(x, required, labels, masks=masks))
+
+
+class Untraceable(nn.Module):
+    def __init__(self, block=None):
+        super().__init__()
+        self.block = block or nn.Sequential(nn.Conv2d(3, 4, 1), SyncBatchNorm(4))
 
     def forward(self, x):
         return self.block(x) if x.sum() > 0 else -self.block(-x)
@@ -202,6 +231,25 @@ def test_torch_export():
     assert not any(word in name for name in names for word in ("c10d", "syncbn", "all_reduce"))
     for batch in (x, torch.randn(5, 3, 8, 8)):
         close(program.module()(batch), model(batch))
+
+
+def test_torch_export_of_a_batch_whose_size_depends_on_data():
+    """A trace knows of it only that it is one at least."""
+    model, x = trained(SyncBatchNorm(3)), torch.randn(4, 3)
+    chosen = torch.tensor([True, False, False, False])
+
+    class Chosen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = model
+
+        def forward(self, x, chosen):
+            rows = x[chosen]
+            torch._check(rows.shape[0] >= 1)
+            return self.norm(rows)
+
+    program = torch.export.export(Chosen().eval(), (x, chosen))
+    close(program.module()(x, chosen), model(x[:1]))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -27,6 +27,8 @@ from worlds import TorchWorld, free_ports
 
 import syncbn
 from syncbn import SyncBatchNorm
+from syncbn.torch.failures import sends
+from syncbn.torch.groups import communicator_of
 
 DOUBLE = {"dtype": torch.float64}
 ON_GPUS = os.environ.get("SYNCBN_TEST_DEVICE") == "cuda"
@@ -457,11 +459,18 @@ def alone_and_again(port):
         numbers(y)
         # Torch's own defaults may hold the group of all.
         ours = [weakref.ref(group) for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
+        if rank == 0:
+            # A message that this rank alone has counted, as where one failed.
+            sends("forward", None, 3, communicator_of(None).name)
         dist.destroy_process_group()
         gone = [group() is None for group in ours]
         layer(x)
-        dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+        address, timeout = f"tcp://127.0.0.1:{port}", datetime.timedelta(seconds=20)
+        dist.init_process_group(backend, init_method=address, rank=rank, world_size=size, timeout=timeout)
+        # The ranks compare their messages' numbers.
+        syncbn.debug()
         numbers(layer(x))
+        syncbn.debug(enabled=False)
     try:
         # In the group of all it would be a sum over other replicas.
         torch.autograd.grad(y, x, torch.randn(4, 3))

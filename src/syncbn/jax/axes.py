@@ -27,12 +27,14 @@ class Replicas(NamedTuple):
     size: how many they are.
     table: the groups, a partition of their indices; None for one group.
     checked: whether the axes are typed (`shard_map` with check_vma=True). A value's type then holds those along which it varies.
+    vmapped: whether the axes are vmap's, not a mesh's.
     """
 
     names: tuple[str, ...] = ()
     size: int = 1
     table: tuple[tuple[int, ...], ...] | None = None
     checked: bool = False
+    vmapped: bool = False
 
     @property
     def local(self) -> bool:
@@ -53,13 +55,20 @@ class Replicas(NamedTuple):
             groups[list(members)] = number
         return jnp.asarray(groups)[lax.axis_index(self.names)]
 
+    def place(self) -> Any:
+        """What a forward pass must keep for `sums` of the backward pass: under vmap the number of this replica's group.
+
+        There JAX has forgotten vmap's axes. It finds them only for a `psum` of a value that is mapped along them.
+        """
+        return self.own_group() if self.vmapped and self.table is not None else None
+
     def gather(self, v: jax.Array) -> jax.Array:
         """[replicas, …], in their order; the same on all, and typed as such. One collective."""
         if self.local:
             return v[None]
         if self.checked:
             return gather_invariant(v, self.names)
-        if set(self.names) <= set(manual_axes()):
+        if not self.vmapped:
             return lax.all_gather(v, self.names)
         # vmap gathers along one axis at a time, and its axes are not typed.
         rows = v
@@ -75,27 +84,27 @@ class Replicas(NamedTuple):
         padded = np.array([[*members, *[-1] * (most - len(members))] for members in self.table])
         return rows[padded], (padded >= 0)
 
-    def sum_by_group(self, v: jax.Array) -> jax.Array:
-        """[groups, …]: one sum over all replicas, with a row per group. Used above 64 replicas."""
+    def sum_by_group(self, v: jax.Array, own: Any) -> jax.Array:
+        """[groups, …]: one sum over all replicas, with a row per group. own: the number of this replica's group."""
         rows = v[None]
         if self.table is not None:
             # Selected, not multiplied by 0: NaN · 0 would reach the other groups.
-            mine = jnp.arange(len(self.table)) == self.own_group()
+            mine = jnp.arange(len(self.table)) == own
             rows = jnp.where(mine.reshape([-1] + [1] * v.ndim), rows, jnp.zeros([], v.dtype))
         return rows if self.local else lax.psum(rows, self.names)
 
-    def sums(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The sum over this replica's group, and the sum over all: one collective, differentiable."""
+    def sums(self, v: jax.Array, place: Any) -> tuple[jax.Array, jax.Array]:
+        """The sum over this replica's group, and the sum over all: one collective, differentiable. place: see `place`."""
         if self.table is None:
             total = v if self.local else lax.psum(v, self.names)
             return total, total
-        if not self.gathered:
-            rows = self.sum_by_group(v)
-            return rows[self.own_group()], rows.sum(0)
-        # psum's own groups can be neither typed, nor mapped by vmap, nor uneven.
+        own = self.own_group() if place is None else place
+        if place is not None or not self.gathered:
+            rows = self.sum_by_group(v, own)
+            return rows[own], rows.sum(0)
+        # psum's own groups can be neither typed, nor uneven.
         rows = self.gather(v)
         groups, members = self.by_group(rows)
-        own = self.own_group()
         mine = jnp.asarray(members)[own].reshape([-1] + [1] * v.ndim)
         return jnp.where(mine, groups[own], jnp.zeros([], v.dtype)).sum(0), rows.sum(0)
 
@@ -127,7 +136,7 @@ def replicas_of(group: Group) -> Replicas:
         )
     size = lax.axis_size(group.names)
     checked = bool(varying_axes(lax.axis_index(group.names)))
-    return Replicas(group.names, size, _table(group.groups, size), checked)
+    return Replicas(group.names, size, _table(group.groups, size), checked, vmapped=not of_mesh)
 
 
 def _table(groups: int | tuple[tuple[int, ...], ...] | None, size: int) -> tuple[tuple[int, ...], ...] | None:

@@ -141,12 +141,13 @@ def _merge_by_two_sums(replicas: Replicas, n: jax.Array, k: jax.Array, r: jax.Ar
     """The same by two sums whose length does not depend on the number of replicas: of the mean, then of squares about it."""
     unit, count = 4096, n.astype(k.dtype)
     parts = jnp.stack([n // unit, n % unit]).astype(k.dtype)  # each part's sum is exact
-    first = replicas.sum_by_group(jnp.concatenate([parts, count * (k + r)]))
+    own = replicas.own_group()
+    first = replicas.sum_by_group(jnp.concatenate([parts, count * (k + r)]), own)
     counts = first[:, :1].astype(n.dtype) * unit + first[:, 1:2].astype(n.dtype)
     totals = jnp.maximum(counts, 1).astype(k.dtype)
     m = rounded(first[:, 2:] / totals)
-    rest = (k - m[replicas.own_group()]) + r
-    second = replicas.sum_by_group(jnp.concatenate([count * rest, m2 + count * rest * rest]))
+    rest = (k - m[own]) + r
+    second = replicas.sum_by_group(jnp.concatenate([count * rest, m2 + count * rest * rest]), own)
     lo, around = jnp.split(second / totals, 2, axis=1)
     variance = maths.variance_or_one(counts.astype(k.dtype), around - lo * lo, maximum=jnp.maximum)
     return counts, *maths.two_sum(m, lo), variance
@@ -226,26 +227,27 @@ def _forward(
     plan: Plan, x: jax.Array, mask: jax.Array | None, measured: Measured, scale: jax.Array, offset: jax.Array
 ) -> tuple[jax.Array, Any]:
     x = materialised(x)
-    y = _affine(plan, x, _attach(plan, x, mask, measured), scale, offset)
-    return y, (x, mask, measured, scale)
+    place = plan.replicas.place()
+    y = _affine(plan, x, _attach(plan, x, mask, place, measured), scale, offset)
+    return y, (x, mask, place, measured, scale)
 
 
 def _backward(plan: Plan, saved: Any, dy: jax.Array) -> tuple[Any, ...]:
     """The gradients, made of differentiable operators. The moments, which came in as constants, are attached to x again."""
-    x, mask, measured, scale = saved
+    x, mask, place, measured, scale = saved
     # A vjp may be given an array of NumPy, which adds up in float32. Its dtype stays: a wider one takes longer to read.
     dy = materialised(jnp.asarray(dy))
     layout, replicas = plan.layout, plan.replicas
-    n, hi, lo, variance = _attach(plan, x, mask, measured)
+    n, hi, lo, variance = _attach(plan, x, mask, place, measured)
     rstd = lax.rsqrt(variance + plan.epsilon)
     sum_dy, sum_dy_x = layout.sums(products, dy, x, about=hi, local=plan.local)
     dscale = maths.scale_gradient(lo, rstd, sum_dy, sum_dy_x)
     if plan.scale_is_total:
-        own, total = replicas.sums(jnp.concatenate([sum_dy, dscale]))
+        own, total = replicas.sums(jnp.concatenate([sum_dy, dscale]), place)
         (sum_g, sum_g_x_hat), (all_dy, all_dscale) = jnp.split(jnp.tile(scale, 2) * own, 2), jnp.split(total, 2)
     else:
         message = [scale * sum_dy, scale * dscale] + [sum_dy] * plan.offset_is_total
-        own, total = replicas.sums(jnp.concatenate(message))
+        own, total = replicas.sums(jnp.concatenate(message), place)
         sum_g, sum_g_x_hat = jnp.split(own, len(message))[:2]
         all_dy, all_dscale = jnp.split(total, len(message))[-1], dscale
     a, b = maths.moment_path_coefficients(n, lo, rstd, sum_g, sum_g_x_hat, maximum=jnp.maximum)
@@ -271,19 +273,19 @@ def _affine(plan: Plan, x: jax.Array, measured: Measured, scale: jax.Array, offs
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attach(plan: Plan, x: jax.Array, mask: jax.Array | None, measured: Measured) -> Measured:
+def _attach(plan: Plan, x: jax.Array, mask: jax.Array | None, place: Any, measured: Measured) -> Measured:
     """The moments unchanged, with their true derivative for x, itself differentiable. Only the derivative sends a message."""
     return measured
 
 
 @_attach.defjvp
 def _attach_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Measured, Measured]:
-    x, mask, measured = primals
+    x, mask, place, measured = primals
     layout = plan.layout
-    attached = _attach(plan, x, mask, measured)
+    attached = _attach(plan, x, mask, place, measured)
     dx = _where(mask, tangents[0].astype(measured.lo.dtype))
     rest = (x.astype(dx.dtype) - layout.spread(measured.hi)) - layout.spread(attached.lo)
-    own, _ = plan.replicas.sums(jnp.concatenate([layout.sum(dx), 2 * layout.sum(rest * dx)]))
+    own, _ = plan.replicas.sums(jnp.concatenate([layout.sum(dx), 2 * layout.sum(rest * dx)]), place)
     dmean, dvariance = (v / jnp.maximum(measured.n, 1) for v in jnp.split(own, 2))
     found = Measured(jnp.zeros_like(measured.n), jnp.zeros_like(measured.hi), dmean, dvariance)
     # JAX before 0.7 wants the very type of each moment, which varies more in a second derivative.

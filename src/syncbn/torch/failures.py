@@ -39,6 +39,11 @@ def sends(direction: str, layer: str | None, size: Any, group: str) -> int:
     return number
 
 
+def forget_messages() -> None:
+    """Messages count from 1 again: a new default group gives its groups the names of the former one's."""
+    _numbers.clear()
+
+
 def message_failed(communicator: Any, error: Exception) -> RuntimeError:
     """The error of a message that its process group could not carry. Raise it from the original one."""
     which = f"message {_numbers.get(communicator.name, 1)} of group {communicator.name!r}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -83,16 +85,35 @@ class _Tracer(fx.Tracer):
 
 
 def _pairs(module: nn.Module) -> Iterator[tuple[Any, Any]]:
-    """Each layer and the batch norm that is the only reader of its output, both called once in a trace.
+    """Each layer and the batch norm that is the only reader of its output, both called once in each trace.
 
-    The trace is the module's, or, where it cannot be traced, those of its parts.
+    The traces are the module's, or, where it cannot be traced, those of its parts.
     """
     try:
-        graph = _Tracer().trace(module)
+        whole = _Tracer().trace(module)
     except Exception:  # the model's own code may do anything with a proxy of a tensor
         for child in module.children():
             yield from _pairs(child)
         return
+    of_others = [set(_pairs_in(graph, module)) for graph in _traces_without_arguments(module)]
+    yield from (pair for pair in _pairs_in(whole, module) if all(pair in pairs for pairs in of_others))
+
+
+def _traces_without_arguments(module: nn.Module) -> Iterator[fx.Graph]:
+    """The traces where an argument is absent: each but the first alone, then all of these.
+
+    A proxy stands for a tensor that was given, so `if labels is not None` is always true of it.
+    """
+    others = list(inspect.signature(module.forward).parameters.values())[1:]
+    named = [p for p in others if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    absent = {p.name: None if p.default is p.empty else p.default for p in named}
+    for given in [*({name: value} for name, value in absent.items()), *[absent] * (len(absent) > 1)]:
+        # What cannot be traced so cannot do without these arguments.
+        with contextlib.suppress(Exception):
+            yield _Tracer().trace(module, given)
+
+
+def _pairs_in(graph: fx.Graph, module: nn.Module) -> Iterator[tuple[Any, Any]]:
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     read = {node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     at = dict(module.named_modules())

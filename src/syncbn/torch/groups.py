@@ -11,7 +11,7 @@ import torch.distributed as dist
 from syncbn import settings
 from syncbn.groups import Axes, Local, Sharded
 from syncbn.torch._private import timeout_of
-from syncbn.torch.failures import set_up_failed
+from syncbn.torch.failures import forget_messages, set_up_failed
 from syncbn.validation import check_no_axis_name, number_of_groups
 
 
@@ -79,6 +79,7 @@ def communicator_of(group: Any) -> Communicator | None:
     global _made_in
     if _made_in() is not world:
         _communicators.clear()
+        forget_messages()
         _made_in = weakref.ref(world)
     key = group if group is None or not isinstance(group, dist.ProcessGroup) else weakref.ref(group)
     if key not in _communicators:

@@ -198,7 +198,9 @@ class SyncBatchNorm(_BatchNorm):
         """The mask, of the input's rank; raises where an argument does not fit."""
         shape, channels = x.shape, self.num_features
         # While tracing, sizes are not numbers to compare.
-        if tracing_state() is None and (len(shape) < 2 or shape[1] != channels or x.numel() <= channels):
+        if tracing_state() is None and (
+            len(shape) < 2 or shape[1] != channels or not channels or (uses_batch and x.numel() <= channels)
+        ):
             check_input(x, channels, uses_batch and mask is None and self._is_alone())
         if not x.is_floating_point():
             check_float_dtype(str(x.dtype), False)
