@@ -51,8 +51,8 @@ def cpu_lines() -> list[str]:
             "Keras, unsynchronised",
             ratios("tensorflow-cpu", KERAS_LOCAL, large, **step),
         ),
-        line("PyTorch, CPU, one process", "`nn.BatchNorm`", ratios("torch-cpu", "torch local", replicas=1, **step)),
-        line("PyTorch, CPU, 2 processes, gloo", "`nn.BatchNorm` and two bare all-reduces", bare),
+        line("PyTorch, CPU, one process", "`nn.BatchNorm1d`, `BatchNorm2d`", ratios("torch-cpu", "torch local", replicas=1, **step)),
+        line("PyTorch, CPU, 2 processes, gloo", "the same, and two bare all-reduces", bare),
     ]
 
 
@@ -150,7 +150,7 @@ def speed_ups() -> str:
         (f"`sync_batch_norm` on JAX, {two_jax}", "Flax `axis_name`", ratios("jax-gpu", "flax axis_name", replicas=2)),
         ("Keras layer on TensorFlow, CPU, 4 replicas", "Keras `synchronized=True`",
          ratios("tensorflow-cpu", KERAS_SYNC, measure="step")),
-        ("PyTorch layer, CPU, one process", "`torch.nn.BatchNorm`",
+        ("PyTorch layer, CPU, one process", "`torch.nn.BatchNorm1d`, `BatchNorm2d`",
          ratios("torch-cpu", "torch local", replicas=1, measure="step")),
     ]  # fmt: skip
     lines = ["| forward + backward | against | speed-up, geometric mean | worst and best shape |", "|---|---|---|---|"]

@@ -40,15 +40,16 @@ def convert(
     Keras, on any backend: `BatchNormalization` in Sequential, functional, nested and subclassed models. A subclass that
     overrides only `__init__` is converted too. Any other is left to `on_unknown`. Instance norms and other layers stay.
 
-    Convert a model before it is compiled, scripted, quantised or sharded. It may be on its device already, and wrapped in
-    DistributedDataParallel. On a torch module the class method `SyncBatchNorm.convert_sync_batchnorm` does the same.
+    Convert a model before torch.compile, and before it is scripted, quantised or sharded. It may be on its device already, and
+    wrapped in DistributedDataParallel. On a torch module the class method `SyncBatchNorm.convert_sync_batchnorm` does the same.
 
     Args:
         model: a torch.nn.Module or a Keras layer or model. Without batch norms it is returned with a warning.
-        process_group: torch only: the ranks that exchange statistics.
+        process_group: torch only: the ranks that exchange statistics. Not together with group_size.
         group_size: number of consecutive replicas that share their statistics; None for all.
         renorm: batch renormalization. Its statistics start from the model's mean and √(variance + epsilon).
-        filter: takes a layer's name and the layer; False leaves the layer out. The name is dotted in torch, a path in Keras.
+        filter: takes a layer's name and the layer; False leaves the layer out. The name is dotted in torch, a path in Keras. In a
+            Keras model that is not built it is the layer's own name.
         on_unknown: "error", "warn" or "skip": what to do about a batch norm of unknown behaviour. Such a layer is never
             changed. With "error" no other layer is changed either.
 

@@ -57,8 +57,8 @@ def sync_batch_norm(
         axis: the channel axis, or several. A list of one axis is that axis.
         epsilon: added to the variance; 0 or more. With 0 a constant channel gives NaN on JAX and TensorFlow, 0 on PyTorch, as in
             their own batch norms.
-        mask: bool, of x's shape without the channel axes (or 1 there), each other axis full or 1. True marks what counts. A
-            masked element is normalised too. One that is not finite is read as 0.
+        mask: bool or integer, of x's shape without the channel axes (or 1 there), each other axis full or 1. True, or not 0,
+            marks what counts. A masked element is normalised too. One that is not finite is read as 0.
         axis_name: JAX: the mapped axis, or axes, along which the replicas lie. None for one device, or for global arrays. Inside
             a `shard_map` or `pmap` None gives local statistics, and a warning; () says that they are meant.
         axis_index_groups: JAX: a partition of the indices along it into groups with statistics of their own. Groups may differ
@@ -71,7 +71,8 @@ def sync_batch_norm(
         The last three carry no gradient.
 
     Raises:
-        TypeError: x of no known framework, or no float; a keyword that is not known, or of another framework.
+        TypeError: x of no known framework, or no float; a mask of floats; an axis that is no integer; a keyword that is not
+            known, or of another framework.
         ValueError: shapes, axes or groups that do not fit; an `axis_name` that is not mapped.
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), with the moments of all replicas.

@@ -12,9 +12,8 @@ from syncbn.validation import FOREIGN_TO_LOADING, foreign_model
 def load_weights(model: Any, path: Any) -> Any:
     """Loads weights into a Keras model, from any file of Keras 2 or 3, whichever batch norm classes wrote it and the model has.
 
-    A file's kind is told by its content, whatever its name. Layers are matched by name where model and file have the same names,
-    else by order; in a checkpoint along its tree of objects. Every name and shape is checked before any weight is changed.
-    Optimizer states are left out.
+    A file's kind is told by its content, whatever its name. How layers are matched depends on it: see the table. Every name and
+    shape is checked before any weight is changed. Optimizer states are left out.
 
     | file | how layers are matched |
     |---|---|
@@ -26,6 +25,9 @@ def load_weights(model: Any, path: Any) -> Any:
     Args:
         model: a Keras 3 model that is built.
         path: of the file or folder. Checkpoints and SavedModels are read with TensorFlow.
+
+    Returns:
+        the model.
 
     Raises:
         FileNotFoundError: nothing there.

@@ -11,9 +11,11 @@ from demo_output import NORMS, OPTIONS, check_table, rows, syncbn
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """Two runs with the same seed."""
+    """Two runs with the same seed. A backend of Keras that is set already is not the one that runs."""
     folders = [tmp_path_factory.mktemp("demo") for _ in range(2)]
-    return folders, [syncbn("demo", *OPTIONS, "--output", folder) for folder in folders]
+    backends = ("tensorflow", "jax")
+    runs = [syncbn("demo", *OPTIONS, "--output", f, KERAS_BACKEND=b) for f, b in zip(folders, backends, strict=True)]
+    return folders, runs
 
 
 def test_demo_shows_what_synchronising_does(demo):

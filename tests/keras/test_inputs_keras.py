@@ -259,6 +259,15 @@ def test_epsilon_0_of_a_converted_layer_is_saved(tmp_path):
     assert keras.saving.load_model(tmp_path / "model.keras").layers[0].epsilon == 0
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mask_of_floats_is_refused(training):
+    """Keras's own layer weighs with it. Ours counts whole values only."""
+    layer = SyncBatchNormalization()
+    with pytest.raises(TypeError, match=r"Received: a mask of dtype float32. Give for example mask > 0.5."):
+        layer(data(3, 2), training=training, mask=[1.0, 1.0, 0.1])
+    layer(data(3, 2), training=training, mask=[1, 0, 2])
+
+
 # ------------------------------------------------------------------------------------------------- activations, ragged
 
 

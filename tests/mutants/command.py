@@ -54,6 +54,14 @@ MUTANTS = [
         "best_row",
     ),
     Mutant(
+        "a backend that is set already runs",
+        "demo/tensorflow.py",
+        'os.environ["KERAS_BACKEND"] = "tensorflow"',
+        'os.environ.setdefault("KERAS_BACKEND", "tensorflow")',
+        "demo/test_demo.py",
+        "same_seed",
+    ),
+    Mutant(
         "the last sentence does not name the better run",
         "demo/report.py",
         "{ours.task.norm}:",

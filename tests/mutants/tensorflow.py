@@ -24,6 +24,8 @@ ENGINE_TESTS, LAYER_TESTS, ALONE_TESTS = (
 SUMS = "    return tf.concat([tf.reshape(count, [1]), *maths.raw_sums(count, tf.cast(k, tf.float64), s, q)], 0)\n"
 FLOAT32 = "tf.cast(tf.cast({}, tf.float32), tf.float64)"
 MUTANTS = [
+    Mutant("an input without other axes has no beginning", "tensorflow/passes_gpu.py", "        if not self.reduced():\n            return x\n", "", "tensorflow/test_passes_gpu.py", "every_axis"),
+    Mutant("a mask of floats is cast", "keras/arguments.py", "    validation.check_mask_dtype(keras.backend.standardize_dtype(mask.dtype))\n", "", "keras/test_inputs_keras.py", "mask_of_floats"),
     Mutant("a sum's failure unexplained", "tensorflow/replicas.py", "ReduceOp.SUM, v)\n        except tf.errors.OpError", "ReduceOp.SUM, v)\n        except KeyError",
            "tensorflow/test_engine_tensorflow.py", "message_that_fails and (forward or backward)"),
     Mutant("a gathering's failure unexplained", "tensorflow/replicas.py", "all_gather(payload, axis=0)\n        except tf.errors.OpError", "all_gather(payload, axis=0)\n        except KeyError",

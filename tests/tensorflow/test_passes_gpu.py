@@ -15,6 +15,7 @@ from test_engine_tensorflow import step
 
 import syncbn
 from syncbn import SyncBatchNormalization
+from syncbn.functional import sync_batch_norm
 from syncbn.tensorflow import compiled_step, engine, passes_cpu, passes_gpu, replicas
 
 
@@ -46,6 +47,16 @@ def test_equals_the_concatenated_batch(world, gpu_passes, monkeypatch, case, com
     monkeypatch.setattr(passes_gpu, "is_compiled", lambda x, axes: compiled)
     args = arguments(case, world.replicas)
     equals_oracle(world.run(step(case), *args, graph=True), case, args)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_axis_may_be_a_channel_axis(gpu_passes, masked):
+    x = tf.random.normal([4, 3])
+    y, mean, variance, count = sync_batch_norm(x, axis=[0, 1], mask=tf.constant(True) if masked else None)
+    np.testing.assert_allclose(y, np.zeros([4, 3]), atol=1e-6)
+    np.testing.assert_allclose(mean, x, atol=1e-6)
+    np.testing.assert_allclose(variance, np.zeros([4, 3]), atol=1e-6)
+    assert int(count) == 1
 
 
 @pytest.mark.parametrize("mask", [None, "rows"])

@@ -360,6 +360,49 @@ def test_an_integer_mask_counts_what_is_not_0():
     torch.testing.assert_close(layer.running_mean, again.running_mean)
 
 
+# ------------------------------------------------------------------------------------------------- axes of length 1
+
+# The input's shape, its order in memory from the outermost axis, the stride of its axes of length 1, and the gradient's order.
+OF_LENGTH_1 = [
+    ((1, 3, 7, 6), (0, 2, 3, 1), 3, (0, 1, 2, 3)),  # an image [H, W, C] as a batch of one
+    ((3, 5, 4, 1), (0, 2, 3, 1), 1, (0, 1, 2, 3)),  # [N, T, C] as [N, C, T, 1]
+    ((3, 5, 4, 1), (0, 1, 2, 3), 1, (0, 2, 3, 1)),
+    ((3, 5, 1, 4), (0, 2, 3, 1), 100, (0, 1, 2, 3)),
+    ((2, 5, 4, 1, 1), (0, 2, 3, 4, 1), 1, (0, 2, 3, 4, 1)),
+    ((1, 5, 2, 1, 3), (0, 2, 3, 4, 1), 1, (0, 1, 2, 3, 4)),
+    ((3, 1, 2, 5), (0, 2, 3, 1), 7, (1, 0, 3, 2)),
+]
+
+
+def laid_out(shape, order, stride):
+    """Random values that lie in memory in this order of axes; axes of length 1 have this stride."""
+    x = torch.randn([shape[i] for i in order]).permute([order.index(i) for i in range(len(order))])
+    return x.as_strided(shape, [stride if n == 1 else s for n, s in zip(shape, x.stride(), strict=True)])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("how", ["plain", "mask", "residual"])
+@pytest.mark.parametrize("layout", OF_LENGTH_1, ids=str)
+def test_the_stride_of_an_axis_of_length_1_may_be_any_number(layout, how, training):
+    """Torch's own layer takes a wrong gradient there, on the CPU."""
+    shape, order, stride, order_of_dy = layout
+    x, dy = laid_out(shape, order, stride), laid_out(shape, order_of_dy, stride)
+    layer = randomised(SyncBatchNorm(shape[1])).train(training)
+    weight, mean, variance = (v.detach().double().numpy() for v in (layer.weight, layer.running_mean, layer.running_var))
+    mask = torch.rand(shape[0], 1, *shape[2:]) > 0.3 if how == "mask" else None
+    given = {"mask": {"mask": mask}, "residual": {"residual": laid_out(shape, order_of_dy, stride)}}.get(how, {})
+    _, dx, dweight, dbias, *_ = step(layer, x, dy, **given)
+    truth = oracle.BatchNorm([x.numpy()], axes=(1,), masks=None if mask is None else [mask.numpy()], epsilon=1e-5)
+    if training:
+        expected = [v[0] for v in truth.backward([dy.numpy()], weight)]
+    else:
+        others = tuple(i for i in range(len(shape)) if i != 1)
+        mean, rstd, weight = (v.reshape(-1, *[1] * (len(shape) - 2)) for v in (mean, (variance + 1e-5) ** -0.5, weight))
+        g = dy.double().numpy()
+        expected = [g * weight * rstd, (g * (x.numpy() - mean) * rstd).sum(others), g.sum(others)]
+    assert_close([dx, dweight, dbias], [torch.as_tensor(v) for v in expected], 1e-5)
+
+
 # ------------------------------------------------------------------------------------------------- an epsilon of 0
 
 

@@ -36,7 +36,7 @@ def report() -> Report:
         ("devices", f"{len(devices)} × {kinds}{made}"),
         ("processes", str(jax.process_count())),
         ("kernels", "XLA's, compiled with the model as one program"),
-        ("exchange", "one all-gather each way" if len(devices) > 1 else "none: there is one device"),
+        ("exchange", "one all-gather forward, one all-reduce backward" if len(devices) > 1 else "none: there is one device"),
     ]
     batch = known(len(devices))
     mesh, own = Mesh(np.array(devices), ("replica",)), PartitionSpec("replica")

@@ -1,4 +1,4 @@
-"""Checks of what the Keras layer takes: constructor arguments, call arguments, and values that it saves."""
+"""What the Keras layer takes, checked: constructor arguments and call arguments; and arguments as it saves them."""
 
 from __future__ import annotations
 
@@ -131,6 +131,7 @@ def given_or_propagated(mask: Any, inputs: Any, axes: tuple[int, ...], training:
         # While Keras infers shapes, tensors do not carry their masks.
         return None
     mask, kept = ops.convert_to_tensor(mask), _private.get_keras_mask(inputs)
+    validation.check_mask_dtype(keras.backend.standardize_dtype(mask.dtype))
     if kept is None or tuple(kept.shape) != tuple(mask.shape):
         return mask
     full = ops.expand_dims(mask, tuple(range(len(mask.shape), len(inputs.shape))))
@@ -175,7 +176,21 @@ def check_adjustment_shape(name: str, shape: Sequence[int | None], input_shape: 
         )
 
 
-def check_registered(name: str, value: Any, registered: Any) -> None:
+def serialized_bound(key: str, value: Any) -> Any:
+    """A bound of `renorm_clipping` as a file holds it: a number, None, or the description of a callable."""
+    if callable(value):
+        return serialized(f"renorm_clipping[{key!r}]", value)
+    return value if value is None else float(ops.convert_to_numpy(value))
+
+
+def serialized(name: str, value: Any) -> Any:
+    """A callable as a file holds it."""
+    registered = value if isinstance(value, type) or hasattr(value, "__name__") else type(value)
+    _check_registered(name, value, registered)
+    return keras.saving.serialize_keras_object(value)
+
+
+def _check_registered(name: str, value: Any, registered: Any) -> None:
     """Raises where a file could not bring a callable back. registered: the function, or the class of the object."""
     if isinstance(registered, type) and not hasattr(registered, "from_config"):
         raise ValueError(

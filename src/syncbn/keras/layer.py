@@ -40,9 +40,10 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     not finite. Where there is one replica, or no strategy, this is `keras.layers.BatchNormalization`.
 
     Call arguments: inputs, of any rank from 2 up and any real dtype; training, a Python bool or None; mask, of the inputs'
-    shape without the channel axes (or 1 there), each other axis full or 1, True where a value counts. A masked element enters
-    no statistic but is normalised like any other; where it is not finite it is read as 0. Integers and bools are cast to the
-    compute dtype, or to float32 where that is narrower. The output has the inputs' shape, and the dtype of the layer's policy.
+    shape without the channel axes (or 1 there), each other axis full or 1. The mask is bool or integer: True, or not 0, where a
+    value counts. A masked element enters no statistic but is normalised like any other; where it is not finite it is read as 0.
+    Inputs of integers and bools are cast to the compute dtype, or to float32 where that is narrower. The output has the inputs'
+    shape, and the dtype of the layer's policy.
 
     Args:
         axis: the channel axis (int), or several (list). Parameters are [C] for one axis, also in a list, and shaped like the
@@ -55,7 +56,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         renorm: batch renormalization: x_hat·r + d takes the place of x_hat, r = stddev / renorm_stddev and
             d = (mean − renorm_mean) / renorm_stddev without gradient, so that training uses what inference will.
         renorm_clipping: dict with any of rmin, rmax, dmax, which clip r to [rmin, rmax] and d to [−dmax, dmax]. A value is a
-            number, a scalar tensor or variable (saved as its value), or a callable without arguments that returns one.
+            number, a scalar tensor or variable (saved as its value), or a callable without arguments that returns one. A
+            callable must be registered with Keras to be saved; a compiled step calls it once, when it is traced.
         renorm_momentum: momentum of renorm_mean and renorm_stddev, in [0, 1].
         trainable: if False, the layer always runs in inference mode.
         adjustment: callable that takes the input's shape (tuple; scalar tensors where unknown) and returns (scale, bias). In
@@ -73,9 +75,12 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             `synchronized=True` is accepted and dropped.
 
     Raises:
-        TypeError: an axis that is no integer; complex inputs; `training` not known when the layer is called.
+        TypeError: an axis that is no integer; an `adjustment` that cannot be called; complex or ragged inputs; a mask of floats;
+            `training` not known when the layer is called.
         ValueError: any other argument, or shape, that does not fit.
-        RuntimeError: training in cross-replica context, or under ParameterServerStrategy.
+        RuntimeError: training in cross-replica context, under ParameterServerStrategy, or of a layer made outside of its
+            strategy's scope; a renorm layer made in a RematScope.
+        NotImplementedError: forward-mode differentiation of a training step on TensorFlow.
 
     Source: TensorFlow 2.2, `tf.keras.layers.experimental.SyncBatchNormalization`; Ioffe and Szegedy 2015
     (arXiv:1502.03167); Ioffe 2017 (arXiv:1702.03275) for renorm.
@@ -371,8 +376,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             "axis": list(self.axis) if isinstance(self.axis, tuple) else self.axis,
             "renorm": self.renorm,
             "renorm_momentum": self.renorm_momentum,
-            "renorm_clipping": clipping and {key: _serialized_bound(key, v) for key, v in clipping.items()},
-            "adjustment": self.adjustment and _serialized("adjustment", self.adjustment),
+            "renorm_clipping": clipping and {key: arguments.serialized_bound(key, v) for key, v in clipping.items()},
+            "adjustment": self.adjustment and arguments.serialized("adjustment", self.adjustment),
             "group_size": self.group_size,
             "axis_name": list(self.axis_name) if isinstance(self.axis_name, tuple) else self.axis_name,
             "activation": activations.serialize(self.activation),
@@ -386,15 +391,3 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             if config.get(key) is not None:
                 config[key] = keras.saving.deserialize_keras_object(config[key])
         return super().from_config(config)
-
-
-def _serialized_bound(key: str, value: Any) -> Any:
-    if callable(value):
-        return _serialized(f"renorm_clipping[{key!r}]", value)
-    return value if value is None else float(ops.convert_to_numpy(value))
-
-
-def _serialized(name: str, value: Any) -> Any:
-    registered = value if isinstance(value, type) or hasattr(value, "__name__") else type(value)
-    arguments.check_registered(name, value, registered)
-    return keras.saving.serialize_keras_object(value)

@@ -116,6 +116,8 @@ class Layout(NamedTuple):
 
     def beginning(self, x: tf.Tensor) -> tf.Tensor:
         """The values of x that the pivot is made of: the beginning of the longest axis without channels."""
+        if not self.reduced():
+            return x
         axis = max(self.reduced(), key=lambda i: self.shape[i] if isinstance(self.shape[i], int) else 0)
         size = (self.shape[axis] + VALUES_PER_PIVOT_VALUE - 1) // VALUES_PER_PIVOT_VALUE
         return x[(*[slice(None)] * axis, slice(size))]

@@ -12,7 +12,12 @@ from syncbn import contract, maths
 from syncbn.contract import ASSIGNED, Operators, Statistics, check_variables, ensure_channels
 from syncbn.groups import Activation
 from syncbn.torch import compiled, desync, dispatch, fused, reference
-from syncbn.torch._private import count_dispatch_modes, is_in_selective_checkpoint, outside_selective_checkpoints
+from syncbn.torch._private import (
+    are_functorch_transforms_active,
+    count_dispatch_modes,
+    is_in_selective_checkpoint,
+    outside_selective_checkpoints,
+)
 from syncbn.torch.autograd import Normalized, NormConfig, check_no_transform
 from syncbn.torch.channel_view import ChannelView
 from syncbn.torch.checkpoint import (
@@ -207,7 +212,7 @@ def _native_train_step(
 ) -> tuple[Tensor, Statistics | None]:
     """By torch's operator, which updates the statistics itself."""
     if statistics is None:
-        return torch.nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, epsilon), None
+        return _by_torch(x, weight, bias, None, None, True, 0.0, epsilon), None
     mean, variance, momentum, _, batches, _ = statistics
     if not should_update_now(False):
         # A recomputation must save as many tensors as the first pass.
@@ -217,8 +222,36 @@ def _native_train_step(
     if momentum is None:
         # As torch does, nothing is updated where nobody counts.
         momentum = 0.0 if batches is None else 1.0 / float(batches)
-    y = torch.nn.functional.batch_norm(x, mean, variance, weight, bias, True, momentum, epsilon)
-    return y, ASSIGNED
+    return _by_torch(x, weight, bias, mean, variance, True, momentum, epsilon), ASSIGNED
+
+
+def _by_torch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    training: bool,
+    momentum: float,
+    epsilon: float,
+) -> Tensor:
+    """By the operator: the function around it refuses an epsilon of 0 in torch 2.11."""
+    restrides = x.dim() > 3 and 1 in x.shape and not torch.compiler.is_compiling() and not are_functorch_transforms_active()
+    x, cudnn = _restrided(x) if restrides else x, torch.backends.cudnn.enabled
+    y = torch.batch_norm(x, weight, bias, mean, variance, training, momentum, epsilon, cudnn)
+    return _restrided(y) if restrides else y
+
+
+def _restrided(v: Tensor) -> Tensor:
+    """v, and its gradient, with the strides of their memory format.
+
+    Where an axis has length 1 its stride may be any number. Torch's gradient on the CPU (2.13) then takes channels last for
+    contiguous, and is wrong.
+    """
+    if v.is_contiguous():
+        return v.flatten().view(v.shape)
+    rows = v.movedim(1, -1)
+    return rows.flatten().view(rows.shape).movedim(-1, 1) if rows.is_contiguous() else v
 
 
 def _with_constants(
@@ -233,8 +266,7 @@ def _with_constants(
     """Operators that tracing, export, vmap and jacrev know; their own gradients are right."""
     dtype = arithmetic_dtype(x)
     mean, variance, scale, offset = (v.to(dtype) for v in (moments.mean, moments.variance, scale, offset))
-    # The operator: the function around it refuses an epsilon of 0 in torch 2.11.
-    y = torch.batch_norm(x, scale, offset, mean, variance, False, 0.0, epsilon, torch.backends.cudnn.enabled)
+    y = _by_torch(x, scale, offset, mean, variance, False, 0.0, epsilon)
     if residual is not None:
         y = y + residual.to(y.dtype)
     return reference.activated(y, activation)

@@ -52,7 +52,8 @@ class SyncBatchNorm(_BatchNorm):
         momentum: weight of the new value in the running averages, in [0, 1]; None for a cumulative average.
         affine: whether there are a weight and a bias.
         track_running_stats: whether there are running statistics; without them eval uses this replica's own batch.
-        process_group: the replicas that communicate; None for all of them, over a group of the library's own.
+        process_group: the replicas that communicate; None for all of them, over a group of the library's own. Not together
+            with group_size.
         device, dtype: of parameters and buffers.
         bias: False for a weight alone.
         renorm: batch renormalization: x_hat·r + d takes the place of x_hat, r = stddev / renorm_stddev and
@@ -65,11 +66,12 @@ class SyncBatchNorm(_BatchNorm):
         group_size: synchronise among consecutive groups of that many ranks; must divide their number.
 
     Raises:
-        TypeError: an input that is not of a float dtype; a mask of a float dtype.
+        TypeError: an input that is not of a float dtype; a mask of a float dtype; `epsilon`, which is called eps here.
         ValueError: any argument, or shape, that does not fit; one value per channel in training of one process, or of a group
             of one.
         RuntimeError: training under torch.jit.trace, forward-mode differentiation or a transform of torch.func, where torch's
-            own operator does not serve.
+            own operator does not serve; torch.jit.script; a message between ranks that failed; renorm in a checkpointed block
+            without `checkpoint_contexts`.
 
     Source: `torch.nn.SyncBatchNorm`; Ioffe and Szegedy 2015 (arXiv:1502.03167); Ioffe 2017 (arXiv:1702.03275) for renorm.
 
