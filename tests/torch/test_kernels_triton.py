@@ -365,13 +365,24 @@ def test_an_empty_replica_has_a_program_that_updates_its_statistics():
         assert plan.pointwise_programs(view, tile, before) >= 1
 
 
-@pytest.mark.parametrize("kernel", ["moments", "sums"])
-def test_programs_of_channels_last_have_equal_parts(kernel):
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(("kernel", "following"), [("moments", "normalize"), ("sums", "input_gradient")])
+def test_programs_of_channels_last_have_equal_parts(kernel, following, itemsize):
     """Then what the next launch reads first is what all of them read last."""
-    view, h200 = ChannelView(32 * 112 * 112, 64, 1), tiling.Machine(132, 227 << 10, True)
-    tile = tiling.tile_for(kernel, view, 2, h200)
-    assert view.A % (tile.block_p * tile.tiles_per_program) == 0
-    assert tiling.order(view, tiling.tile_for("normalize", view, 2, h200), tile)[0] > 1
+    h200 = tiling.Machine(132, 227 << 10, True)
+    for images, channels, side in [
+        (32, 64, 112),
+        (32, 256, 56),
+        (32, 512, 28),
+        (32, 1024, 14),
+        (8, 64, 112),
+        (8, 256, 56),
+        (8, 512, 28),
+    ]:
+        view = ChannelView(images * side * side, channels, 1)
+        tile = tiling.tile_for(kernel, view, itemsize, h200)
+        assert view.A % (tile.block_p * tile.tiles_per_program) == 0
+        assert tiling.order(view, tiling.tile_for(following, view, itemsize, h200), tile)[0] > 1
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])

@@ -89,7 +89,7 @@ FEW = 8192
 SHORT = 4096
 CHOICES = {
     "moments": {
-        "last": (Choice(64, 64, 4, 1, 1, 5), Choice(64, 64, 4, 1, 1, 5)),
+        "last": (Choice(64, 64, 4, 2, 1, 5), Choice(64, 64, 4, 1, 1, 5)),
         "last, short": (Choice(16, 32, 4, 8, 4), Choice(128, 16, 4, 4, 2)),
         "planes": (Choice(2048, 1, 4, 4, 1, 4), Choice(512, 2, 4, 8, 2)),
         "small planes": (Choice(128, 8, 4, 8), Choice(128, 8, 4, 6, 2)),
@@ -99,7 +99,7 @@ CHOICES = {
         "small planes, few": (Choice(256, 4, 4), Choice(256, 4, 4)),
     },
     "sums": {
-        "last": (Choice(64, 64, 4, 1, 1, 5), Choice(64, 32, 4, 1, 1, 5)),
+        "last": (Choice(64, 64, 4, 2, 1, 5), Choice(64, 32, 4, 1, 1, 5)),
         "last, short": (Choice(64, 32, 4, 5), Choice(64, 32, 4, 6)),
         "planes": (Choice(1024, 1, 4, 12, 2), Choice(2048, 1, 8, 4, 2)),
         "small planes": (Choice(512, 1, 2, 16, 2), Choice(512, 1, 2, 16, 2)),
@@ -153,8 +153,9 @@ def tile_for(kernel: str, view: ChannelView, itemsize: int, machine: Machine, re
     splits = max(splits, min(steps, -(-J // MOST_VALUES)))
     tiles = -(-steps // splits)
     if view.B == 1:
-        # Up to 5 % more, where all programs then have as many: `order` can follow them.
-        tiles = next((t for t in range(tiles, tiles + tiles // 20 + 1) if steps % t == 0), tiles)
+        # Where all programs can have as many, `order` can follow them: from half as many to 5 % more.
+        equal = [t for t in range(max(1, tiles // 2), tiles + tiles // 20 + 1) if steps % t == 0]
+        tiles = min(equal, key=lambda t: abs(t - tiles), default=tiles)
     return Tile(block_p, block_c, warps, tiles, unroll, stages)
 
 
