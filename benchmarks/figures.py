@@ -51,7 +51,7 @@ def cpu_lines() -> list[str]:
             "Keras, unsynchronised",
             ratios("tensorflow-cpu", KERAS_LOCAL, large, **step),
         ),
-        line("PyTorch, CPU, one process", "`nn.BatchNorm1d`, `BatchNorm2d`", ratios("torch-cpu", "torch local", replicas=1, **step)),
+        line("PyTorch, CPU, one process", "`nn.BatchNorm1d`, `2d`", ratios("torch-cpu", "torch local", replicas=1, **step)),
         line("PyTorch, CPU, 2 processes, gloo", "the same, and two bare all-reduces", bare),
     ]
 

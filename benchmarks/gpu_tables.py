@@ -205,7 +205,7 @@ def earlier_run_on_one_gpu() -> str:
 
 
 def two_gpus() -> str:
-    f, by_nccl = Figures(2), Figures(2, "all-reduce")
+    f = Figures(2)
     of = f.ratios(TORCH_SYNC)
     goals = [
         (
@@ -225,7 +225,6 @@ def two_gpus() -> str:
         ),
         ("ours / floor where the floor is over 40 µs", "≤ 1.25", f.over_floor()),
         ("2 replicas minus one of the same run", "≤ 10 µs", f.more_than(f.of(ONE_REPLICA))),
-        ("messages by NCCL minus the same through peer memory", "–", by_nccl.more_than(f.of(OURS))),
         ("ResNet-50, images/s over torch's SyncBatchNorm, 8, 32, 128 images", "≥ 2.4; ≥ 2.5; ≥ 1.8", rates(2, TORCH_SYNC)),
         ("the same over BatchNorm2d", "≥ 0.95 each", rates(2, LOCAL)),
         ("host µs a layer, 20 in a row, over BatchNorm2d's", "≤ 1.25", host(2)),
@@ -234,10 +233,10 @@ def two_gpus() -> str:
     lines += [f"| {' | '.join(line)} |" for line in goals]
     lines += ["", "Host, µs a layer, forward + backward, two rounds:", "", host_steps(2), ""]
     lines += [
-        "| case, each GPU's, µs in a graph | floor | syncbn | by NCCL | one replica | torch SyncBatchNorm | BatchNorm2d, local |",
-        "|---|---|---|---|---|---|---|",
+        "| case, each GPU's, µs in a graph | floor | syncbn | one replica | torch SyncBatchNorm | BatchNorm2d, local |",
+        "|---|---|---|---|---|---|",
     ]
     for case, t in f.found.items():
-        us = [f.floors[case], t[OURS], by_nccl.found[case][OURS], *(t[name] for name in (ONE_REPLICA, TORCH_SYNC, LOCAL))]
+        us = [f.floors[case], *(t[name] for name in (OURS, ONE_REPLICA, TORCH_SYNC, LOCAL))]
         lines.append(f"| {short(case)} | {' | '.join(f'{v:.1f}' for v in us)} |")
     return "\n".join(lines) + "\n"

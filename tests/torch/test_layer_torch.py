@@ -388,19 +388,19 @@ def test_the_stride_of_an_axis_of_length_1_may_be_any_number(layout, how, traini
     shape, order, stride, order_of_dy = layout
     x, dy = laid_out(shape, order, stride), laid_out(shape, order_of_dy, stride)
     layer = randomised(SyncBatchNorm(shape[1])).train(training)
-    weight, mean, variance = (v.detach().double().numpy() for v in (layer.weight, layer.running_mean, layer.running_var))
+    weight, mean, variance = (numbers(v.double()) for v in (layer.weight, layer.running_mean, layer.running_var))
     mask = torch.rand(shape[0], 1, *shape[2:]) > 0.3 if how == "mask" else None
     given = {"mask": {"mask": mask}, "residual": {"residual": laid_out(shape, order_of_dy, stride)}}.get(how, {})
     _, dx, dweight, dbias, *_ = step(layer, x, dy, **given)
-    truth = oracle.BatchNorm([x.numpy()], axes=(1,), masks=None if mask is None else [mask.numpy()], epsilon=1e-5)
+    truth = oracle.BatchNorm([numbers(x)], axes=(1,), masks=None if mask is None else [numbers(mask)], epsilon=1e-5)
     if training:
-        expected = [v[0] for v in truth.backward([dy.numpy()], weight)]
+        expected = [v[0] for v in truth.backward([numbers(dy)], weight)]
     else:
         others = tuple(i for i in range(len(shape)) if i != 1)
         mean, rstd, weight = (v.reshape(-1, *[1] * (len(shape) - 2)) for v in (mean, (variance + 1e-5) ** -0.5, weight))
-        g = dy.double().numpy()
-        expected = [g * weight * rstd, (g * (x.numpy() - mean) * rstd).sum(others), g.sum(others)]
-    assert_close([dx, dweight, dbias], [torch.as_tensor(v) for v in expected], 1e-5)
+        g = numbers(dy.double())
+        expected = [g * weight * rstd, (g * (numbers(x) - mean) * rstd).sum(others), g.sum(others)]
+    assert_close([v.cpu() for v in (dx, dweight, dbias)], [torch.as_tensor(v, device="cpu") for v in expected], 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- an epsilon of 0
