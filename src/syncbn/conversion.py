@@ -119,7 +119,8 @@ def fold(model: Model) -> Model:
     synchronised batch norm or the framework's own. An activation of the batch norm stays. All other layers stay as they are.
 
     torch: the model must be in eval mode. The order of layers is read from torch.fx's trace of the model, or of the parts that
-    can be traced. Modules with hooks, parametrisations or shared weights stay.
+    can be traced. Modules with hooks, parametrisations or shared weights stay. torch.fx does not see a branch on
+    `isinstance(x, torch.Tensor)` or on `torch.is_grad_enabled()`: compare the outputs where a model has one.
     Keras: Sequential and functional models, and such models nested in them. All batch norms count as in inference mode.
 
     Args:

@@ -374,11 +374,21 @@ def test_two_axes_are_one_batch():
     np.testing.assert_allclose(y, truth.forward(np.ones(4), np.zeros(4))[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("gathered", [True, False], ids=["gathered", "two sums"])
+WITHIN = {
+    "grad": lambda f: f,
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "scan": lambda f: lambda x, mask: lax.scan(lambda _, v: (0, f(*v)), 0, (x[None], mask[None]))[1][0],
+}
+
+
+@pytest.mark.parametrize(
+    ("within", "masked", "gathered"),
+    [("grad", True, True), ("grad", False, False), ("jit", False, True), ("checkpoint", True, False), ("scan", False, True)],
+)
 @pytest.mark.parametrize("groups", [[[0, 2], [1], [3]], [[0, 1], [2, 3]]], ids=str)
-def test_gradients_taken_outside_of_a_vmap_with_groups(monkeypatch, groups, gathered, masked):
-    """There JAX runs the backward pass where vmap's axis has no name any more. A second derivative too."""
+def test_gradients_taken_outside_of_a_vmap_with_groups(monkeypatch, groups, within, masked, gathered):
+    """There JAX runs the custom gradient where vmap's axis has no name any more. A second derivative too."""
     if not gathered:
         monkeypatch.setattr(jax_axes, "GATHERED_REPLICAS", 0)
     rng = np.random.default_rng(0)
@@ -390,7 +400,7 @@ def test_gradients_taken_outside_of_a_vmap_with_groups(monkeypatch, groups, gath
         return sync_batch_norm(x, scale, mask=mask if masked else None, axis_name="v", axis_index_groups=groups)[0]
 
     def gradient(x):
-        return jax.grad(lambda x: jnp.vdot(jax.vmap(norm, axis_name="v")(x, mask), dy))(x)
+        return jax.grad(lambda x: jnp.vdot(WITHIN[within](jax.vmap(norm, axis_name="v"))(x, mask), dy))(x)
 
     dx, of_direction = jax.jit(lambda x: (gradient(x), jax.grad(lambda x: jnp.vdot(gradient(x), direction))(x)))(jnp.asarray(x))
     truths = []

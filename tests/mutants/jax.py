@@ -10,7 +10,7 @@ LAYER, DISTRIBUTION, FUNCTIONAL = "keras/layer.py", "keras/distribution.py", "fu
 ENGINE_TESTS, LAYER_TESTS, FUNCTIONAL_TESTS = "jax/test_engine_jax.py", "jax/test_layer_jax.py", "jax/test_functional_jax.py"
 SUMS_TESTS = "jax/test_sums_jax.py"
 MUTANTS = [
-    Mutant("vmap's axes are asked for in a backward pass", AXES, "return self.own_group() if self.vmapped and", "return self.own_group() if False and",
+    Mutant("vmap's axes are asked for in a backward pass", MAPPED, "_normalized(plan, x, mask, replicas.place(), measured, scale, offset)", "_normalized(plan, x, mask, None, measured, scale, offset)",
            FUNCTIONAL_TESTS, "outside_of_a_vmap"),
     Mutant("NumPy adds up its own cotangents", MAPPED, "materialised(jnp.asarray(dy))", "materialised(dy)", FUNCTIONAL_TESTS, "cotangent_of_numpy"),
     Mutant("types are not read", "jax/_private.py", "return kind.manual_axis_type.varying", "return frozenset()", "jax/test_private_jax.py", "still_says"),

@@ -29,7 +29,7 @@ MUTANTS = [
     Mutant("sums in registers before the scale dropped", BACKWARD, "        all_g *= gamma", "        all_g *= 1", KERNELS, "equals_oracle and bfloat16 and launch"),
     Mutant("lo dropped in registers", BACKWARD, "(all_gx - lo * all_g)", "all_gx", KERNELS, "equals_oracle and large and launch"),
     Mutant("a sum in registers that is too large", FORWARD, "part = v * (1.0 / tl.maximum(total, 1).to(tl.float32))", "part = v", KERNELS, "too_large"),
-    Mutant("programs of channels last have unequal parts", "torch/triton/tiling.py", "if steps % t == 0]", "if t == tiles]", KERNELS, "have_equal_parts"),
+    Mutant("programs of channels last have unequal parts", "torch/triton/tiling.py", "if steps % t == 0), tiles)", "if t), tiles)", KERNELS, "have_equal_parts"),
     Mutant("tiles of programs that gave up not written", FORWARD, "if (abandoned >> (tile // tiles_per_program)) & 1:", "if abandoned == 0:", KERNELS, "share_a_block and 7 and 1-5"),
     Mutant("the same in the backward pass", BACKWARD, "if (abandoned >> (tile // tiles_per_program)) & 1:", "if abandoned == 0:", KERNELS, "share_a_block and 7 and 1-5"),
     Mutant("the wrong bit for a program that gave up", BARRIER, "1 << split,", "1 << (split + 1),", KERNELS, "share_a_block and 7 and 1-5"),

@@ -29,7 +29,7 @@ SUM = "global_sums(partial_sums, config.communicator)"
 RAGGED = "concatenated and ragged-step]"
 MUTANTS = [
     Mutant("strides of axes of length 1 go to torch", ENGINE, "restrides = x.dim() > 3 and", "restrides = False and", ONE_PROCESS, "any_number and plain and eval"),
-    Mutant("the gradient's strides go to torch", ENGINE, "return _restrided(y) if restrides else y", "return y", ONE_PROCESS, "any_number and plain and training"),
+    Mutant("the gradient's strides go to torch", ENGINE, "        y.register_hook(_restrided_gradient)\n", "        pass\n", ONE_PROCESS, "any_number and plain and training"),
     Mutant("messages of a former world are counted", "torch/failures.py", "    _numbers.clear()", "    pass", RANKS, "go_and_come"),
     Mutant("one value a channel is looked for in eval", LAYER, "(uses_batch and x.numel() <= channels)", "x.numel() <= channels", "torch/test_export_torch.py", "depends_on_data"),
     Mutant("no collective", TRANSPORT, "    if communicator is not None:\n        group = communicator", "    if False:\n        group = communicator", ENGINE_TESTS, RAGGED),

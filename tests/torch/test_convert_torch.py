@@ -344,6 +344,24 @@ def test_lazy_takes_what_the_layer_takes(given):
     same(lazy.state_dict(), layer.state_dict())
 
 
+@pytest.mark.parametrize(
+    "kept",
+    [("weight", "bias", "running_mean", "running_var", "num_batches_tracked"), ("running_mean", "running_var"), ("weight",)],
+)
+def test_lazy_keeps_what_a_checkpoint_brings(kept):
+    """What it does not bring gets its initial values, renorm's from the running statistics."""
+    state, x = randomised(nn.BatchNorm1d(3)).state_dict(), torch.randn(5, 3)
+    state = {name: state[name] for name in kept}
+    lazy = syncbn.convert(nn.LazyBatchNorm1d(), renorm=True)
+    lazy.load_state_dict(state, strict=False)
+    layer = SyncBatchNorm(3, renorm=True)
+    layer.load_state_dict(state, strict=False)
+    torch.testing.assert_close(lazy.eval()(x), layer.eval()(x))
+    stddev = (layer.running_var + layer.eps) ** 0.5
+    starts = {"moving_stddev": stddev, "renorm_stddev": stddev, "renorm_mean": layer.running_mean}
+    same(lazy.state_dict(), {**layer.state_dict(), **starts})
+
+
 def test_lazy_refuses_what_the_layer_refuses():
     with pytest.raises(ValueError, match="Received: track_running_stats=False"):
         LazySyncBatchNorm(renorm=True, track_running_stats=False)

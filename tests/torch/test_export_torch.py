@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 
 import numpy as np
@@ -154,6 +155,44 @@ def test_fold_leaves_what_only_some_calls_run(where):
     assert not isinstance(folded.block.last_bn, SyncBatchNorm)
     for required, labels, masks in itertools.product((None, given), repeat=3):
         close(folded.block(x, required, labels, masks=masks), model.block(x, required, labels, masks=masks))
+
+
+class OtherForwards(nn.Module):
+    """The batch norm in the middle runs in no call that the test makes, but in a trace."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.bn, self.last, self.last_bn = nn.Conv2d(3, 4, 1), SyncBatchNorm(4), nn.Conv2d(4, 4, 1), SyncBatchNorm(4)
+        if how == "of the object":
+            self.forward = functools.partial(self.run, runs=False)
+
+    def forward(self, x=None, h=None, *, a=None, **named):
+        x = h if x is None else x
+        return self.run(x, named.get("skip") is not None or (h is not None and a is None))
+
+    def run(self, x, runs):
+        y = self.first(x)
+        return self.last_bn(self.last(self.bn(y) if runs else y))
+
+
+class FirstIsOptional(OtherForwards):
+    def forward(self, x=None, h=None):
+        return self.run(h if x is None else x, x is not None)
+
+
+class OneOfThree(OtherForwards):
+    def forward(self, x, a=None, b=None, c=None):
+        return self.run(x, not (a is None and b is None and c is not None))
+
+
+@pytest.mark.parametrize(("model", "given"), [
+    (FirstIsOptional("class"), {"h": 1}), (OtherForwards("class"), {"x": 1}), (OtherForwards("of the object"), {"x": 1}),
+    (OneOfThree("class"), {"x": 1}), (OneOfThree("class"), {"x": 1, "c": 1}),
+], ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else str(sorted(v)))  # fmt: skip
+def test_fold_takes_no_trace_that_a_call_may_leave(model, given):
+    model, x = trained(model), torch.randn(2, 3, 4, 4)
+    given = dict.fromkeys(given, x)
+    close(syncbn.fold(model)(**given), model(**given))
 
 
 class Untraceable(nn.Module):

@@ -403,6 +403,32 @@ def test_the_stride_of_an_axis_of_length_1_may_be_any_number(layout, how, traini
     assert_close([v.cpu() for v in (dx, dweight, dbias)], [torch.as_tensor(v, device="cpu") for v in expected], 1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_an_output_with_an_axis_of_length_1_is_no_view(training):
+    """Programs change it in place, also of a frozen part."""
+    x, w = data(1, 3, 4, 4).requires_grad_(), torch.ones(3, 1, 1, requires_grad=True)
+    layer = SyncBatchNorm(3).train(training)
+    with torch.no_grad():
+        frozen = layer(x)
+    frozen.mul_(w).backward(torch.randn_like(frozen))
+    layer(x).detach_()
+    y = layer(x)
+    y.relu_().backward(torch.randn_like(y))
+    assert x.grad.abs().max() > 0
+
+
+@pytest.mark.skipif("SYNCBN_TEST_DEVICE" in os.environ, reason="the kernels for CUDA are what a trace of a training step shows")
+def test_a_trace_at_batch_1_takes_other_batches():
+    layer, x = randomised(SyncBatchNorm(3)).eval(), data(5, 3, 4, 4)
+    traced = make_fx(layer)(x[:1])
+    torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_second_derivatives_with_an_axis_of_length_1():
+    layer, x = SyncBatchNorm(2, dtype=torch.float64), laid_out((1, 2, 3, 2), (0, 2, 3, 1), 5).double().requires_grad_()
+    assert torch.autograd.gradgradcheck(layer, (x,))
+
+
 # ------------------------------------------------------------------------------------------------- an epsilon of 0
 
 

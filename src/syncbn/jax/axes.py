@@ -56,9 +56,10 @@ class Replicas(NamedTuple):
         return jnp.asarray(groups)[lax.axis_index(self.names)]
 
     def place(self) -> Any:
-        """What a forward pass must keep for `sums` of the backward pass: under vmap the number of this replica's group.
+        """What a custom gradient must be given for `sums`: under vmap the number of this replica's group.
 
-        There JAX has forgotten vmap's axes. It finds them only for a `psum` of a value that is mapped along them.
+        JAX may run its forward and its backward pass where vmap's axes have no name any more. It finds them only for a `psum` of
+        a value that is mapped along them.
         """
         return self.own_group() if self.vmapped and self.table is not None else None
 
@@ -99,7 +100,7 @@ class Replicas(NamedTuple):
             total = v if self.local else lax.psum(v, self.names)
             return total, total
         own = self.own_group() if place is None else place
-        if place is not None or not self.gathered:
+        if self.vmapped or not self.gathered:
             rows = self.sum_by_group(v, own)
             return rows[own], rows.sum(0)
         # psum's own groups can be neither typed, nor uneven.

@@ -208,7 +208,8 @@ def normalize(
     measured = Measured(moments.count.astype(wide), hi, lo, variance)
     measured = Measured(*(vary(v, everything - names) for v in measured))
     replicated = [replicas.checked and not varying_axes(v) & names for v in (scale, offset)]
-    return _normalized(Plan(layout, epsilon, replicas, dtype, is_local(x), *replicated), x, mask, measured, scale, offset)
+    plan = Plan(layout, epsilon, replicas, dtype, is_local(x), *replicated)
+    return _normalized(plan, x, mask, replicas.place(), measured, scale, offset)
 
 
 def _parameter(v: jax.Array, everything: frozenset[str], names: frozenset[str]) -> jax.Array:
@@ -218,16 +219,15 @@ def _parameter(v: jax.Array, everything: frozenset[str], names: frozenset[str]) 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _normalized(
-    plan: Plan, x: jax.Array, mask: jax.Array | None, measured: Measured, scale: jax.Array, offset: jax.Array
+    plan: Plan, x: jax.Array, mask: jax.Array | None, place: Any, measured: Measured, scale: jax.Array, offset: jax.Array
 ) -> jax.Array:
-    return _forward(plan, x, mask, measured, scale, offset)[0]
+    return _forward(plan, x, mask, place, measured, scale, offset)[0]
 
 
 def _forward(
-    plan: Plan, x: jax.Array, mask: jax.Array | None, measured: Measured, scale: jax.Array, offset: jax.Array
+    plan: Plan, x: jax.Array, mask: jax.Array | None, place: Any, measured: Measured, scale: jax.Array, offset: jax.Array
 ) -> tuple[jax.Array, Any]:
     x = materialised(x)
-    place = plan.replicas.place()
     y = _affine(plan, x, _attach(plan, x, mask, place, measured), scale, offset)
     return y, (x, mask, place, measured, scale)
 
@@ -256,6 +256,7 @@ def _backward(plan: Plan, saved: Any, dy: jax.Array) -> tuple[Any, ...]:
     dx = (layout.spread(scale * rstd) * dy.astype(scale.dtype) + through).astype(x.dtype)
     return (
         dx,
+        None,
         None,
         None,
         all_dscale if plan.scale_is_total else dscale,

@@ -11,14 +11,12 @@ import torch.distributed as dist
 
 from syncbn import settings
 from syncbn.torch._private import default_store, timeout_of
-from syncbn.torch.failures import REMEDIES, RULE, UNNAMED, name_on_the_stack, sends
+from syncbn.torch.failures import REMEDIES, RULE, UNNAMED, announced, name_on_the_stack, sends
 from syncbn.torch.groups import Communicator
 
 _enabled = settings.debug()
 # Whether `debug` has given names. Names that were found on the stack depend on what a rank called first, and are not compared.
 _named = False
-# The number of the last message that each group has announced.
-_announced: dict[Communicator, int] = {}
 
 
 def debug(model: torch.nn.Module | None = None, enabled: bool = True) -> None:
@@ -70,11 +68,11 @@ def announce(communicator: Communicator | None, direction: str, layer: str | Non
 
 
 def _compare(communicator: Communicator, said: dict[str, Any]) -> None:
-    group = communicator.process_group
+    group, name = communicator.process_group, communicator.name
     rank = dist.get_rank(group)
-    number, last = said["call"], _announced.get(communicator)
-    _announced[communicator] = number
-    store = dist.PrefixStore(f"syncbn/{communicator.name}", default_store())
+    number, last = said["call"], announced.get(name)
+    announced[name] = number
+    store = dist.PrefixStore(f"syncbn/{name}", default_store())
     keys = [f"{number}/{other}" for other in range(communicator.size)]
     timeout = timeout_of(group)
     try:

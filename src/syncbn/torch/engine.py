@@ -16,7 +16,9 @@ from syncbn.torch._private import (
     are_functorch_transforms_active,
     count_dispatch_modes,
     is_in_selective_checkpoint,
+    is_legacy_batchedtensor,
     outside_selective_checkpoints,
+    tracing_state,
 )
 from syncbn.torch.autograd import Normalized, NormConfig, check_no_transform
 from syncbn.torch.channel_view import ChannelView
@@ -236,22 +238,41 @@ def _by_torch(
     epsilon: float,
 ) -> Tensor:
     """By the operator: the function around it refuses an epsilon of 0 in torch 2.11."""
-    restrides = x.dim() > 3 and 1 in x.shape and not torch.compiler.is_compiling() and not are_functorch_transforms_active()
+    # Torch's gradient on the CPU (2.13) is wrong for some strides of axes of length 1.
+    restrides = x.dim() > 3 and 1 in x.shape and _has_plain_gradient(x, weight, bias)
     x, cudnn = _restrided(x) if restrides else x, torch.backends.cudnn.enabled
     y = torch.batch_norm(x, weight, bias, mean, variance, training, momentum, epsilon, cudnn)
-    return _restrided(y) if restrides else y
+    if restrides:
+        # By a hook, which leaves y no view: programs change it in place.
+        y.register_hook(_restrided_gradient)
+    return y
+
+
+def _has_plain_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether torch's autograd will differentiate an operator of these, on the CPU, and nothing traces or transforms it."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and any(v is not None and v.requires_grad for v in (x, weight, bias))
+        and x.device.type == "cpu"
+        and x.layout is torch.strided
+        and tracing_state() is None
+        and not count_dispatch_modes()
+        and not are_functorch_transforms_active()
+    )
 
 
 def _restrided(v: Tensor) -> Tensor:
-    """v, and its gradient, with the strides of their memory format.
-
-    Where an axis has length 1 its stride may be any number. Torch's gradient on the CPU (2.13) then takes channels last for
-    contiguous, and is wrong.
-    """
+    """v with the strides of its memory format. An axis of length 1 may have others, by which torch may take another format."""
     if v.is_contiguous():
         return v.flatten().view(v.shape)
     rows = v.movedim(1, -1)
     return rows.flatten().view(rows.shape).movedim(-1, 1) if rows.is_contiguous() else v
+
+
+def _restrided_gradient(dy: Tensor | None) -> Tensor | None:
+    """A hook: None leaves a gradient as it is. A second derivative may have none, and batched gradients have no memory."""
+    return None if dy is None or is_legacy_batchedtensor(dy) else _restrided(dy)
 
 
 def _with_constants(

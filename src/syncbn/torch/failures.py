@@ -30,6 +30,8 @@ class _Next(threading.local):
 _next = _Next()
 # How many messages each group has noted, by the group's name. The plain errors and the debug mode's count alike.
 _numbers: dict[str, int] = {}
+# The number of the last message that each group has announced in the debug mode.
+announced: dict[str, int] = {}
 
 
 def sends(direction: str, layer: str | None, size: Any, group: str) -> int:
@@ -42,6 +44,7 @@ def sends(direction: str, layer: str | None, size: Any, group: str) -> int:
 def forget_messages() -> None:
     """Messages count from 1 again: a new default group gives its groups the names of the former one's."""
     _numbers.clear()
+    announced.clear()
 
 
 def message_failed(communicator: Any, error: Exception) -> RuntimeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -89,28 +90,44 @@ def _pairs(module: nn.Module) -> Iterator[tuple[Any, Any]]:
 
     The traces are the module's, or, where it cannot be traced, those of its parts.
     """
-    try:
-        whole = _Tracer().trace(module)
-    except Exception:  # the model's own code may do anything with a proxy of a tensor
+    whole = _traced(module)
+    if whole is None or not _tells(whole, module):
         for child in module.children():
             yield from _pairs(child)
         return
-    of_others = [set(_pairs_in(graph, module)) for graph in _traces_without_arguments(module)]
-    yield from (pair for pair in _pairs_in(whole, module) if all(pair in pairs for pairs in of_others))
+    others = [set(_pairs_in(graph, module)) if _tells(graph, module) else set() for graph in _traces_without_arguments(module)]
+    yield from (pair for pair in _pairs_in(whole, module) if all(pair in pairs for pairs in others))
+
+
+def _traced(module: nn.Module, absent: dict[str, Any] | None = None) -> fx.Graph | None:
+    """The trace, where arguments have these values, or None: a model may do anything with a proxy of a tensor."""
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        # Of a value that torch.fx cannot compare. Nobody runs the trace.
+        warnings.simplefilter("ignore")
+        return _Tracer().trace(module, absent)
+    return None
+
+
+def _tells(graph: fx.Graph, module: nn.Module) -> bool:
+    """Whether a trace tells what a call runs. It is of the class's `forward`, and takes every name of `**named` for given."""
+    reads_names = any(node.op == "placeholder" and node.target.startswith("*") and node.users for node in graph.nodes)
+    return "forward" not in vars(module) and not reads_names
 
 
 def _traces_without_arguments(module: nn.Module) -> Iterator[fx.Graph]:
-    """The traces where an argument is absent: each but the first alone, then all of these.
+    """The traces where arguments are absent: each alone, all, and all but one.
 
     A proxy stands for a tensor that was given, so `if labels is not None` is always true of it.
     """
-    others = list(inspect.signature(module.forward).parameters.values())[1:]
-    named = [p for p in others if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    found = [p for p in inspect.signature(module.forward).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    # The input is always there, unless it has a default.
+    named = [p for i, p in enumerate(found) if i or p.default is not p.empty]
     absent = {p.name: None if p.default is p.empty else p.default for p in named}
-    for given in [*({name: value} for name, value in absent.items()), *[absent] * (len(absent) > 1)]:
-        # What cannot be traced so cannot do without these arguments.
-        with contextlib.suppress(Exception):
-            yield _Tracer().trace(module, given)
+    alone = [{name: value} for name, value in absent.items()]
+    but_one = [{n: v for n, v in absent.items() if n != name} for name in absent]
+    graphs = [_traced(module, given) for given in [*alone, absent, *but_one] if given]
+    # What cannot be traced so cannot do without these arguments.
+    yield from (graph for graph in graphs if graph is not None)
 
 
 def _pairs_in(graph: fx.Graph, module: nn.Module) -> Iterator[tuple[Any, Any]]:

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 
 from syncbn.torch._private import _LazyNormBase
 from syncbn.torch.arguments import refuse_epsilon
-from syncbn.torch.module import SyncBatchNorm
+from syncbn.torch.module import RENORM_BUFFERS, SyncBatchNorm
 
 
 class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
@@ -51,13 +51,13 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         # Past the constructor of torch's base, which takes none of our arguments. With no channels nothing is allocated.
         super(_LazyNormBase, self).__init__(
             0,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            process_group,
-            device,
-            dtype,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            process_group=process_group,
+            device=device,
+            dtype=dtype,
             bias=bias,
             renorm=renorm,
             renorm_clipping=renorm_clipping,
@@ -73,13 +73,18 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         for held, kind in kinds:
             held.update({k: kind(**given) for k, v in held.items() if v is not None and k != "num_batches_tracked"})
 
+    @torch.no_grad()
     def initialize_parameters(self, input: Any, *others: Any, **named: Any) -> None:
-        """Makes parameters and buffers for the channels of the first batch."""
-        held: list[Any] = [*self._parameters.values(), *self._buffers.values()]
-        uninitialized = [v for v in held if is_lazy(v)]
+        """Makes parameters and buffers for the channels of the first batch. What a checkpoint has brought stays."""
+        held: dict[str, Any] = {**self._parameters, **self._buffers}
+        made = {name: v for name, v in held.items() if is_lazy(v)}
         # A checkpoint that was loaded made parameters and buffers, but set no number.
         self.num_features = input.shape[1]
-        for v in uninitialized:
-            v.materialize((input.shape[1],))
-        if uninitialized:
-            self.reset_parameters()
+        for name, v in made.items():
+            v.materialize((self.num_features,))
+            v.fill_(1.0 if name in ("weight", "running_var") else 0.0)
+        if self.renorm:
+            stddev = torch.sqrt(self.running_var + self.eps)
+            for name, start in zip(RENORM_BUFFERS, (stddev, self.running_mean, stddev), strict=True):
+                if name in made:
+                    made[name].copy_(start)

@@ -154,8 +154,8 @@ def tile_for(kernel: str, view: ChannelView, itemsize: int, machine: Machine, re
     tiles = -(-steps // splits)
     if view.B == 1:
         # Where all programs can have as many, `order` can follow them: from half as many to 5 % more.
-        equal = [t for t in range(max(1, tiles // 2), tiles + tiles // 20 + 1) if steps % t == 0]
-        tiles = min(equal, key=lambda t: abs(t - tiles), default=tiles)
+        near = (t for d in range(tiles - max(1, tiles // 2) + 1) for t in (tiles - d, min(tiles + d, tiles + tiles // 20)))
+        tiles = next((t for t in near if steps % t == 0), tiles)
     return Tile(block_p, block_c, warps, tiles, unroll, stages)
 
 
