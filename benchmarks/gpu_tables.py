@@ -17,10 +17,10 @@ MOVED = {"moments": 1, "normalize": 2, "sums": 2, "input_gradient": 3, "forward"
 
 
 class Figures:
-    """Of one run of the suite gpu: so many replicas, whose messages travel so, on GPUs of a kind."""
+    """Of one run of the suite gpu: so many replicas, which exchange through each other's memory, on GPUs of a kind."""
 
-    def __init__(self, replicas: int, transport: str = "peer memory", device: str = ""):
-        transport = "none" if replicas == 1 else transport
+    def __init__(self, replicas: int, device: str = ""):
+        transport = "none" if replicas == 1 else "peer memory"
         rows = read("gpu")
         self.rows = [
             row

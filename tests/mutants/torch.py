@@ -28,7 +28,11 @@ MESSAGE = "return torch.cat([n[None], *maths.raw_sums(n, k.to(wide), s.to(wide),
 SUM = "global_sums(partial_sums, config.communicator)"
 RAGGED = "concatenated and ragged-step]"
 MUTANTS = [
-    Mutant("strides of axes of length 1 go to torch", ENGINE, "restrides = x.dim() > 3 and", "restrides = False and", ONE_PROCESS, "any_number and plain and eval"),
+    Mutant("strides of axes of length 1 go to torch", ENGINE, "restrides = _may_have_wrong_gradient(x, weight, bias)", "restrides = False", ONE_PROCESS, "any_number and plain and eval"),
+    Mutant("sizes are compared in an export", ENGINE, "and not torch.compiler.is_compiling()\n        and tracing_state() is None\n        and not count_dispatch_modes()", "and tracing_state() is None", "torch/test_export_torch.py", "depends_on_data and 4"),
+    Mutant("an output with an axis of length 1 is a view", ENGINE, "        y.register_hook(_restrided_gradient)\n", "        y = _restrided(y)\n", ONE_PROCESS, "no_view"),
+    Mutant("a hook takes every gradient", ENGINE, "return None if dy is None or is_legacy_batchedtensor(dy) else", "return", ONE_PROCESS, "second_derivatives_with"),
+    Mutant("a trace shows the strides", ENGINE, "        and not count_dispatch_modes()\n        and not are", "        and not are", ONE_PROCESS, "trace_at_batch_1"),
     Mutant("the gradient's strides go to torch", ENGINE, "        y.register_hook(_restrided_gradient)\n", "        pass\n", ONE_PROCESS, "any_number and plain and training"),
     Mutant("messages of a former world are counted", "torch/failures.py", "    _numbers.clear()", "    pass", RANKS, "go_and_come"),
     Mutant("one value a channel is looked for in eval", LAYER, "(uses_batch and x.numel() <= channels)", "x.numel() <= channels", "torch/test_export_torch.py", "depends_on_data"),

@@ -272,9 +272,10 @@ def test_torch_export():
         close(program.module()(batch), model(batch))
 
 
-def test_torch_export_of_a_batch_whose_size_depends_on_data():
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5, 5)], ids=["rank 2", "rank 4"])
+def test_torch_export_of_a_batch_whose_size_depends_on_data(shape):
     """A trace knows of it only that it is one at least."""
-    model, x = trained(SyncBatchNorm(3)), torch.randn(4, 3)
+    model, x = trained(SyncBatchNorm(3)), torch.randn(shape)
     chosen = torch.tensor([True, False, False, False])
 
     class Chosen(nn.Module):

@@ -424,8 +424,12 @@ def test_a_trace_at_batch_1_takes_other_batches():
     torch.testing.assert_close(traced(x), layer(x))
 
 
-def test_second_derivatives_with_an_axis_of_length_1():
-    layer, x = SyncBatchNorm(2, dtype=torch.float64), laid_out((1, 2, 3, 2), (0, 2, 3, 1), 5).double().requires_grad_()
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_second_derivatives_with_an_axis_of_length_1(training):
+    """By torch's checks, which also pass no gradient at all."""
+    layer = SyncBatchNorm(2, momentum=0.0, dtype=torch.float64).train(training)
+    x = laid_out((1, 2, 3, 2), (0, 2, 3, 1), 5).double().requires_grad_()
+    assert torch.autograd.gradcheck(layer, (x,))
     assert torch.autograd.gradgradcheck(layer, (x,))
 
 

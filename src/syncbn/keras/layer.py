@@ -67,9 +67,9 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         name: the layer's name.
         group_size: synchronise among consecutive groups of that many replicas; must divide their number. The moving
             statistics are then the average over groups, weighted by count.
-        axis_name: on JAX, the mapped axis, or a tuple of them, over which the replicas meet: the name that `jax.shard_map`,
-            `pmap` or `vmap` has for it. It wins over a `keras.distribution`. Without either the layer is local there, and
-            warns; () says that this is meant.
+        axis_name: on JAX, the mapped axis, or a tuple of them, over which the replicas exchange statistics. It is the name that
+            `jax.shard_map`, `pmap` or `vmap` has for it. It wins over a `keras.distribution`. Without either the layer is local
+            there, and warns; () says that this is meant.
         activation: anything that `keras.activations.get` takes, applied last.
         **kwargs: `dtype`, `autocast`, `activity_regularizer`, `input_shape`, `input_dim`, as in every Keras layer;
             `synchronized=True` is accepted and dropped.

@@ -238,8 +238,7 @@ def _by_torch(
     epsilon: float,
 ) -> Tensor:
     """By the operator: the function around it refuses an epsilon of 0 in torch 2.11."""
-    # Torch's gradient on the CPU (2.13) is wrong for some strides of axes of length 1.
-    restrides = x.dim() > 3 and 1 in x.shape and _has_plain_gradient(x, weight, bias)
+    restrides = _may_have_wrong_gradient(x, weight, bias)
     x, cudnn = _restrided(x) if restrides else x, torch.backends.cudnn.enabled
     y = torch.batch_norm(x, weight, bias, mean, variance, training, momentum, epsilon, cudnn)
     if restrides:
@@ -248,17 +247,23 @@ def _by_torch(
     return y
 
 
-def _has_plain_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether torch's autograd will differentiate an operator of these, on the CPU, and nothing traces or transforms it."""
+def _may_have_wrong_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether torch's gradient may be wrong: on the CPU (2.13) it is, for some strides of axes of length 1.
+
+    False where nothing is differentiated, and where a trace or a transform would see more operators.
+    """
     return (
-        not torch.compiler.is_compiling()
+        x.dim() > 3
+        # Before sizes are compared: in a trace they may depend on data.
+        and not torch.compiler.is_compiling()
+        and tracing_state() is None
+        and not count_dispatch_modes()
+        and not are_functorch_transforms_active()
+        and 1 in x.shape
         and torch.is_grad_enabled()
         and any(v is not None and v.requires_grad for v in (x, weight, bias))
         and x.device.type == "cpu"
         and x.layout is torch.strided
-        and tracing_state() is None
-        and not count_dispatch_modes()
-        and not are_functorch_transforms_active()
     )
 
 
